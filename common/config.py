@@ -1,0 +1,187 @@
+"""Typed configs: pydantic models filled from defaults, one YAML file and `--any.key value` arguments, in that order.
+
+class TrainConfig(Config):
+    steps: int = Field(1000, gt=0, description="Optimizer steps.")
+
+config = parse(TrainConfig, sys.argv[1:])
+"""
+
+import difflib
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import UsageError
+
+
+class Config(BaseModel):
+    """Base of every config section: an unknown key is an error, and fields carry their own description."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(schema: type[C], argv: list[str], default_file: Path | None = None) -> C:
+    """Build a config from `--config FILE` (else `default_file`, if any) and `--any.key value` overrides.
+
+    `--help` prints every key with its type, default and meaning, and exits. Raises `UsageError` with the key,
+    the value, what is allowed and the nearest valid key.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(describe(schema, default_file))
+        sys.exit(0)
+    overrides = _read_arguments(argv)
+    file = overrides.pop("config", default_file)
+    values = read_yaml(file) if file is not None else {}
+    for key, value in overrides.items():
+        _set(values, schema, key, value)
+    return validate(schema, values, source=str(file) if file else "command line")
+
+
+def validate(schema: type[C], values: dict, source: str = "config") -> C:
+    """`schema(**values)` with every problem told in one `UsageError` line."""
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        raise UsageError(f"{source}: " + "; ".join(_explain(schema, e) for e in error.errors())) from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML mapping from `path`; raises `UsageError` where there is no such file or it is not a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise UsageError(f"{path} must hold a mapping of keys to values")
+    return values or {}
+
+
+def to_dict(config: Config) -> dict:
+    """The resolved config as plain Python values, ready for YAML or JSON."""
+    return config.model_dump(mode="json")
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """One line, "key: old -> new", for each leaf on which two resolved configs differ."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def describe(schema: type[Config], default_file: Path | None = None) -> str:
+    """The text of `--help`: the docstring of the schema, then one line a key."""
+    doc = " ".join((schema.__doc__ or "").split())
+    start = f"--config FILE (default: {default_file}), then " if default_file else "--config FILE, then "
+    rows = [
+        (f"  --{key}", _type_name(field.annotation), _default(field), field.description or "")
+        for key, field in _leaves(schema).items()
+    ]
+    lines = [f"{name} {kind} {default}\n        {text}" for name, kind, default, text in rows]
+    return "\n".join([doc, "", "options: " + start + "any of these keys:", *lines])
+
+
+def _leaves(schema: type[Config], prefix: str = "") -> dict:
+    leaves = {}
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        leaves |= _leaves(section, f"{prefix}{name}.") if section else {prefix + name: field}
+    return leaves
+
+
+def _section(annotation: Any) -> type[Config] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in get_args(annotation))
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _default(field: Any) -> str:
+    return "(required)" if field.is_required() else f"(default: {field.get_default(call_default_factory=True)})"
+
+
+def _read_arguments(argv: list[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key v1 v2` (a list) and bare `--key` (true)."""
+    values: dict[str, Any] = {}
+    i = 0
+    while i < len(argv):
+        if not argv[i].startswith("--") or len(argv[i]) < 3:
+            raise UsageError(f"unexpected argument {argv[i]!r}: options have the form --key value (see --help)")
+        key, equals, value = argv[i][2:].partition("=")
+        i += 1
+        given = [value] if equals else []
+        while not equals and i < len(argv) and not argv[i].startswith("--"):
+            given.append(argv[i])
+            i += 1
+        if key in values:
+            raise UsageError(f"--{key} is given twice")
+        parsed = [_scalar(v) for v in given]
+        values[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+    return values
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for name in sections:
+        field = schema.model_fields.get(name)
+        section = _section(field.annotation) if field else None
+        if section is None:
+            raise UsageError(f"unknown key --{dotted}{_nearest(dotted, _leaves(schema))}")
+        if isinstance(values.get(name), str):  # a section given in its short form
+            values[name] = section.model_validate(values[name]).model_dump(exclude_unset=True)
+        values = values.setdefault(name, {})
+        schema = section
+    if last not in schema.model_fields:
+        raise UsageError(f"unknown key --{dotted}{_nearest(dotted, [*_leaves(schema, dotted[: -len(last)])])}")
+    if isinstance(values.get(last), dict) and isinstance(value, str):
+        values[last] = {
+            **values[last],
+            **_section(schema.model_fields[last].annotation).model_validate(value).model_dump(exclude_unset=True),
+        }
+    else:
+        values[last] = value
+
+
+def _nearest(key: str, valid: Any) -> str:
+    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else "; --help lists the valid keys"
+
+
+def _explain(schema: type[Config], error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key, _leaves(schema))}"
+    if error["type"] == "missing":
+        return f"{key} is required (give it as --{key} VALUE)"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if not key:
+        return message
+    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    return f"{key}{given}: {message}"

@@ -1,0 +1,342 @@
+"""The data section of a config, and batches from it for training and evaluation.
+
+    for batch in train_batches(config, batch_size=32, seed=0, start=0, rank=0, world_size=1, workers=4): ...
+
+A batch is a dict: image float32 [B, 3, S, S] in [-1, 1], label int64 [B] (-1 where the data has none), index int64 [B]
+(-1 in streams), bad: list[str] of images that did not decode. Their places are taken by others in training; in
+evaluation they are left out. Where images come from is in common/sources.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from common import sources
+from common.config import Config
+from common.errors import UserError
+from common.images import BadImage, center_crop, to_tensor, training_crop
+from common.shards import Sample, Stream, in_order, shuffled
+from common.sources import Images, SyntheticImages
+
+__all__ = [
+    "BadImage",
+    "BadImages",
+    "DataConfig",
+    "Images",
+    "Stream",
+    "SyntheticImages",
+    "eval_batches",
+    "open_split",
+    "train_batches",
+]
+
+_ATTEMPTS = 20  # images tried for one place before the run ends
+_ORDER, _AUGMENT, _REPLACE = range(3)  # independent random sequences of one seed
+
+
+class DataConfig(Config):
+    """The images. `--data SOURCE` is short for `--data.source SOURCE`."""
+
+    source: str = Field(
+        "ILSVRC/imagenet-1k",
+        min_length=1,
+        description="Hugging Face data set id; folder of class folders, of parquet files or of webdataset tars; "
+        "parquet or tar file, glob or {a..b} brace; or synthetic.",
+    )
+    subset: str | None = Field(None, description="Configuration of a Hub data set that has several.")
+    train_split: str | None = Field(None, description="Split to train on; null: train.")
+    test_split: str | None = Field(
+        None,
+        description="Split to measure on; null: the first of validation, val, test that there is, else a fixed random "
+        "share of the training split, which training then leaves out.",
+    )
+    holdout: float = Field(0.02, gt=0, lt=1, description="That share, where there is no split to measure on.")
+    image_column: str | None = Field(None, description="Column of images; null: the only one of type Image.")
+    label_column: str | None = Field(
+        None, description="Column of classes; null: label, labels, cls, class, fine_label or the only ClassLabel."
+    )
+    class_names: str | None = Field(None, description="Text file with one class name a line, in label order.")
+    image_size: int = Field(128, ge=8, le=2048, description="Side of the square images, in pixels.")
+    flip: bool = Field(True, description="Mirror half of the training images.")
+    shuffle_buffer: int = Field(1_000, ge=1, description="Images that a loading process shuffles a stream within.")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="Share of images that may fail to decode before the run ends."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+def open_split(config: DataConfig, split: str) -> Images | SyntheticImages | Stream:
+    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`.
+
+    Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
+    """
+    return sources.open_split(config, split)
+
+
+def train_batches(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[dict]:
+    """Shuffled training batches without end, from global sample `start` on.
+
+    Position p of the sequence holds image permutation(seed, p // n)[p % n], cropped and flipped by (seed, p) alone, so
+    neither the number of workers nor that of ranks changes it. Micro-batch m on rank r holds positions
+    start + (m * world_size + r) * batch_size + [0, batch_size). In place of a bad image comes another one, drawn from
+    (seed, p, attempt).
+
+    A stream is shuffled by shards and within a buffer instead, and its sequence belongs to one number of ranks and
+    workers. `start` then passes over what was consumed without decoding it: the headers of local shards (some 20,000
+    images a second and process), all bytes of remote ones.
+
+    Raises `UserError` where images in a row fail to decode, and what `open_split` raises.
+    """
+    data = open_split(config, "train")
+    if isinstance(data, Stream):
+        dataset = _StreamBatches(data, config, batch_size, seed, start, rank, world_size)
+        return _checked(_loader(dataset, workers, batch_size=None))
+    positions = _positions(len(data), batch_size, seed, start, rank, world_size)
+    return _checked(
+        _loader(
+            _TrainImages(data, config, seed),
+            workers,
+            batch_sampler=positions,
+            collate_fn=partial(_collate, size=config.image_size, full=True),
+        )
+    )
+
+
+def eval_batches(
+    config: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    limit: int | None = None,
+) -> Iterator[dict]:
+    """Every image of `split` exactly once over all ranks, by ADM's centre crop; bad ones are left out and listed.
+
+    `limit` takes that many: of a stream the first, else a fixed random choice (so that it covers the classes). Ranks
+    may see different numbers of batches, and a batch may hold bad images only (image [0, 3, S, S]): reduce over ranks
+    after the loop, not in it. Raises what `open_split` raises.
+    """
+    data = open_split(config, split)
+    if isinstance(data, Stream):
+        dataset = _StreamEval(data, config, batch_size, rank, world_size, limit)
+        return _checked(_loader(dataset, workers, batch_size=None))
+    order = np.arange(len(data))
+    if limit is not None and limit < len(order):
+        order = np.random.default_rng(0).permutation(len(data))[:limit]
+    mine = order[rank::world_size].tolist()
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    collate = partial(_collate, size=config.image_size)
+    return _checked(_loader(_EvalImages(data, config), workers, batch_sampler=batches, collate_fn=collate))
+
+
+class BadImages:
+    """Counts images that did not decode, and ends the run when their share passes `limit`.
+
+    `update` each batch on its own rank; `check` on all ranks alike (it reduces).
+    """
+
+    def __init__(self, limit: float, accelerator: Accelerator | None = None, minimum: int = 100):
+        self.limit, self.accelerator, self.minimum = limit, accelerator, minimum
+        self.seen = 0  # on this rank, bad ones included
+        self.bad: list[str] = []  # on this rank, each once
+
+    def update(self, batch: dict) -> None:
+        """Count a batch of `train_batches` or `eval_batches`."""
+        self.seen += len(batch["label"]) + len(batch["bad"])
+        self.bad += batch["bad"]
+
+    def check(self, final: bool = False) -> int:
+        """Bad images so far on all ranks. Raises `UserError` on every rank where their share of all images passes the
+        limit; looks at no fewer than `minimum` images unless `final`."""
+        counts = torch.tensor([len(self.bad), self.seen])
+        if self.accelerator is not None:
+            counts = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+        bad, seen = counts.tolist()
+        if bad > self.limit * seen and (final or seen >= self.minimum):
+            some = ", ".join(dict.fromkeys(self.bad[:100])) or "on other ranks"
+            some = some if len(some) < 400 else some[:400] + " ..."
+            raise UserError(
+                f"{bad} of {seen} images do not decode ({some}), more than data.max_bad_fraction = {self.limit}; "
+                "repair or remove them, or raise the limit"
+            )
+        return bad
+
+
+@dataclass
+class _Item:
+    """What a worker makes of one place in a batch; `image` is None where it stays empty."""
+
+    image: Any
+    label: int
+    index: int
+    bad: list[str]
+
+
+def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
+    good = [item for item in items if item.image is not None]
+    bad = [id for item in items for id in item.bad]
+    if full and len(good) < len(items):
+        return {"failure": f"{_ATTEMPTS} images in a row do not decode: {', '.join(bad[-_ATTEMPTS:])}"}
+    return {
+        "image": to_tensor([item.image for item in good]) if good else torch.empty(0, 3, size, size),
+        "label": torch.tensor([item.label for item in good], dtype=torch.int64),
+        "index": torch.tensor([item.index for item in good], dtype=torch.int64),
+        "bad": bad,
+    }
+
+
+class _TrainImages(Dataset):
+    """(position, index) -> the item at that position."""
+
+    def __init__(self, data: Images | SyntheticImages, config: DataConfig, seed: int):
+        self.data, self.config, self.seed = data, config, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> _Item:
+        position, index = place
+        bad = []
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                image, label = self.data.load(index)
+            except BadImage as error:
+                bad.append(error.id)
+                rng = np.random.default_rng([self.seed, _REPLACE, position, attempt])
+                index = int(rng.integers(len(self.data)))
+                continue
+            rng = np.random.default_rng([self.seed, _AUGMENT, position])
+            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, index, bad)
+        return _Item(None, -1, -1, bad)
+
+
+class _EvalImages(Dataset):
+    """index -> its item."""
+
+    def __init__(self, data: Images | SyntheticImages, config: DataConfig):
+        self.data, self.config = data, config
+
+    def __getitem__(self, index: int) -> _Item:
+        try:
+            image, label = self.data.load(index)
+        except BadImage as error:
+            return _Item(None, -1, index, [error.id])
+        return _Item(center_crop(image, self.config.image_size), label, index, [])
+
+
+class _StreamBatches(IterableDataset):
+    """Training batches of one rank. Batch m comes from reader m % readers, which is what makes a resume exact."""
+
+    def __init__(self, stream, config, batch_size, seed, start, rank, world_size):
+        done, rest = divmod(start, batch_size * world_size)
+        if rest:
+            raise ValueError(f"start = {start} is no multiple of batch_size x world_size = {batch_size * world_size}")
+        self.stream, self.config, self.batch_size, self.seed = stream, config, batch_size, seed
+        self.done, self.rank, self.world_size = done, rank, world_size
+
+    def __iter__(self) -> Iterator[dict]:
+        worker, readers = _worker()
+        reader = (worker + self.done) % readers
+        batches_done = self.done // readers + (reader < self.done % readers)
+        share = self.rank * readers + reader
+        shares = self.world_size * readers
+        try:
+            samples = shuffled(self.stream, self.seed, share, shares, self.config.shuffle_buffer)
+            places = enumerate(samples)
+            next(islice(places, batches_done * self.batch_size, batches_done * self.batch_size), None)
+            while True:
+                items = [self._item(share, *place) for place in islice(places, self.batch_size)]
+                yield _collate(items, self.config.image_size, full=True)
+        except UserError as error:  # torch would wrap it in a traceback of the worker
+            yield {"failure": str(error)}
+
+    def _item(self, share: int, k: int, drawn: tuple[Sample, list[Sample]]) -> "_Item":
+        sample, buffer = drawn
+        bad = []
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                image, label = self.stream.load(sample)
+            except BadImage as error:
+                bad.append(error.id)
+                rng = np.random.default_rng([self.seed, _REPLACE, share, k, attempt])
+                sample = buffer[int(rng.integers(len(buffer)))]
+                continue
+            rng = np.random.default_rng([self.seed, _AUGMENT, share, k])
+            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, -1, bad)
+        return _Item(None, -1, -1, bad)
+
+
+class _StreamEval(IterableDataset):
+    """Batches of one rank in one pass."""
+
+    def __init__(self, stream, config, batch_size, rank, world_size, limit):
+        self.stream, self.config, self.batch_size = stream, config, batch_size
+        self.rank, self.world_size, self.limit = rank, world_size, limit
+
+    def __iter__(self) -> Iterator[dict]:
+        worker, readers = _worker()
+        try:
+            samples = in_order(self.stream, self.rank * readers + worker, self.world_size * readers, self.limit)
+            while chunk := list(islice(samples, self.batch_size)):
+                yield _collate([self._item(sample) for sample in chunk], self.config.image_size)
+        except UserError as error:
+            yield {"failure": str(error)}
+
+    def _item(self, sample: Sample) -> "_Item":
+        try:
+            image, label = self.stream.load(sample)
+        except BadImage as error:
+            return _Item(None, -1, -1, [error.id])
+        return _Item(center_crop(image, self.config.image_size), label, -1, [])
+
+
+def _worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def _positions(n: int, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Iterator[list]:
+    """Micro-batches of one rank as lists of (position, index)."""
+    epoch, order = None, None
+    for m in count():
+        first = start + (m * world_size + rank) * batch_size
+        batch = []
+        for position in range(first, first + batch_size):
+            if position // n != epoch:
+                epoch = position // n
+                order = np.random.default_rng([seed, _ORDER, epoch]).permutation(n)
+            batch.append((position, int(order[position % n])))
+        yield batch
+
+
+def _loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
+    # A generator of its own, so that making a loader leaves the random state of training as it is.
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=generator, **how)
+
+
+def _checked(loader: DataLoader) -> Iterator[dict]:
+    for batch in loader:
+        if (failure := batch.pop("failure", None)) is not None:
+            raise UserError(failure)
+        yield batch

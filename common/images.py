@@ -1,0 +1,126 @@
+"""Image bytes to upright RGB, and the two crops: ADM's for evaluation, resize and random crop for training."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# What Pillow's readers raise on damaged files.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+# EXIF orientation (tag 0x0112) -> what brings the image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """An image that does not decode. `id` says which one: split[row] (path), or shard:key."""
+
+    def __init__(self, id: str, reason: str):
+        super().__init__(f"{id}: {reason}")
+        self.id, self.reason = id, reason
+
+
+def decode(data: bytes, id: str) -> Image.Image:
+    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame.
+
+    Raises `BadImage(id)` where the bytes are damaged, truncated, or in a pixel format without a defined RGB meaning.
+    """
+    try:
+        # Pillow warns about odd EXIF blocks and large images, once for each of them.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return to_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise BadImage(id, str(error)) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode -> upright RGB: alpha on white, 16-bit grey scaled to 8 bits, CMYK without a profile.
+
+    Raises `ValueError` for pixel formats without a defined range (floating point, 32-bit integers, CIELAB).
+    """
+    image = _upright(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32-bit pixels are not supported")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "LAB"):
+        raise ValueError(f"pixel format {image.mode} is not supported")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(0x0112)
+    except _DECODE_ERRORS:  # an EXIF block that can't be read says nothing about the pixels
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre crop of ADM (Dhariwal and Nichol, arXiv 2105.05233), on which the field's FID statistics rest.
+
+    Halved by box filter while the short side is at least 2 * size, then bicubic to short side = size, then the centre.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = _resize_short_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def training_crop(image: Image.Image, size: int, flip: bool, rng: np.random.Generator) -> Image.Image:
+    """Short side to `size` (bicubic, antialiased), a random crop, and with `flip` a mirror image half of the time."""
+    image = _resize_short_side(image, size)
+    left = int(rng.integers(image.width - size + 1))
+    top = int(rng.integers(image.height - size + 1))
+    mirror = rng.random() < 0.5
+    image = image.crop((left, top, left + size, top + size))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and mirror else image
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    short = min(image.size)
+    if short == size:
+        return image
+    width, height = (max(size, round(side * size / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """RGB images of one size -> float32 [B, 3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, H, W, 3) uint8
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)

@@ -1,0 +1,45 @@
+"""How a script starts: its errors as one line, and as many CPU processes as were asked for."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import psutil
+
+from common.errors import UsageError, UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a `UserError` becomes one line on stderr and its exit code."""
+    try:
+        start_cpu_ranks()
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def start_cpu_ranks() -> None:
+    """Replace this process by torchrun's where `accelerate launch` was asked for several CPU processes and started one.
+
+    `accelerate launch --cpu --num_processes N` starts N only through MPI; without it one runs, and nothing is said.
+    Returns at once in every other case. Raises `UsageError` where the number cannot be read off the command line.
+    """
+    environment = os.environ
+    # The launcher sets the address for more than one process, and torchrun or MPI then set a rank.
+    alone = "MASTER_ADDR" in environment and not any(
+        name in environment for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    )
+    if not alone or environment.get("ACCELERATE_USE_CPU", "False").lower() not in ("true", "1", "yes"):
+        return
+    command = psutil.Process().parent().cmdline()
+    try:
+        count = str(int(command[command.index("--num_processes") + 1]))
+    except (ValueError, IndexError):
+        raise UsageError("several CPU processes were asked for, but how many is not on the command line of "
+                         "`accelerate launch`; give --num_processes there, or use torchrun") from None  # fmt: skip
+    port = environment["MASTER_PORT"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", count, "--master_port", port]
+    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])

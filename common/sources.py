@@ -1,0 +1,239 @@
+"""From a data config to images: which split, which columns, which classes.
+
+Tables (Hub, class folders, parquet) keep their images undecoded, so that a damaged one is a `BadImage` with a name
+instead of a crash. How tables come about is in common/tables.py, webdataset shards are in common/shards.py.
+"""
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from common import synthetic, tables
+from common.errors import UsageError, UserError
+from common.images import BadImage, decode
+from common.shards import LABEL_NAMES, Stream
+
+if TYPE_CHECKING:
+    from common.data import DataConfig
+
+_TEST_SPLITS = ("validation", "val", "valid", "test")  # in this order: ImageNet-1k's test split has no labels
+_MAX_CLASSES = 100_000
+
+
+class Images:
+    """Images with random access: a split of a table, undecoded; `rows` chooses and orders its rows.
+
+    `classes`: names in label order, [] without labels. `fingerprint`: stands for split, count, labels and a sample of
+    the contents, and is the same in every process and on every machine.
+    """
+
+    def __init__(self, table: datasets.Dataset, image: str, labels: np.ndarray, classes: list[str], rows, name: str):
+        self._table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        self._image, self._labels, self._rows, self._name = image, labels, rows, name
+        self.classes = classes
+        digest = hashlib.sha256(json.dumps([name, len(rows), classes]).encode() + labels[rows].tobytes())
+        for i in np.linspace(0, len(rows) - 1, min(len(rows), 32)).astype(int):
+            try:
+                digest.update(hashlib.sha256(self._read(int(rows[i]))).digest())
+            except BadImage:
+                digest.update(b"no image")
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def load(self, i: int) -> tuple[Image.Image, int]:
+        """Image i as upright RGB, and its label (-1: none). Raises `BadImage` where it does not decode."""
+        row = int(self._rows[i])
+        try:
+            return decode(self._read(row), self._id(row)), int(self._labels[row])
+        except BadImage as error:
+            path = (self._table[row][self._image] or {}).get("path")
+            raise BadImage(f"{error.id} ({path})" if path else error.id, error.reason) from None
+
+    def _id(self, row: int) -> str:
+        return f"{self._name}[{row}]"
+
+    def _read(self, row: int) -> bytes:
+        value = self._table[row][self._image] or {}
+        if value.get("bytes"):
+            return value["bytes"]
+        try:
+            return Path(value["path"]).read_bytes()
+        except (OSError, TypeError, KeyError):
+            raise BadImage(self._id(row), "no bytes") from None
+
+
+class SyntheticImages:
+    """The built-in data set (common/synthetic.py), with the attributes and methods of `Images`."""
+
+    def __init__(self, split: str, size: int):
+        self._split, self._size = split, size
+        self.classes = list(synthetic.CLASSES)
+        self.fingerprint = hashlib.sha256(
+            json.dumps(["synthetic", synthetic.VERSION, split, len(self)]).encode()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return synthetic.LENGTHS[self._split]
+
+    def load(self, i: int) -> tuple[Image.Image, int]:
+        return synthetic.render(self._split, i, self._size), synthetic.label(i)
+
+
+def open_split(config: "DataConfig", split: str) -> Images | SyntheticImages | Stream:
+    """The "train" or "test" split; opened once a process."""
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    return _open(type(config), config.model_dump_json(exclude={"flip", "shuffle_buffer", "max_bad_fraction"}), split)
+
+
+@lru_cache(maxsize=8)
+def _open(schema: type, text: str, split: str) -> Images | SyntheticImages | Stream:
+    config = schema(**json.loads(text))
+    if config.source == "synthetic":
+        return SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size)
+    files = tables.local_files(config.source)
+    if files is None:
+        return _open_table(config, split, tables.from_hub(config.source, config.subset))
+    if not files:
+        return _open_table(config, split, tables.from_class_folders(Path(config.source).expanduser()))
+    if files[0].endswith(".tar"):
+        return _open_stream(config, split, tables.by_split(files))
+    return _open_table(config, split, tables.from_parquet(tables.by_split(files)))
+
+
+def _choose(config: "DataConfig", split: str, names: list[str]) -> tuple[str, bool]:
+    """The name of the split to read, and whether train and test share it (then a share of it is held out)."""
+    train = config.train_split or "train"
+    test = config.test_split or next((name for name in _TEST_SPLITS if name in names and name != train), None)
+    wanted = train if split == "train" or test is None else test
+    if wanted not in names:
+        key = "train_split" if wanted == train else "test_split"
+        raise UsageError(f"{config.source} has no split {wanted!r}: set data.{key} to one of {', '.join(names)}")
+    if test is None:
+        tables.note(f"{config.source} has no split to measure on: {config.holdout:.2%} of {train!r} is held out for it")
+    return wanted, test is None
+
+
+def _open_table(config: "DataConfig", split: str, found: dict[str, datasets.Dataset]) -> Images:
+    found = {name: table for name, table in found.items() if len(table)}
+    if not found:
+        raise UserError(f"{config.source} is empty")
+    name, shared = _choose(config, split, list(found))
+    table = found[name]
+    image = _image_column(config, table.features)
+    classes, labels = _labels(config, _label_column(config, table.features), found, name)
+    rows = _shared_rows(config, split, len(table)) if shared else np.arange(len(table))
+    return Images(table, image, labels, classes, rows, name)
+
+
+def _shared_rows(config: "DataConfig", split: str, n: int) -> np.ndarray:
+    """Rows of the one split there is that belong to "train" or "test": a fixed random share."""
+    count = round(n * config.holdout)
+    if not 0 < count < n:
+        raise UserError(f"{config.source}: of {n} images, data.holdout = {config.holdout} leaves none on one side")
+    order = np.random.default_rng(0).permutation(n)
+    return np.sort(order[:count] if split == "test" else order[count:])
+
+
+def _open_stream(config: "DataConfig", split: str, shards: dict[str, list[str]]) -> Stream:
+    name, shared = _choose(config, split, list(shards))
+    return Stream(
+        shards[name],
+        every_shard=[shard for part in shards.values() for shard in part],
+        image_field=config.image_column,
+        label_field=config.label_column,
+        names=None if config.class_names is None else read_class_names(config.class_names),
+        part=(split, config.holdout) if shared else None,
+    )
+
+
+# Columns
+
+
+def _image_column(config: "DataConfig", features: datasets.Features) -> str:
+    if config.image_column is not None:
+        return _existing(config, "image_column", features)
+    found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    found = found or [name for name, kind in features.items() if _holds_bytes(kind)]
+    if len(found) != 1:
+        what = f"several image columns ({', '.join(found)})" if found else "no image column"
+        raise UsageError(f"{config.source} has {what}: set data.image_column to one of {', '.join(features)}")
+    return found[0]
+
+
+def _label_column(config: "DataConfig", features: datasets.Features) -> str | None:
+    if config.label_column is not None:
+        return _existing(config, "label_column", features)
+    usual = [name for name in LABEL_NAMES if name in features and (_is_int(features[name]) or _is_text(features[name]))]
+    typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    return usual[0] if usual else typed[0] if len(typed) == 1 else None
+
+
+def _existing(config: "DataConfig", key: str, features: datasets.Features) -> str:
+    name = getattr(config, key)
+    if name not in features:
+        raise UsageError(f"{config.source} has no column data.{key} = {name!r}: it has {', '.join(features)}")
+    return name
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Encoded images without the library's own type: bytes, or a record of bytes and path."""
+    return getattr(kind, "dtype", "") == "binary" or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+
+
+def _is_int(kind: Any) -> bool:
+    return isinstance(kind, datasets.ClassLabel) or re.fullmatch(r"u?int\d+", getattr(kind, "dtype", "")) is not None
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", "") in ("string", "large_string")
+
+
+def _labels(config: "DataConfig", column: str | None, found: dict, split: str) -> tuple[list[str], np.ndarray]:
+    """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
+    if column is None:
+        return [], np.full(len(found[split]), -1)
+    kind = found[split].features[column]
+    values = {
+        name: table.select_columns([column]).with_format("arrow")[:].column(0)
+        for name, table in found.items()
+        if table.features.get(column) == kind
+    }
+    if _is_text(kind):
+        names = sorted({text for column in values.values() for text in column.unique().to_pylist() if text is not None})
+        ids = {None: -1} | {text: i for i, text in enumerate(names)}
+        labels = np.array([ids[text] for text in values[split].to_pylist()], np.int64)
+    elif _is_int(kind):
+        labels = values[split].fill_null(-1).to_numpy().astype(np.int64)
+        top = max(int(column.fill_null(-1).to_numpy().max()) for column in values.values())
+        if top >= _MAX_CLASSES:
+            raise UserError(f"{config.source}: column {column!r} goes up to {top}: these are no class ids")
+        names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(i) for i in range(top + 1)]
+    else:
+        raise UsageError(f"{config.source}: data.label_column = {column!r} holds {kind}, not class ids or names")
+    names = list(names) if config.class_names is None else read_class_names(config.class_names)
+    wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
+    if len(wrong):
+        place = f"label {labels[wrong[0]]} of {split}[{wrong[0]}]"
+        raise UserError(f"{config.source}: {place} is outside the classes 0..{len(names) - 1}")
+    return names, labels
+
+
+def read_class_names(path: str) -> list[str]:
+    """Names, one a line. Raises `UserError` where the file can't be read or holds none."""
+    try:
+        names = [line.strip() for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read data.class_names = {path}: {error}") from None
+    if not names:
+        raise UserError(f"data.class_names = {path} holds no names")
+    return names

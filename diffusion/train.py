@@ -1,0 +1,240 @@
+"""Train a class-conditional DiT by rectified flow in the latent space of a frozen tokenizer.
+
+accelerate launch diffusion/train.py                                    # DiT-B on what the default tokenizer run left
+accelerate launch diffusion/train.py --config configs/imagenet128/dit-xl.yaml --tokenizer runs/nsvq/tokenizer
+accelerate launch --num_processes 4 --mixed_precision bf16 diffusion/train.py --config FILE --tokenizer DIR
+The same command goes on from the newest checkpoint; the finished pipeline is in <out>/pipeline.
+"""
+
+import contextlib
+import math
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from pydantic import Field
+from torchvision.utils import save_image
+
+from common import config as configs
+from common import launch
+from common.config import Config
+from common.data import DataConfig
+from common.errors import UsageError, UserError
+from common.run import Run, RunConfig, code_version, make_accelerator, micro_batch_size, progress_bar
+from diffusion.encode import open_cache
+from diffusion.flow import (
+    FlowConfig,
+    dimension_shift,
+    drop_labels,
+    flow_loss,
+    make_scheduler,
+    sample,
+    training_sigma,
+)
+from diffusion.latents import train_batches
+from diffusion.model import ModelConfig, make_model
+from pipelines.export import check_classes, save_pipeline, to_stock
+from tokenizer import Tokenizer
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
+_QUARTILES = 4  # of sigma, in the loss that is logged
+
+
+class OptimConfig(Config):
+    """AdamW, and the averaged weights."""
+
+    lr: float = Field(1e-4, gt=0, description="Learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's betas.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    clip_grad_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    warmup_steps: int = Field(5_000, ge=0, description="Steps over which the learning rate rises from 0.")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved; "
+                             "at step n it is at most (1 + n) / (10 + n).")  # fmt: skip
+
+
+class SamplingConfig(Config):
+    """The picture of samples during training."""
+
+    images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
+    steps: int = Field(50, ge=1, description="Sampler steps.")
+    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
+
+
+class TrainConfig(Config):
+    """Train a class-conditional DiT (stage two) in the latent space of a frozen tokenizer."""
+
+    out: Path = Field(Path("runs/imagenet128-dit-b"), description="Folder of the run; holds the pipeline at the end.")
+    tokenizer: Path = Field(
+        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder of the tokenizer: ours, or any diffusers VQModel."
+    )
+    cache: Path | None = Field(None, description="Folder of the latents; null is <out>/latents.")
+    cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
+    steps: int = Field(400_000, ge=1, description="Optimizer steps.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    flow: FlowConfig = Field(default_factory=FlowConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+
+def main() -> None:
+    config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
+    if not (config.tokenizer / "config.json").is_file():
+        raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
+                        "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
+    accelerator = make_accelerator(config.run, config.out)
+    micro_batch = micro_batch_size(config.run, accelerator)
+    device, optim = accelerator.device, config.optim
+
+    # Data
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(device)
+    cache = open_cache(
+        config.cache or config.out / "latents",
+        tokenizer,
+        config.data,
+        accelerator,
+        workers=config.run.workers,
+        limit=config.cache_images,
+    )
+    check_classes(len(cache.classes))
+    shift = config.flow.shift or dimension_shift(cache.shape)
+
+    # Model and optimizer
+    set_seed(config.run.seed)  # whatever encoding drew
+    try:
+        model = make_model(config.model, cache.shape, len(cache.classes))
+    except ValueError as error:
+        raise UsageError(f"{config.model.size} does not fit these latents: {error}") from None
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay)
+    network, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(parameters, decay=optim.ema_decay, foreach=True)
+
+    # State
+    run = Run(accelerator, config, config.out, "diffusion")
+    state = run.load()
+    if state is not None:
+        ema.load_state_dict(state["ema"])
+        ema.to(device)
+
+    @contextlib.contextmanager
+    def averaged_weights():
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        yield
+        ema.restore(parameters)
+
+    @torch.no_grad()
+    def draw() -> None:
+        """Samples from fixed noise, with EMA weights."""
+        count = config.sampling.images
+        labels = torch.arange(count, device=device) * len(cache.classes) // count
+        noise = torch.stack(
+            [torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+        )
+        with averaged_weights(), accelerator.autocast():
+            latents = sample(
+                model, make_scheduler(shift), noise.to(device), labels, model.null_class,
+                steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale,
+            )  # fmt: skip
+        latents = latents / tokenizer.model.config.scaling_factor
+        images = torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
+        save_image(images, run.image_path(), nrow=math.isqrt(count - 1) + 1, normalize=True, value_range=(-1, 1))
+
+    # Training
+    batches = train_batches(
+        cache, batch_size=micro_batch, seed=config.run.seed, start=run.samples_seen, rank=accelerator.process_index,
+        world_size=accelerator.num_processes, workers=config.run.workers,
+    )  # fmt: skip
+    bar = progress_bar(accelerator, config.steps, run.step)
+    interval = Interval(device)
+    while run.step < config.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr * min(1.0, (run.step + 1) / max(1, optim.warmup_steps))
+        for _ in range(config.run.accumulation):
+            batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+            sigma = training_sigma(batch["time_normal"], config.flow, shift)
+            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.class_dropout, model.null_class)
+            with accelerator.accumulate(network):
+                losses = flow_loss(network, batch["latents"], batch["noise"], sigma, labels)
+                accelerator.backward(losses.mean())
+                if accelerator.sync_gradients:
+                    interval.add_norm(accelerator.clip_grad_norm_(parameters, optim.clip_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad()
+            interval.add(losses.detach(), sigma)
+        ema.step(parameters)
+        run.step += 1
+        run.samples_seen += config.run.batch_size
+        bar.update()
+
+        last = run.step == config.steps
+        saves = run.step % config.run.checkpoint_every == 0 or last
+        if run.step % config.run.log_every == 0 or saves:
+            values = interval.means(accelerator)
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"the loss is not finite at step {run.step}: start again with a lower --optim.lr and "
+                                f"another --out; the last good checkpoint is in {config.out}/checkpoints")  # fmt: skip
+            run.log(values | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value})
+            bar.set_postfix(loss=f"{values['loss']:.4f}")
+        if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
+            draw()
+        if saves:
+            run.save({"ema": ema.state_dict()})
+    bar.close()
+
+    # Export, with EMA weights
+    if accelerator.is_main_process:
+        ema.copy_to(parameters)
+        about = {
+            "nsvq": code_version(),
+            "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
+            "step": run.step,
+            "samples_seen": run.samples_seen,
+            "parameters": sum(p.numel() for p in parameters),
+            "flow_shift": shift,
+            "config": configs.to_dict(config),
+            "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
+        }
+        classes = dict(enumerate(cache.classes))
+        save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), make_scheduler(shift),
+                      classes, about)  # fmt: skip
+        accelerator.print(f"pipeline: {config.out / 'pipeline'}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+class Interval:
+    """Sums since the last line of metrics, kept on the device; `means` reduces them over ranks and starts anew."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros(
+            2, _QUARTILES, dtype=torch.float32, device=device
+        )  # sums and counts by quartile of sigma
+        self.norm = torch.zeros(2, device=device)
+
+    def add(self, losses: torch.Tensor, sigma: torch.Tensor) -> None:
+        """losses [B] at noise levels sigma [B]."""
+        quartile = (sigma * _QUARTILES).long().clamp(max=_QUARTILES - 1)
+        self.loss.index_add_(1, quartile, torch.stack([losses, torch.ones_like(losses)]))
+
+    def add_norm(self, norm: torch.Tensor) -> None:
+        self.norm += torch.stack([norm.detach(), torch.ones_like(norm)])
+
+    def means(self, accelerator) -> dict[str, float]:
+        """Mean loss, in all and by quartile of sigma where there were samples; mean gradient norm."""
+        totals = accelerator.reduce(torch.cat([self.loss.flatten(), self.norm]), "sum").double().tolist()
+        self.loss.zero_()
+        self.norm.zero_()
+        sums, counts = totals[:_QUARTILES], totals[_QUARTILES : 2 * _QUARTILES]
+        values = {"loss": sum(sums) / sum(counts), "grad_norm": totals[-2] / totals[-1]}
+        parts = enumerate(zip(sums, counts, strict=True), 1)
+        return values | {f"loss_sigma_q{i}": total / count for i, (total, count) in parts if count}
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,113 @@
+"""A small classifier, trained on the spot, that tells of which class a generated image is.
+
+A conditional model must draw the class that it was asked for. ImageNet classifiers know nothing of the synthetic set or
+of a user's own classes, and their weights can't be had on every machine; a few seconds of training on the data set's
+own training split give a judge whose accuracy on real test images is measured beside that on generated ones. On the
+synthetic set it is right on more than 99 % of the test split; on photographs read it only against its score on
+real ones.
+
+    classifier = train_classifier(config.data)
+    accuracy = class_accuracy(classifier, images, labels)
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.data import BadImages, DataConfig, open_split, train_batches
+from common.errors import UserError
+
+
+class Classifier(nn.Module):
+    """images [B, 3, H, W] of any size, float in [-1, 1] or uint8 -> logits [B, classes].
+
+    It looks at 32 x 32 pixels: shape and colour, no fine detail, so that a soft image is judged by what it shows.
+    """
+
+    def __init__(self, classes: int, width: int = 32):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, 4 width, 2, 2)
+        self.head = nn.Linear(4 * width * 4, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point():
+            images = images.float() / 127.5 - 1
+        images = F.interpolate(images, (32, 32), mode="bilinear", antialias=True, align_corners=False)
+        return self.head(self.features(images).flatten(1))
+
+
+def train_classifier(
+    config: DataConfig,
+    *,
+    steps: int = 250,
+    batch_size: int = 64,
+    seed: int = 0,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """Train on `steps` batches of the training split, slightly blurred, noised and re-lit; returns it in eval mode.
+
+    Leaves torch's global random state as it was. Raises `UserError` where the data has no classes.
+    """
+    classes = open_split(config, "train").classes
+    if not classes:
+        raise UserError(f"{config.source} has no class labels to train a classifier on (data.label_column names them)")
+    bad = BadImages(config.max_bad_fraction)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Classifier(len(classes)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    batches = train_batches(config, batch_size=batch_size, seed=seed, workers=workers)
+    for _, batch in zip(range(steps), batches, strict=False):
+        bad.update(batch)
+        bad.check()
+        images = _degrade(batch["image"].to(device), generator)
+        loss = F.cross_entropy(model(images), batch["label"].to(device), ignore_index=-1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    batches.close()
+    return model.eval()
+
+
+@torch.no_grad()
+def class_accuracy(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+    """Share of `images` [N, 3, H, W] (float in [-1, 1] or uint8) that `model` takes for `labels` [N], in [0, 1].
+
+    Raises `ValueError` where there are no images or not one label each.
+    """
+    if len(images) == 0 or len(images) != len(labels):
+        raise ValueError(f"expected one label an image and some images, got {len(images)} and {len(labels)}")
+    device = model.head.weight.device
+    pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    right = sum(int((model(x.to(device)).argmax(1) == y.to(device)).sum()) for x, y in pairs)
+    return right / len(labels)
+
+
+def _degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What a generated image may look like: softer (one radius a batch), noisier, otherwise lit."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=images.device)
+
+    n, _, size, _ = images.shape
+    sigma = float(uniform(1)) * size / 40
+    if sigma > 0.2:
+        reach = max(1, round(2.5 * sigma))
+        weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2)
+        weights = (weights / weights.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
+        padded = F.pad(images, [reach] * 4, mode="replicate")
+        images = F.conv2d(F.conv2d(padded, weights, groups=3), weights.transpose(2, 3), groups=3)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    images = images + noise * (0.1 * uniform(n, 1, 1, 1))
+    return images * (0.7 + 0.5 * uniform(n, 1, 1, 1)) + 0.3 * (uniform(n, 3, 1, 1) - 0.5)

@@ -1,0 +1,75 @@
+"""Several ranks as one: builds in turn, and the rows of all images brought together."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from common.errors import UserError
+
+_GATHER_ROWS = 4096  # rows of each rank on the device at once
+
+T = TypeVar("T")
+
+
+def build_in_turn(accelerator: Accelerator, build: Callable[[], T]) -> T:
+    """Call `build` on one rank of each machine, which may download, then on the others, which find what it fetched.
+
+    A `UserError` on any rank is raised on all of them. A collective call.
+    """
+    built = problem = None
+    for my_turn in (accelerator.is_local_main_process, not accelerator.is_local_main_process):
+        if my_turn:
+            try:
+                built = build()
+            except UserError as error:
+                problem = error
+        if problems := [found for found in gather_object([problem]) if found is not None]:
+            raise problems[0]
+    return built
+
+
+def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> dict[str, Tensor] | None:
+    """Bring the per-image rows of all ranks together, in the order of the images.
+
+    rows: {name: batches [B, ...] of this rank}, the same names on every rank, with the images' numbers in
+    `rows["index"]`, or -1 in streams, whose images have none and stay in the order of the ranks. A rank may have no
+    batch. Returns {name: [N, ...]} on the CPU of the main process, None on the others. A collective call.
+    Raises `RuntimeError` where an image was counted twice.
+    """
+    gathered = {name: _gather(accelerator, batches) for name, batches in rows.items()}
+    if not accelerator.is_main_process:
+        return None
+    order = gathered["index"].argsort(stable=True)
+    gathered = {name: values[order] for name, values in gathered.items()}
+    index = gathered["index"]
+    if ((index.diff() == 0) & (index[1:] >= 0)).any():
+        raise RuntimeError("an image was counted twice")
+    return gathered
+
+
+def _gather(accelerator: Accelerator, batches: list[Tensor]) -> Tensor:
+    mine = torch.cat(batches).cpu() if batches else None
+    if accelerator.num_processes == 1:
+        return torch.empty(0) if mine is None else mine
+    # A rank without images learns from the others what a row looks like.
+    kinds = gather_object([None if mine is None else (len(mine), tuple(mine.shape[1:]), mine.dtype)])
+    counts = [kind[0] if kind else 0 for kind in kinds]
+    if not any(counts):
+        return torch.empty(0)
+    _, shape, dtype = next(kind for kind in kinds if kind)
+    mine = torch.empty((0, *shape), dtype=dtype) if mine is None else mine
+    parts = [[] for _ in counts]
+    for start in range(0, max(counts), _GATHER_ROWS):
+        rows = min(_GATHER_ROWS, max(counts) - start)
+        padded = torch.zeros((rows, *shape), dtype=dtype, device=accelerator.device)
+        chunk = mine[start : start + rows]
+        padded[: len(chunk)] = chunk.to(accelerator.device)
+        gathered = accelerator.gather(padded).cpu()
+        if accelerator.is_main_process:
+            for part, theirs, count in zip(parts, gathered.split(rows), counts, strict=True):
+                part.append(theirs[: max(0, count - start)])
+    return torch.cat([torch.cat(part) for part in parts]) if accelerator.is_main_process else gathered

@@ -1,0 +1,167 @@
+"""What both evaluations share: their options, and the result as a file and a table."""
+
+import hashlib
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pydantic import Field
+
+from common import config as configs
+from common.data import DataConfig, Images, Stream
+from common.errors import UsageError, UserError
+from common.run import code_version
+from eval.features import INCEPTION, Extractor
+
+_BAD_SHOWN = 20
+
+
+class EvaluationConfig(configs.Config):
+    """Options of both evaluations."""
+
+    data: DataConfig = Field(DataConfig(), description="The images to measure against.")
+    output: Path = Field(description="The result, a .json file; its folder is created.")
+    features: str = Field(
+        INCEPTION,
+        description="Feature extractor of FID: a name of torch-fidelity, a .py file that registers one, or none.",
+    )
+    features_weights: Path | None = Field(None, description="The extractor's weights; null downloads them.")
+    batch_size: int = Field(50, ge=1, description="Images at once on each rank; it changes no number.")
+    workers: int = Field(4, ge=0, description="Data loading processes per rank.")
+
+
+def open_output(path: Path) -> None:
+    """Have the folder of the result ready before any long work. Raises `UsageError` where it cannot be written to."""
+    if path.suffix != ".json" or path.is_dir():
+        raise UsageError(f"--output {path}: give the name of a .json file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _part(path).touch()
+        _part(path).unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None
+
+
+def exact_float32() -> None:
+    """Let float32 be float32 on every GPU: TF32 convolutions move a Frechet distance in its third digit."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def data_with_size(data: DataConfig, size: int) -> DataConfig:
+    """`data` at `size` pixels, unless its own `image_size` was given."""
+    return data if "image_size" in data.model_fields_set else data.model_copy(update={"image_size": size})
+
+
+# The result
+
+
+def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
+    """What made a number, beside its inputs: command, config, machine and versions."""
+    packages = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "lpips", "numpy", "pillow")
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "command": shlex.join(sys.argv),
+        "config": configs.to_dict(config),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "ranks": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(accelerator.device) if cuda else str(accelerator.device),
+        "versions": {
+            "nsvq": code_version(),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
+
+
+def about_data(config: DataConfig, split: str, images: Images | Stream) -> dict:
+    """Which images were measured."""
+    return {
+        "source": config.source,
+        "split": split,
+        "fingerprint": images.fingerprint,
+        "image_size": config.image_size,
+        "crop": "ADM centre crop",
+    }
+
+
+def about_extractor(extractor: Extractor | None, config: EvaluationConfig) -> dict | None:
+    """Which features were measured."""
+    if extractor is None:
+        return None
+    about = {"extractor": extractor.name, "layers": extractor.layers}
+    for key, file in (("file", Path(config.features)), ("weights", config.features_weights)):
+        if file is not None and file.is_file():
+            about |= {key: str(file), f"{key}_sha256": file_hash(file)}
+    return about
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path) -> str | None:
+    """SHA-256 over names and contents of a pipeline's files, without its card; None for a Hub id."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
+        digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def bad_images(accelerator: Accelerator, bad: list[str]) -> dict:
+    """How many images of all ranks did not decode, and the first of them. A collective call."""
+    everywhere = sorted(gather_object(bad))
+    return {"bad_images": len(everywhere), "bad_images_shown": everywhere[:_BAD_SHOWN]}
+
+
+def write(path: Path, result: dict) -> None:
+    """Write the result in one step. A metric that is not finite becomes null, with a warning beside it."""
+    broken = [name for name, value in result["metrics"].items() if not math.isfinite(value)]
+    warnings = [f"{name} is {result['metrics'][name]}, written as null" for name in broken]
+    result = _finite(result) | {
+        "metrics": result["metrics"] | dict.fromkeys(broken),
+        "warnings": result["warnings"] + warnings,
+    }
+    try:
+        _part(path).write_text(json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")
+        _part(path).replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, and settings of schedulers do: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def table(title: str, result: dict) -> str:
+    """The result as aligned lines: name, number, what it is; then what was skipped and why, and the warnings."""
+    metrics, skipped = result["metrics"], result["skipped"]
+    whys = {why: ", ".join(name for name in skipped if skipped[name] == why) for why in skipped.values()}
+    width = max(map(len, metrics), default=0)
+    lines = [title]
+    lines += [f"  {name:<{width}}  {value:>10.5g}  {result['protocol'][name]}" for name, value in metrics.items()]
+    lines += [f"  skipped {names}: {why}" for why, names in whys.items()]
+    lines += [f"  warning: {warning}" for warning in result["warnings"]]
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""The model card: README.md of a pipeline folder, from its nsvq.json and from measured results."""
+
+import json
+from pathlib import Path
+
+PAPER = "2606.11363"
+
+
+def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
+    """Write README.md into a pipeline folder, and return its path.
+
+    `results`: {heading: a result of eval/reconstruction.py or eval/generation.py, as read from its JSON file}. What was
+    trained, how and on what comes from nsvq.json, which training leaves in the folder.
+    """
+    about = json.loads((folder / "nsvq.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    parts = [
+        _front_matter(about),
+        _summary(about, index["id2label"], vae, transformer),
+        _use(index["id2label"]),
+        _training(about),
+        _results(results or {}),
+        _limits(len(index["id2label"])),
+        _citation(),
+    ]
+    path = folder / "README.md"
+    temporary = folder / ".README.md.part"
+    temporary.write_text("\n".join(parts))
+    temporary.replace(path)
+    return path
+
+
+def _front_matter(about: dict) -> str:
+    source = about["config"]["data"]["source"]
+    from_hub = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: unconditional-image-generation",
+        "tags: [class-conditional-image-generation, diffusion, dit, rectified-flow, vector-quantization, nsvq, "
+        f"'arxiv:{PAPER}']",
+        *([f"datasets: [{source}]"] if from_hub else []),
+        "# license: to be set by whoever publishes the model; it depends on the training data",
+        "---",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(about: dict, names: dict[str, str], vae: dict, transformer: dict) -> str:
+    key, latents = about["latents"]["key"], about["latents"]
+    _, channels, height, width = latents["shape"]
+    shown = ", ".join(list(names.values())[:10]) + (", ..." if len(names) > 10 else "")
+    return f"""# Class-conditional DiT on vector-quantized latents
+
+A diffusion transformer ({about["parameters"] / 1e6:.1f} M parameters, depth {transformer["num_layers"]}, patch
+{transformer["patch_size"]}), trained by rectified flow in the latent space of a frozen image tokenizer
+({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). It samples continuous latents, and the
+tokenizer's decoder quantizes them first.
+
+- Images: {key["image_size"]} x {key["image_size"]} pixels; latents: {height} x {width} x {channels}
+- Classes: {len(names)}{f" ({shown})" if names else ""}
+- Data: `{about["config"]["data"]["source"]}`, {latents["count"]} training images
+"""
+
+
+def _use(names: dict[str, str]) -> str:
+    label = next(iter(names.values()), "0").split(",")[0].strip()
+    return f"""## Use
+
+With `diffusers` alone:
+
+```python
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+image = pipeline(class_labels=[0], guidance_scale=2.0, num_inference_steps=50).images[0]
+```
+
+With the project's own class, which adds class names, one seed an image, batches, a guidance interval and callbacks:
+
+```python
+from pipelines import ClassConditionalPipeline
+pipeline = ClassConditionalPipeline.from_pretrained("path/to/this/folder")
+image = pipeline([{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]).images[0]
+```
+"""
+
+
+def _training(about: dict) -> str:
+    config, latents = about["config"], about["latents"]
+    optim, flow, run = config["optim"], config["flow"], config["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    channel_means = [abs(value) for value in latents["mean"]]
+    return f"""## Training
+
+- Steps: {about["step"]}; batch {run["batch_size"]}; {about["samples_seen"]} samples seen
+- Optimizer: AdamW, learning rate {optim["lr"]:g}, betas {tuple(optim["betas"])}, weight decay
+  {optim["weight_decay"]:g}, gradient norm at most {optim["clip_grad_norm"]:g}, {optim["warmup_steps"]} warm-up steps;
+  mixed precision: {run["mixed_precision"]}; averaged weights with decay {optim["ema_decay"]:g}
+- Objective: v = noise - x0 at x = (1 - sigma) x0 + sigma noise; logit(sigma) normal with mean {flow["logit_mean"]:g}
+  and deviation {flow["logit_std"]:g}, then shifted by s = {about["flow_shift"]:.4g}, in sampling too; labels dropped
+  with probability {config["model"]["class_dropout"]:g}
+- Images: ADM's centre crop{", and its mirror image" if latents["key"]["flips"] == 2 else ""};
+  {latents["bad_images"]} images did not decode and were left out
+- Latents over the training set, as the transformer sees them: overall deviation {latents["overall_std"]:.4f};
+  deviation of a channel {min(latents["std"]):.4f} to {max(latents["std"]):.4f}; largest mean of a channel
+  {max(channel_means):.4f}
+- Tokenizer: SHA-256 {latents["key"]["tokenizer"]}
+- Software: nsvq {about["nsvq"]}, {versions}; all settings are in `nsvq.json`
+"""
+
+
+def _results(results: dict[str, dict]) -> str:
+    if not results:
+        return "## Results\n\nNot measured yet.\n"
+    lines = ["## Results", ""]
+    for heading, result in results.items():
+        lines += [f"### {heading}", "", "| | | |", "|---|---|---|"]
+        for name, value in result["metrics"].items():
+            lines.append(
+                f"| {name} | {'-' if value is None else f'{value:.5g}'} | {result['protocol'].get(name, '')} |"
+            )
+        lines += [f"| {name} | skipped | {why} |" for name, why in result.get("skipped", {}).items()]
+        if command := result.get("command"):
+            lines += ["", f"    {command}"]
+        lines += ["", *(f"Warning: {warning}\n" for warning in result.get("warnings", []))]
+    return "\n".join(lines)
+
+
+def _limits(classes: int) -> str:
+    return f"""## Limits
+
+- It knows its {classes} classes at its one image size, with the biases of its training data. Samples do not show real
+  people, places or events, and must not be passed off as such.
+- An image's detail is bounded by the tokenizer: see its reconstruction figures.
+- The stock pipeline uses guidance only for `guidance_scale` > 1, takes class ids, and samples in at most about 300
+  steps: its scheduler's timesteps are integers from 0 to 1000.
+"""
+
+
+def _citation() -> str:
+    return f"""## Citation
+
+The tokenizer's method, NSVQ (non-stationary-aware vector quantization): https://arxiv.org/abs/{PAPER}.
+The transformer: Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748.
+"""

@@ -1,0 +1,174 @@
+"""Class-conditional sampling from a stock pipeline folder, with what the stock class lacks.
+
+pipeline = ClassConditionalPipeline.from_pretrained("runs/dit-b/pipeline").to("cuda")
+images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).images
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusion.flow import sample
+from pipelines.export import STOCK_NULL_CLASS, save_pipeline
+
+_DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
+
+
+class ClassConditionalPipeline(DiTPipeline):
+    """Loads and saves the folders of the stock `DiTPipeline`.
+
+    `id2label`: {class id: name}; names are their numbers where model_index.json holds none.
+    """
+
+    def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
+        super().__init__(transformer, vae, scheduler, id2label)
+        names = id2label or {i: str(i) for i in range(_trained_classes(transformer))}
+        self.id2label = {int(i): name for i, name in names.items()}
+
+    def save_pretrained(self, save_directory: str | Path, **ignored) -> None:
+        """Write a folder of the stock class, class names included."""
+        if ignored:
+            raise ValueError(f"not supported: {', '.join(ignored)}; the folder is always safetensors, in one variant")
+        save_pipeline(Path(save_directory), self.transformer, self.vae, self.scheduler, self.id2label)
+
+    def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
+        """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
+
+        Raises `ValueError` where there is no such class, or several.
+        """
+        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
+        return [self._class_id(label) for label in labels]
+
+    def _class_id(self, label: int | str | None) -> int:
+        if label is None:
+            return STOCK_NULL_CLASS
+        if not isinstance(label, str):
+            if label not in self.id2label:
+                raise ValueError(f"class {label} does not exist: {self._classes()}")
+            return int(label)
+        wanted = label.strip().lower()
+        synonyms: dict[str, list[int]] = {}
+        for i, name in self.id2label.items():
+            for word in name.lower().split(","):
+                synonyms.setdefault(word.strip(), []).append(i)
+        whole = [i for i, name in self.id2label.items() if name.strip().lower() == wanted]
+        found = whole or synonyms.get(wanted, [])
+        if len(found) > 1:
+            raise ValueError(f"{label!r} is the name of classes {', '.join(map(str, found))}: give the id")
+        if not found:
+            near = difflib.get_close_matches(wanted, synonyms, n=3)
+            near += [word for word in synonyms if wanted in word and word not in near][: 3 - len(near)]
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else self._classes()
+            raise ValueError(f"class {label!r} does not exist: {hint}")
+        return found[0]
+
+    def _classes(self) -> str:
+        """The classes there are, in short."""
+        shown = [f"{i} ({name})" for i, name in self.id2label.items()]
+        return "there are " + ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str | None] | None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seeds: list[int] | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Images of the given classes, one each.
+
+        class_labels: ids or names; None is "no class".
+        guidance_scale: v = v_null + scale (v_class - v_null), on all channels; 1 is without guidance, 0 unconditional.
+        guidance_interval: (low, high) in noise levels sigma, 0 to 1; outside of it only the class is evaluated.
+        seeds: one an image. It alone decides the image's noise, so that an image does not depend on the others, on
+            their number or on `batch_size`, but for float error.
+        generator: one for all images, or one an image, as in stock pipelines; instead of seeds.
+        batch_size: images to sample at once; null is all of them.
+        output_type: "pil", "np" [N, H, W, 3] or "pt" [N, 3, H, W] in [0, 1], or "latent" [N, C, h, w] before decoding.
+        callback_on_step_end(pipeline, step, timestep, {"latents": latents}) is called after every step of every batch;
+            a dict that it returns may hold other latents to go on with.
+
+        Raises `ValueError` where a class does not exist or an argument has no meaning.
+        """
+        ids = self.class_ids(class_labels)
+        if not ids:
+            raise ValueError("class_labels is empty")
+        low, high = guidance_interval
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", not {output_type!r}')
+        if not math.isfinite(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be 0 or more, not {guidance_scale}")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, not {(low, high)}")
+        if num_inference_steps < 1 or (batch_size is not None and batch_size < 1):
+            raise ValueError("num_inference_steps and batch_size must be 1 or more")
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError("give seeds or a generator, not both")
+            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if isinstance(generator, list) and len(generator) != len(ids):
+            raise ValueError(f"{len(ids)} images need {len(ids)} seeds or generators, not {len(generator)}")
+
+        config, device = self.transformer.config, self._execution_device
+        shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        labels = torch.tensor(ids, device=device, dtype=torch.int64)
+        batches = [slice(i, i + (batch_size or len(ids))) for i in range(0, len(ids), batch_size or len(ids))]
+        done = []
+        with self.progress_bar(total=len(batches) * num_inference_steps) as bar:
+
+            def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return latents
+                returned = callback_on_step_end(self, step, timestep, {"latents": latents})
+                return (returned or {}).get("latents", latents)
+
+            for part in batches:
+                latents = sample(
+                    lambda x, time, y: self.transformer(x, timestep=time, class_labels=y).sample,
+                    self.scheduler,
+                    noise[part],
+                    labels[part],
+                    STOCK_NULL_CLASS,
+                    steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
+                    generator=generator[part] if isinstance(generator, list) else generator,
+                    on_step=on_step,
+                )
+                done.append(latents if output_type == "latent" else self.decode(latents))
+        images = torch.cat(done)
+        if output_type in ("np", "pil"):
+            images = images.cpu().permute(0, 2, 3, 1).float().numpy()  # (N, H, W, 3)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, h, w] -> images [N, 3, H, W] in [0, 1], a few at a time: the quantizer's table of distances
+        has N h w x K elements."""
+        latents = latents / self.vae.config.scaling_factor
+        rows = latents.shape[2] * latents.shape[3] * self.vae.config.num_vq_embeddings
+        parts = latents.split(max(1, _DISTANCES // rows))
+        return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
+
+
+def _trained_classes(transformer: DiTTransformer2DModel) -> int:
+    """How many classes a model has whose folder has lost their names: unused rows repeat the null row."""
+    table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    used = (table[:STOCK_NULL_CLASS] != table[STOCK_NULL_CLASS]).any(1).nonzero()
+    return int(used.max()) + 1 if len(used) else 0

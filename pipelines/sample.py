@@ -1,0 +1,75 @@
+"""Draw samples of chosen classes into one picture, a row of each class.
+
+python pipelines/sample.py --pipeline runs/dit-b/pipeline --classes 207 "golden retriever" --output grid.png
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torchvision.utils import save_image
+
+from common import config as configs
+from common import launch
+from common.config import Config
+from common.errors import UsageError, UserError
+from pipelines import ClassConditionalPipeline
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class SampleConfig(Config):
+    """Samples of a pipeline as a picture, one row a class."""
+
+    pipeline: Path = Field(description="Folder of a pipeline (<out>/pipeline).")
+    classes: list[int | str] = Field(description="Class ids or names.", min_length=1)
+    output: Path = Field(description="The picture: .png, .jpg or .webp.")
+    per_class: int = Field(4, ge=1, description="Images of each class.")
+    steps: int = Field(50, ge=1, description="Sampler steps.")
+    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none, 0 unconditional.")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Noise levels between which guidance acts.")
+    seed: int = Field(0, ge=0, description="Seed of the first image; image i has seed + i.")
+    batch_size: int = Field(16, ge=1, description="Images to sample at once.")
+    device: str | None = Field(None, description="Such as cpu or cuda:1; null is a GPU where there is one.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of weights and latents.")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _one_class(cls, value):
+        return value if isinstance(value, list) else [value]
+
+
+def main() -> None:
+    config = configs.parse(SampleConfig, sys.argv[1:])
+    if not (config.pipeline / "model_index.json").is_file():
+        raise UserError(f"there is no pipeline at {config.pipeline}: give the <out>/pipeline folder of a finished run")
+    if config.output.suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"--output {config.output} must end in one of {', '.join(_SUFFIXES)}")
+    pipeline = ClassConditionalPipeline.from_pretrained(config.pipeline)
+    try:
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.to(device, getattr(torch, config.dtype))
+        ids = [i for i in pipeline.class_ids(config.classes) for _ in range(config.per_class)]
+        images = pipeline(
+            ids,
+            guidance_scale=config.guidance_scale,
+            guidance_interval=config.guidance_interval,
+            num_inference_steps=config.steps,
+            seeds=list(range(config.seed, config.seed + len(ids))),
+            batch_size=config.batch_size,
+            output_type="pt",
+        ).images
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    try:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        save_image(images.float(), config.output, nrow=config.per_class)
+    except OSError as error:
+        raise UserError(f"cannot write {config.output}: {error}") from None
+    print(f"{len(ids)} images: {config.output}")
+
+
+if __name__ == "__main__":
+    launch.run(main)

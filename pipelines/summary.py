@@ -1,0 +1,91 @@
+"""What a finished run of both stages gives: one table of its measurements, and where everything is.
+
+python pipelines/summary.py --out runs/quickstart
+Reads <out>/reconstruction.json and <out>/generation.json, and writes them into the model card of <out>/pipeline.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from common import config as configs
+from common import launch
+from common.errors import UserError
+from pipelines.card import write_card
+
+ROWS = {  # of each result: what to show, and how
+    "reconstruction": {
+        "psnr": "{:.2f} dB",
+        "ssim": "{:.3f}",
+        "utilization": "{:.1%}",
+        "perplexity_fraction": "{:.1%}",
+        "bits_per_token": "{:.0f}",
+        "tokens_per_image": "{:.0f}",
+        "rfid": "{:.2f}",
+        "rfd_": "{:.2f}",
+    },
+    "generation": {
+        "fid": "{:.2f}",
+        "fd_": "{:.2f}",
+        "is": "{:.2f}",
+        "precision": "{:.2f}",
+        "recall": "{:.2f}",
+        "class_accuracy": "{:.1%}",
+    },
+}
+
+
+class SummaryConfig(configs.Config):
+    """Show what a run of both stages gave."""
+
+    out: Path = Field(description="Folder with nsvq/, dit/, reconstruction.json and generation.json.")
+
+
+def read_result(path: Path) -> dict:
+    """A result of eval/. Raises `UserError` where it is absent or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"no result at {path}: run eval/{path.stem}.py with --output {path} ({error})") from None
+
+
+def rows(result: dict) -> list[tuple[str, str]]:
+    """(name, value) of the numbers that matter most; what was skipped, with the reason."""
+    shown = ROWS[result["kind"]]
+    found = [
+        (name, style.format(value))
+        for key, style in shown.items()
+        for name, value in result["metrics"].items()
+        if value is not None and name.startswith(key) and not name.endswith("_std")
+    ]
+    found = list(dict(found).items())
+    return found + [(name, f"skipped: {why}") for name, why in result["skipped"].items() if name in ("rfid", "fid")]
+
+
+def main() -> None:
+    config = configs.parse(SummaryConfig, sys.argv[1:])
+    results = {kind: read_result(config.out / f"{kind}.json") for kind in ROWS}
+    write_card(config.out / "pipeline", {kind.capitalize(): result for kind, result in results.items()})
+    lines = []
+    for kind, result in results.items():
+        images = result["counts"].get("samples") or result["counts"]["images"]
+        lines += ["", f"{kind}, {images} images, {result['data']['split']} split of {result['data']['source']}"]
+        lines += [f"  {name:<28} {value}" for name, value in rows(result)]
+    pictures = [sorted((config.out / run / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)[-1]
+                for run in ("nsvq", "dit")]  # fmt: skip
+    places = {
+        "reconstructions (originals above)": pictures[0],
+        "samples during training": pictures[1],
+        "samples by class": config.out / "generation.png",
+        "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / 'dit/metrics.jsonl'}",
+        "tokenizer": config.out / "tokenizer",
+        "pipeline, with its model card": config.out / "pipeline",
+    }
+    lines += ["", *(f"{name:<34} {place}" for name, place in places.items())]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    launch.run(main)

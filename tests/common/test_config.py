@@ -1,0 +1,113 @@
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from common.config import Config, describe, differences, parse, to_dict
+from common.errors import UsageError
+
+
+class Inner(Config):
+    rate: float = Field(0.1, gt=0, description="How fast.")
+    kind: Literal["a", "b"] = "a"
+    names: list[str] = Field(default_factory=list)
+
+
+class Outer(Config):
+    """An example."""
+
+    steps: int = Field(10, ge=1, description="How long.")
+    flag: bool = False
+    inner: Inner = Inner()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("steps: 20\ninner: {rate: 0.5, kind: b}\n")
+    return path
+
+
+def test_arguments_go_over_the_file_and_the_file_over_defaults(file):
+    config = parse(Outer, ["--config", str(file), "--inner.rate", "1e-3", "--flag"])
+    assert (config.steps, config.flag, config.inner.rate, config.inner.kind) == (20, True, 0.001, "b")
+    assert parse(Outer, ["--steps=7"], default_file=file).inner.rate == 0.5
+    assert parse(Outer, ["--inner.names", "x", "y z"]).inner.names == ["x", "y z"]
+
+
+def test_a_resolved_config_reads_back_as_itself(file):
+    config = parse(Outer, ["--config", str(file)])
+    assert Outer(**to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--inner.ratte", "1"], ["inner.ratte", "did you mean inner.rate?"]),
+        (["--stepz", "1"], ["stepz", "did you mean steps?"]),
+        (["--outer.rate", "1"], ["outer.rate", "did you mean inner.rate?"]),
+        (["--steps", "0"], ["steps = 0", "greater than or equal to 1"]),
+        (["--steps", "two"], ["steps = 'two'", "integer"]),
+        (["--inner.kind", "c"], ["inner.kind = 'c'", "'a' or 'b'"]),
+        (["--inner.rate", ".nan"], ["inner.rate", "finite"]),
+        (["--steps", "1", "--steps", "2"], ["--steps is given twice"]),
+        (["steps"], ["'steps'", "--key value"]),
+        (["--config", "nowhere.yaml"], ["cannot read the config nowhere.yaml"]),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_key_value_and_remedy(arguments, parts):
+    with pytest.raises(UsageError) as caught:
+        parse(Outer, arguments)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["steps: [", "- a\n- b\n"])
+def test_a_file_that_is_no_mapping_is_refused(text, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
+        parse(Outer, ["--config", str(path)])
+
+
+def test_every_problem_of_a_file_is_told_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("steps: 0\ninner: {speed: 3}\n")
+    with pytest.raises(UsageError, match=r"steps = 0.*unknown key inner\.speed"):
+        parse(Outer, ["--config", str(path)])
+
+
+def test_help_names_every_key_with_type_default_and_meaning():
+    text = describe(Outer)
+    assert "--inner.rate float (default: 0.1)\n        How fast." in text
+    assert "--inner.kind {a,b} (default: a)" in text
+    assert "--steps int (default: 10)\n        How long." in text
+
+
+def test_differences_name_the_leaves():
+    old, new = to_dict(Outer()), to_dict(Outer(steps=3, inner=Inner(rate=2)))
+    assert differences(old, new) == ["steps: 10 -> 3", "inner.rate: 0.1 -> 2.0"]
+
+
+def test_every_config_of_the_repository_is_valid():
+    from pathlib import Path
+
+    from common.config import read_yaml, validate
+    from diffusion.train import TrainConfig as DiffusionConfig
+    from tokenizer.config import TrainConfig as TokenizerConfig
+
+    root = Path(__file__).parents[2] / "configs"
+    files = [path for path in root.rglob("*.yaml") if path.parent.name != "accelerate"]
+    assert len(files) >= 10
+    for path in files:
+        schema = DiffusionConfig if path.name.startswith("dit") else TokenizerConfig
+        assert validate(schema, read_yaml(path), source=path.name)
+        for key, text in _undocumented(schema):
+            assert text, f"{schema.__name__}: {key} has no description"
+
+
+def _undocumented(schema):
+    from common.config import _leaves
+
+    return [(key, field.description) for key, field in _leaves(schema).items()]

@@ -1,0 +1,286 @@
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.data import DataConfig, open_split
+from common.errors import UsageError, UserError
+from common.images import center_crop, to_tensor
+from diffusion import encode
+from diffusion.encode import open_cache
+from diffusion.latents import LatentCache, train_batches
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(encode, "SHARD_IMAGES", 16)
+    monkeypatch.setattr(encode, "BATCH_IMAGES", 8)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture
+def data(image_folder):
+    return DataConfig(source=str(image_folder), image_size=16, holdout=0.05)
+
+
+@pytest.fixture
+def cache(tmp_path, tokenizer, data, accelerator):
+    return open_cache(tmp_path / "latents", tokenizer, data, accelerator)
+
+
+def contents(folder):
+    return {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+def test_cache_holds_the_latents_of_every_image_and_of_its_mirror_image(cache, tokenizer, data):
+    images = open_split(data, "train")
+    assert len(cache) == len(images) == 44
+    assert len(cache.manifest["shards"]) == 3
+    assert cache.classes == ["ant", "bee"]
+    assert cache.shape == (3, 4, 4)
+    for i in range(len(images)):
+        image, label = images.load(i)
+        pixels = to_tensor([center_crop(image, 16)])
+        mirrored = torch.from_numpy(pixels.numpy()[..., ::-1].copy())
+        for flip, view in enumerate((pixels, mirrored)):
+            latents, found = cache.read(i, flip)
+            assert latents.dtype == torch.float16
+            torch.testing.assert_close(latents.float(), tokenizer.latents(view)[0], rtol=1e-3, atol=1e-3)
+            assert found == label
+    assert not torch.equal(cache.read(0, 0)[0], cache.read(0, 1)[0])
+
+
+def test_without_flips_only_the_images_are_cached(tmp_path, tokenizer, data, accelerator, cache):
+    plain = open_cache(tmp_path / "plain", tokenizer, data.model_copy(update={"flip": False}), accelerator)
+    assert plain.flips == 1
+    assert all(torch.equal(plain.read(i, 0)[0], cache.read(i, 0)[0]) for i in range(len(cache)))
+
+
+def test_statistics_are_those_of_all_latents(cache):
+    latents = torch.cat([part["latents"] for part in contents(cache.folder).values()]).double().numpy()
+    np.testing.assert_allclose(cache.mean, latents.mean((0, 1, 3, 4)), atol=1e-4)
+    np.testing.assert_allclose(cache.std, latents.std((0, 1, 3, 4)), rtol=1e-3)
+    np.testing.assert_allclose(cache.overall_std, latents.std(), rtol=1e-3)
+
+
+def test_an_interrupted_cache_goes_on_from_its_complete_shards(
+    tmp_path, tokenizer, data, accelerator, cache, monkeypatch
+):
+    folder, encoded = tmp_path / "interrupted", []
+    real = Tokenizer.latents
+
+    def counted(self, images, limit=None):
+        encoded.append(len(images))
+        if limit is not None and len(encoded) > limit:
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    monkeypatch.setattr(Tokenizer, "latents", lambda self, images: counted(self, images, limit=6))
+    with pytest.raises(KeyboardInterrupt):  # in the second shard: one has 2 batches, of 2 flips each
+        open_cache(folder, tokenizer, data, accelerator)
+    assert not (folder / "manifest.json").exists()
+    kept = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("shard-*")}
+    assert len(kept) == 1
+    encoded.clear()
+    monkeypatch.setattr(Tokenizer, "latents", counted)
+    resumed = open_cache(folder, tokenizer, data, accelerator)
+    assert sum(encoded) == 2 * (44 - 16)
+    assert (
+        kept.items() <= {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}.items()
+    )
+    whole, parts = contents(cache.folder), contents(folder)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[n][k], parts[n][k]) for n in whole for k in ("latents", "labels"))
+    assert resumed.manifest == cache.manifest
+
+
+def test_a_complete_cache_is_used_as_it_is(cache, tokenizer, data, accelerator, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "latents", None)
+    again = open_cache(cache.folder, tokenizer, data, accelerator)
+    assert again.manifest == cache.manifest
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("changed", ["tokenizer", "data", "size", "limit", "flip"])
+def test_a_stale_cache_is_refused(cache, tokenizer, data, accelerator, other_tokenizer_folder, changed, complete):
+    if not complete:
+        (cache.folder / "manifest.json").unlink()
+    limit = None
+    if changed == "tokenizer":
+        tokenizer, what = Tokenizer.from_pretrained(other_tokenizer_folder), "another tokenizer"
+    elif changed == "data":
+        data, what = data.model_copy(update={"source": "synthetic"}), "other data"
+    elif changed == "size":
+        data, what = data.model_copy(update={"image_size": 32}), "another image size"
+    elif changed == "flip":
+        data, what = data.model_copy(update={"flip": False}), "another data.flip"
+    else:
+        limit, what = 20, "another cache_images"
+    with pytest.raises(UserError) as error:
+        open_cache(cache.folder, tokenizer, data, accelerator, limit=limit)
+    assert str(error.value) == (f"{cache.folder} holds latents of {what}: delete that folder, or give another --cache")
+
+
+def test_a_cache_that_lost_a_shard_is_refused(cache):
+    next(cache.folder.glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"has lost shard-.*: delete that folder"):
+        LatentCache(cache.folder)
+
+
+def test_a_limited_cache_is_spread_over_the_data(tmp_path, tokenizer, data, accelerator):
+    limited = open_cache(tmp_path / "limited", tokenizer, data, accelerator, limit=20)
+    labels = [limited.read(i, 0)[1] for i in range(len(limited))]
+    assert len(labels) == 20
+    assert 5 <= sum(labels) <= 15
+
+
+def test_bad_images_are_left_out_and_counted_up_to_a_limit(tmp_path, tokenizer, image_folder, accelerator):
+    broken = tmp_path / "broken"
+    shutil.copytree(image_folder, broken)
+    for i in (2, 7, 30):
+        next(broken.glob(f"*/{i:02}.png")).write_bytes(b"no image")
+    data = DataConfig(source=str(broken), image_size=16, holdout=0.05, max_bad_fraction=0.1)
+    cache = open_cache(tmp_path / "latents", tokenizer, data, accelerator)
+    assert cache.manifest["bad_images"] + len(cache) == 44
+    assert cache.manifest["bad_images"] in (2, 3)  # one may be held out
+    assert sum(len(part["labels"]) for part in contents(cache.folder).values()) == len(cache)
+    with pytest.raises(UserError, match=r"of 44 images of .* do not decode.*max_bad_fraction = 0.01"):
+        open_cache(tmp_path / "other", tokenizer, data.model_copy(update={"max_bad_fraction": 0.01}), accelerator)
+    # Nor does a second start pass over what the first one left out.
+    strict = data.model_copy(update={"max_bad_fraction": 0.01})
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        open_cache(tmp_path / "other", tokenizer, strict, accelerator)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, tokenizer, data, accelerator, monkeypatch, capsys):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(Tokenizer, "latents", None)
+    with pytest.raises(UserError, match="give a --cache on a larger one"):
+        open_cache(tmp_path / "latents", tokenizer, data, accelerator)
+    assert "44 images x 2 flips, 0.00 GiB" in capsys.readouterr().out
+
+
+def test_an_image_size_that_the_tokenizer_cannot_take_is_refused(tmp_path, tokenizer, data, accelerator):
+    with pytest.raises(UsageError, match=r"data.image_size = 18 must be a multiple of the tokenizer's f = 4"):
+        open_cache(tmp_path / "latents", tokenizer, data.model_copy(update={"image_size": 18}), accelerator)
+
+
+class Rank:
+    """What the division of work asks an accelerator."""
+
+    def __init__(self, index, count):
+        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
+
+
+def test_ranks_divide_the_shards_that_are_missing(cache, data):
+    images = open_split(data, "train")
+    gone = cache.folder / cache.manifest["shards"][1]["file"]
+    gone.unlink()
+    for ranks, missing in [(1, [1]), (2, [1])]:
+        names = [name for rank in range(ranks) for name, _ in
+                 encode._image_jobs(cache.folder, data, images, Rank(rank, ranks), None, 0)[1]]  # fmt: skip
+        assert names == [cache.manifest["shards"][i]["file"] for i in missing]
+    shutil.rmtree(cache.folder)
+    jobs = [list(encode._image_jobs(cache.folder, data, images, Rank(rank, 2), None, 0)[1]) for rank in range(2)]
+    assert [len(part) for part in jobs] == [2, 1]
+    seen = sorted(len(batch["label"]) for part in jobs for _, batches in part for batch in batches)
+    assert sum(seen) == 44
+
+
+@pytest.fixture
+def tar(image_folder, tmp_path):
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as file:
+        for image in sorted(image_folder.glob("*/*.png")):
+            label = tmp_path / "label.cls"
+            label.write_text(str(int(image.parent.name == "bee")))
+            file.add(image, f"{image.stem}.png")
+            file.add(label, f"{image.stem}.cls")
+    return DataConfig(source=str(path), image_size=16, holdout=0.05)
+
+
+def test_a_stream_is_cached_whole_and_goes_on_after_an_interruption(tmp_path, tokenizer, tar, accelerator, monkeypatch):
+    whole = open_cache(tmp_path / "whole", tokenizer, tar, accelerator)
+    count = sum(1 for _ in open_split(tar, "train").samples(tar.source))
+    assert len(whole) == count
+    rows = [whole.read(i, 0)[0].numpy().tobytes() for i in range(count)]
+    assert len(set(rows)) == count
+    folder = tmp_path / "parts"
+    shutil.copytree(whole.folder, folder)
+    (folder / "manifest.json").unlink()
+    (folder / whole.manifest["shards"][-1]["file"]).unlink()
+    encoded, real = [], Tokenizer.latents
+    monkeypatch.setattr(Tokenizer, "latents", lambda self, x: (encoded.append(len(x)), real(self, x))[1])
+    parts = open_cache(folder, tokenizer, tar, accelerator)
+    assert sum(encoded) == 2 * whole.manifest["shards"][-1]["count"]
+    assert parts.manifest == whole.manifest
+    assert [parts.read(i, 0)[0].numpy().tobytes() for i in range(count)] == rows
+
+
+# Reading
+
+
+def take(cache, count, **options):
+    batches = train_batches(cache, **{"batch_size": 8, "seed": 3} | options)
+    return [next(batches) for _ in range(count)]
+
+
+def join(batches):
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_samples_depend_on_their_position_alone(cache):
+    expected = join(take(cache, 4))
+    assert same(join(take(cache, 2, start=16)), {name: value[16:] for name, value in expected.items()})
+    assert same(join(take(cache, 4, workers=2)), expected)
+    ranks = [take(cache, 8, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    assert same(join([batch for pair in zip(*ranks, strict=True) for batch in pair]), expected)
+    assert not same(join(take(cache, 4, seed=4)), expected)
+
+
+def test_every_image_comes_once_an_epoch_and_both_flips_come_over_time(cache):
+    stored = {cache.read(i, flip)[0].float().numpy().tobytes(): (i, flip) for i in range(44) for flip in range(2)}
+    batches = train_batches(cache, batch_size=44, seed=0)
+    epochs = [[stored[row.numpy().tobytes()] for row in next(batches)["latents"]] for _ in range(6)]
+    assert all(sorted(i for i, _ in epoch) == list(range(44)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    flips = [flip for epoch in epochs for _, flip in epoch]
+    assert 0.4 < sum(flips) / len(flips) < 0.6
+
+
+def test_the_draws_of_samples_are_independent_and_of_their_distributions(cache):
+    batch = join(take(cache, 50, batch_size=44))
+    count = len(batch["labels"])
+    noise = batch["noise"].double()
+    assert noise.dtype == torch.float64
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert len({row.numpy().tobytes() for row in batch["noise"]}) == count
+    assert batch["time_normal"].std().item() == pytest.approx(1, abs=0.06)
+    assert batch["drop_uniform"].mean().item() == pytest.approx(0.5, abs=0.03)
+    draws = torch.stack(
+        [batch["time_normal"], batch["drop_uniform"], batch["noise"][:, 0, 0, 0], batch["noise"][:, 1, 0, 0]]
+    )
+    assert (torch.corrcoef(draws) - torch.eye(4)).abs().max() < 0.08
+
+
+def test_manifest_names_what_the_cache_is_of(cache, tokenizer, data):
+    manifest = json.loads((cache.folder / "manifest.json").read_text())
+    assert manifest["key"]["tokenizer"] == tokenizer.fingerprint()
+    assert manifest["key"]["data"] == open_split(data, "train").fingerprint
+    assert manifest["key"]["image_size"] == 16
+    assert (manifest["count"], manifest["shape"], manifest["dtype"]) == (44, [2, 3, 4, 4], "float16")

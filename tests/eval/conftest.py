@@ -1,0 +1,89 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))  # for fakes.py and two_ranks.py, which processes of their own share
+
+EXTRACTOR = '''
+import torch
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+
+class Tiny(FeatureExtractorBase):
+    """Random projections of small images: "6" (an embedding) and "classes" (4 logits)."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("project", torch.randn(3 * 8 * 8, 6, generator=generator) / 14)
+        self.register_buffer("classify", torch.randn(6, 4, generator=generator))
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(x.float() / 64 - 2, (8, 8)).flatten(1)
+        embedding = torch.tanh(x @ self.project)
+        out = {"6": embedding, "classes": embedding @ self.classify}
+        return tuple(out[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return "6", "classes"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return {"isc": "classes", "fid": "6", "kid": "6", "prc": "6"}[metric]
+
+
+register_feature_extractor("tiny", Tiny)
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_extractor(tmp_path_factory):
+    """A Python file that registers the extractor `tiny`."""
+    path = tmp_path_factory.mktemp("extractor") / "tiny.py"
+    path.write_text(EXTRACTOR)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A stock VQModel with 24 codes, some of them out of reach, for images of 16 pixels and f = 2."""
+    torch.manual_seed(1)
+    model = VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=3,
+        vq_embed_dim=3,
+        num_vq_embeddings=24,
+        sample_size=16,
+        scaling_factor=0.5,
+        mid_block_add_attention=False,
+    )
+    model.quantize.embedding.weight.data.normal_()
+    model.quantize.embedding.weight.data[:4] += 50
+    folder = tmp_path_factory.mktemp("tokenizer")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Class folders with splits: 23 test images of 16 pixels in 3 classes, and one that does not decode."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 23)):
+        for i in range(count):
+            folder = root / split / ("ant", "bee", "cat")[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            coarse.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    (root / "val" / "bee" / "broken.png").write_bytes(b"no image")
+    return root

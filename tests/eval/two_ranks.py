@@ -1,0 +1,55 @@
+"""python two_ranks.py CASES.json RESULTS.json, with RANK and WORLD_SIZE set: evaluations as one rank of several."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from fakes import FakePipeline
+
+from common.errors import UserError
+from eval import generation, reconstruction
+from eval.ranks import build_in_turn, gather_by_index
+
+
+def run(which, options, accelerator):
+    if which == "reconstruction":
+        return reconstruction.evaluate(reconstruction.ReconstructionConfig(**options), accelerator)
+    return generation.evaluate(FakePipeline(), generation.GenerationConfig(**options), accelerator)
+
+
+def count_twice(accelerator):
+    try:
+        return str(gather_by_index(accelerator, {"index": [torch.tensor([7])]}))
+    except RuntimeError as error:
+        return str(error)
+
+
+def fail_on_the_first(accelerator):
+    """What each rank raises, and how many builds there were, when the first one cannot build."""
+    builds = []
+
+    def build():
+        builds.append(1)
+        if accelerator.is_main_process:
+            raise UserError("no weights")
+
+    try:
+        build_in_turn(accelerator, build)
+    except UserError as error:
+        return [str(error), len(builds)]
+
+
+def main():
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = {name: run(*case, accelerator) for name, case in cases.items()}
+    results |= {"twice": count_twice(accelerator), "fail": fail_on_the_first(accelerator)}
+    Path(sys.argv[2]).write_text(json.dumps(results))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

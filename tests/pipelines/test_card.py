@@ -1,0 +1,43 @@
+import yaml
+
+from pipelines.card import write_card
+
+
+def test_card_says_what_was_trained_on_what_and_how(folder):
+    text = (folder / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    front_matter = yaml.safe_load(front)
+    assert front_matter["library_name"] == "diffusers"
+    assert front_matter["datasets"] == ["someone/pets"]
+    assert "arxiv:2606.11363" in front_matter["tags"]
+    assert "license" not in front_matter  # for whoever publishes the model to say
+    facts = ["someone/pets", "5000 training images", "16 x 16 pixels", "4 x 4 x 3", "Classes: 5", "golden retriever",
+             "Steps: 400", "batch 256", "102400 samples", "0.0001", "s = 1.5", "7 images did not decode", "1.0100",
+             "0.9000 to 1.1000", "0.2000", "abc123", "torch 2.6.0", "Not measured yet", "2606.11363",
+             "1.2 M parameters"]  # fmt: skip
+    assert [fact for fact in facts if fact not in " ".join(body.split())] == []
+
+
+def test_code_on_the_card_is_python(folder):
+    blocks = (folder / "README.md").read_text().split("```python\n")[1:]
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block.split("```")[0], "card", "exec")
+
+
+def test_measured_numbers_come_onto_the_card_and_replace_older_ones(folder):
+    result = {
+        "metrics": {"fid": 12.345678, "recall": None},
+        "protocol": {"fid": "Frechet distance to test images", "recall": "share of real images"},
+        "skipped": {"kid": "needs 1,000 images"},
+        "warnings": ["recall is nan"],
+        "command": "eval/generation.py --samples 200",
+    }
+    write_card(folder, {"Generation": result})
+    text = (folder / "README.md").read_text()
+    parts = ["### Generation", "| fid | 12.346 | Frechet distance to test images |", "| recall | - |", "recall is nan",
+             "| kid | skipped | needs 1,000 images |", "eval/generation.py --samples 200"]  # fmt: skip
+    assert [part for part in parts if part not in text] == []
+    assert "Not measured yet" not in text
+    write_card(folder)
+    assert "12.346" not in (folder / "README.md").read_text()

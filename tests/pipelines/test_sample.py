@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import UsageError, UserError
+from pipelines.sample import main
+
+
+def test_picture_has_a_row_a_class_with_one_seed_an_image(run_script, folder, pipeline, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    run_script(main, "--pipeline", folder, "--classes", 4, "tench", "--output", out, "--per_class", 3, "--steps", 2,
+               "--guidance_scale", 1.5, "--seed", 10, "--batch_size", 4, "--device", "cpu")  # fmt: skip
+    grid = np.asarray(Image.open(out))
+    assert grid.shape == (2 * 18 + 2, 3 * 18 + 2, 3)
+    expected = pipeline([4] * 3 + [0] * 3, seeds=range(10, 16), num_inference_steps=2, guidance_scale=1.5).images
+    for i, image in enumerate(expected):
+        top, left = 2 + 18 * (i // 3), 2 + 18 * (i % 3)
+        shown = grid[top : top + 16, left : left + 16].astype(int)
+        assert np.abs(shown - np.asarray(image).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"--pipeline": "nowhere"}, UserError, "there is no pipeline at nowhere"),
+        ({"--classes": "goldfisch"}, UsageError, "did you mean 'goldfish'"),
+        ({"--classes": 7}, UsageError, "class 7 does not exist"),
+        ({"--output": "grid.txt"}, UsageError, "must end in one of .png"),
+        ({"--guidance_interval": [0.9, 0.1]}, UsageError, "guidance_interval"),
+        ({"--step": 3}, UsageError, "did you mean steps"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(run_script, folder, tmp_path, change, error, message):
+    options = {"--pipeline": folder, "--classes": 0, "--output": tmp_path / "grid.png", "--device": "cpu"} | change
+    arguments = [part for key, value in options.items()
+                 for part in (key, *(value if isinstance(value, list) else [value]))]  # fmt: skip
+    with pytest.raises(UserError) as raised:
+        run_script(main, *arguments)
+    assert type(raised.value) is error
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)

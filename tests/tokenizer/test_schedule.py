@@ -1,0 +1,109 @@
+import pytest
+
+from common.config import validate
+from common.errors import UsageError
+from tokenizer.losses import LossConfig, phase_weights
+from tokenizer.schedule import Schedule, ScheduleConfig, plateaued
+
+# A recorded commitment curve in the shape of the paper's Fig. 5: it falls, rises a little, falls slowly, and stays.
+CURVE = [0.9, 0.4, 0.2, 0.1, 0.06, 0.05, 0.045, 0.046, 0.047, 0.044, 0.0436, 0.0435,
+         0.0437, 0.0436, 0.0438, 0.0435, 0.0437, 0.0436, 0.0439, 0.0438, 0.0437, 0.0436, 0.0435, 0.0434]  # fmt: skip
+
+
+def freeze_epoch_by_eq_57(losses, patience):
+    """The first t (counting from 1) with min_{s=t-p+1..t} l_s >= min_{u<=t-p} l_u."""
+    for t in range(1, len(losses) + 1):
+        recent = [losses[s - 1] for s in range(t - patience + 1, t + 1) if s >= 1]
+        before = [losses[u - 1] for u in range(1, t - patience + 1)]
+        if before and min(recent) >= min(before):
+            return t
+    return None
+
+
+def run(config, losses):
+    schedule = Schedule(config, epoch_samples=100)
+    phases = []
+    for loss in losses:
+        schedule.end_epoch(loss)
+        phases.append(schedule.phase)
+    return schedule, phases
+
+
+@pytest.mark.parametrize("patience", [1, 3, 5, 10])
+def test_encoder_freezes_at_the_plateau_of_equation_57(patience):
+    expected = freeze_epoch_by_eq_57(CURVE, patience)
+    assert expected is not None
+    _, phases = run(ScheduleConfig(epochs=100, patience=patience, latest_freeze=60, warmup=3), CURVE)
+    assert phases.index("warmup") + 1 == expected
+
+
+def test_steadily_falling_loss_never_counts_as_a_plateau():
+    losses = [1 / (t + 1) for t in range(60)]
+    assert freeze_epoch_by_eq_57(losses, 10) is None
+    assert not any(plateaued(losses[:t], 10) for t in range(len(losses)))
+
+
+def test_encoder_freezes_at_the_latest_epoch_without_a_plateau():
+    _, phases = run(
+        ScheduleConfig(epochs=70, patience=10, latest_freeze=50, warmup=3), [1 / (t + 1) for t in range(70)]
+    )
+    assert phases.count("stage1") == 49  # after 49 epoch ends it is still stage1, after the 50th it is not
+    assert phases[49:52] == ["warmup"] * 3
+    assert set(phases[52:]) == {"stage2"}
+
+
+def test_without_freezing_the_run_stays_in_stage1():
+    _, phases = run(ScheduleConfig(epochs=30, freeze=False), CURVE)
+    assert set(phases) == {"stage1"}
+
+
+def test_gan_is_full_in_stage1_off_in_warmup_and_ramps_linearly_in_stage2():
+    schedule = Schedule(ScheduleConfig(epochs=20, latest_freeze=4, warmup=2, ramp=2), epoch_samples=100)
+    factors = {}
+    for epoch in range(10):
+        for part in (0, 50):
+            factors[epoch + part / 100] = schedule.adversarial_factor(epoch * 100 + part)
+        schedule.end_epoch(1 / (epoch + 1))
+    assert all(factors[t] == 1 for t in factors if t < 4)
+    assert all(factors[t] == 0 for t in factors if 4 <= t < 6)
+    assert [factors[t] for t in (6, 6.5, 7, 7.5, 8, 9.5)] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def test_replacement_starts_after_its_delay_and_ends_with_stage1():
+    schedule = Schedule(ScheduleConfig(epochs=20, latest_freeze=9, warmup=2, replace_after=5), epoch_samples=100)
+    replaced = []
+    for epoch in range(1, 15):
+        schedule.end_epoch(1 / epoch)
+        if schedule.replaces_codes():
+            replaced.append(epoch)
+    assert replaced == [6, 7, 8]
+
+
+@pytest.mark.parametrize("phase", ["stage1", "warmup", "stage2"])
+def test_each_phase_trains_the_terms_that_the_paper_lists(phase):
+    expected = {
+        "stage1": {
+            "l1": 1,
+            "perceptual": 1,
+            "codebook": 1,
+            "commitment": 0.25,
+            "nonstationary": 0.1,
+            "adversarial": 0.1,
+        },
+        "warmup": {"l1": 1, "perceptual": 1, "codebook": 1},
+        "stage2": {"l1": 1, "perceptual": 1, "codebook": 1, "adversarial": 0.05},
+    }
+    factor = {"stage1": 1.0, "warmup": 0.0, "stage2": 0.5}[phase]
+    assert phase_weights(LossConfig(), phase, factor) == expected[phase]
+
+
+def test_state_survives_saving():
+    schedule, _ = run(ScheduleConfig(epochs=100, patience=3), CURVE)
+    other = Schedule(schedule.config, 100)
+    other.load_state_dict(schedule.state_dict())
+    assert vars(other) == vars(schedule)
+
+
+def test_a_schedule_without_room_for_stage2_is_refused():
+    with pytest.raises(UsageError, match="leaves no stage2"):
+        validate(ScheduleConfig, {"epochs": 50})

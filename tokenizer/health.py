@@ -1,0 +1,103 @@
+"""Is the codebook alive, and does the encoder hold still? Usage, near-duplicates, drift and churn."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tokenizer.codebook import nearest_code, nearest_neighbor_distance, nonstationary_loss
+from tokenizer.quantizers import CodebookQuantizer
+
+
+def usage(counts: Tensor) -> dict[str, float]:
+    """Utilization (share of codes hit at least once), perplexity exp(H) and dead codes, of counts [K]."""
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -torch.special.xlogy(p, p).sum()
+    hit = int((counts > 0).sum())
+    return {
+        "utilization": hit / len(counts),
+        "perplexity": float(entropy.exp()),
+        "dead_codes": len(counts) - hit,
+    }
+
+
+@torch.no_grad()
+def near_duplicates(codebook: Tensor) -> int:
+    """Codes of [K, d] closer to another code than a tenth of the median nearest-code distance."""
+    distance = nearest_neighbor_distance(codebook)
+    return int((distance < 0.1 * distance.median()).sum())
+
+
+class EpochUsage:
+    """Counts of each code, and the mean raw commitment loss, over an epoch and over all ranks."""
+
+    def __init__(self, codebook_size: int, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=accelerator.device)
+        self.commitment = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum, images
+
+    def update(self, indices: Tensor, commitment: Tensor) -> None:
+        """indices [B, h, w] of one micro-batch, and its mean commitment loss."""
+        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+        self.commitment += torch.stack(
+            [commitment.detach().double() * len(indices), commitment.new_tensor(len(indices))]
+        )
+
+    def total(self) -> tuple[Tensor, float]:
+        """(counts [K], mean commitment) over all ranks so far."""
+        counts = self.accelerator.reduce(self.counts, "sum")
+        total, images = self.accelerator.reduce(self.commitment, "sum").tolist()
+        return counts, total / max(images, 1)
+
+    def reset(self) -> None:
+        self.counts.zero_()
+        self.commitment.zero_()
+
+    def state_dict(self) -> dict:
+        """The sums over all ranks; a collective call."""
+        return {
+            "counts": self.accelerator.reduce(self.counts, "sum").cpu(),
+            "commitment": self.accelerator.reduce(self.commitment, "sum").cpu(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """The first rank takes up the sums, the others start from nothing, so that the total is right."""
+        self.reset()
+        if self.accelerator.is_main_process:
+            self.counts += state["counts"].to(self.counts)
+            self.commitment += state["commitment"].to(self.commitment)
+
+
+class DriftProbe:
+    """Encoder drift and assignment churn on fixed images between two calls of `measure` (NSVQ, eq. 7 and 19)."""
+
+    def __init__(self, images: Tensor):
+        self.images = images  # [B, 3, H, W]
+        self.latents: Tensor | None = None  # of the last call, [N, d]
+        self.indices: Tensor | None = None  # [N]
+
+    @torch.no_grad()
+    def measure(self, encoder: nn.Module, quantizer: CodebookQuantizer, temperature: float) -> dict[str, float]:
+        """drift_rms, drift_relative (divided by the RMS of z), churn; and how wide the NS softmax is just now."""
+        z = encoder(self.images).float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
+        codebook = quantizer.codebook()
+        indices = nearest_code(z, codebook)
+        ns = nonstationary_loss(z, codebook, indices, temperature)
+        rms = z.square().mean().sqrt().item()
+        values = {
+            "latent_rms": rms,
+            "winner_mass": ns.winner_mass.item(),
+            "effective_codes": ns.effective_codes.item(),
+        }
+        if self.latents is not None:
+            drift = (z - self.latents).square().mean().sqrt().item()
+            values["drift_rms"], values["drift_relative"] = drift, drift / max(rms, 1e-12)
+            values["churn"] = (indices != self.indices).float().mean().item()
+        self.latents, self.indices = z, indices
+        return values
+
+    def state_dict(self) -> dict:
+        return {"latents": self.latents, "indices": self.indices}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value if value is None else value.to(self.images.device))

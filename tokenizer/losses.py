@@ -1,0 +1,103 @@
+"""Reconstruction, perceptual and adversarial losses of stage one."""
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Literal
+from urllib.error import URLError
+
+import lpips
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.config import Config
+from common.errors import UserError
+from tokenizer.schedule import Phase
+
+
+class LossConfig(Config):
+    """L = L1 + perceptual + adversarial + codebook + beta commitment + alpha NS (NSVQ, eq. 11-12)."""
+
+    perceptual: Literal["vgg", "squeeze", "none"] = Field("vgg", description="Backbone of LPIPS.")
+    perceptual_weights: Path | None = Field(
+        None, description="Backbone weights (.pth or .safetensors, torchvision's names); null downloads them."
+    )
+    perceptual_weight: float = Field(1.0, ge=0, description="Weight of LPIPS.")
+    adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
+    discriminator_channels: int = Field(64, ge=1, description="Base width of the PatchGAN discriminator.")
+    discriminator_layers: int = Field(3, ge=1, description="Layers of the PatchGAN discriminator.")
+    commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
+    nonstationary_weight: float = Field(0.1, ge=0, description="alpha, the weight of the NS loss; 0 turns it off.")
+    temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
+
+
+def phase_weights(config: LossConfig, phase: Phase, adversarial_factor: float) -> dict[str, float]:
+    """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
+
+    "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0.
+    """
+    weights = {"l1": 1.0, "codebook": 1.0}
+    if config.perceptual != "none":
+        weights["perceptual"] = config.perceptual_weight
+    if phase == "stage1":
+        weights["commitment"] = config.commitment_weight
+        if config.nonstationary_weight > 0:
+            weights["nonstationary"] = config.nonstationary_weight
+    if phase != "warmup" and config.adversarial_weight > 0:
+        weights["adversarial"] = adversarial_factor * config.adversarial_weight
+    return weights
+
+
+def load_lpips(net: Literal["vgg", "squeeze", "alex"], weights: Path | None) -> nn.Module:
+    """LPIPS (arXiv 1801.03924) as a frozen module: two images in [-1, 1] [B, 3, H, W] -> distances [B].
+
+    The backbone comes from `weights`, else from torchvision's download. Raises `UserError` where neither works.
+    """
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # the package asks torchvision in an old form
+            metric = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
+    except (URLError, OSError) as error:
+        raise UserError(
+            f"the {net} weights of LPIPS cannot be downloaded ({error}); give a file of torchvision's weights "
+            "with --loss.perceptual_weights, or choose --loss.perceptual none"
+        ) from None
+    if weights is not None:
+        _load_backbone(metric.net, weights)
+    return _Distance(metric).eval().requires_grad_(False)
+
+
+class _Distance(nn.Module):
+    def __init__(self, metric: nn.Module):
+        super().__init__()
+        self.metric = metric
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return self.metric(a.float(), b.float()).flatten()
+
+
+def _load_backbone(backbone: nn.Module, path: Path) -> None:
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        # lpips cuts torchvision's `features` into slices, and keeps the index of each layer: slice2.3 is features.3.
+        wanted = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
+        backbone.load_state_dict({name: state[source] for name, source in wanted.items()})
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold the backbone's weights in torchvision's names: {type(error).__name__} {error}"
+        ) from None
+
+
+def generator_adversarial(fake_logits: Tensor) -> Tensor:
+    """Non-saturating: softplus(-mean of an image's patch logits), averaged over images (SimVQ's form)."""
+    return F.softplus(-fake_logits.flatten(1).mean(1)).mean()
+
+
+def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """0.5 (mean relu(1 - real) + mean relu(1 + fake))."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())

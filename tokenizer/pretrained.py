@@ -1,0 +1,90 @@
+"""Images to codes and back, from a saved folder: ours, or any stock diffusers `VQModel`.
+
+tokenizer = Tokenizer.from_pretrained("runs/nsvq/tokenizer")
+codes = tokenizer.encode(images)      # [B, 3, H, W] in [-1, 1] -> [B, h, w]
+images = tokenizer.decode(codes)
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import VQModel
+from torch import Tensor, nn
+
+from common.errors import UserError
+from tokenizer.codebook import nearest_code
+
+
+class Tokenizer(nn.Module):
+    """A frozen tokenizer in eval mode around a stock `VQModel`, attribute `model`.
+
+    `codebook` is the effective table [K, d]; `downsampling` the factor f between image and token grid.
+    """
+
+    def __init__(self, model: VQModel):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)
+        self.image_size = model.config.sample_size
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Load `folder`, or a Hub id. Raises `UserError` where no stock `VQModel` is there."""
+        try:
+            found = VQModel.load_config(folder).get("_class_name")
+            if found != "VQModel":
+                raise UserError(f"{folder} holds a {found}, not a VQModel")
+            return cls(VQModel.from_pretrained(folder, use_safetensors=True))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"no tokenizer at {folder}: give the <out>/tokenizer folder of a finished tokenizer run, "
+                f"or a diffusers VQModel ({str(error).splitlines()[0]})"
+            ) from None
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.model.quantize.embedding.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.device
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Continuous latents before quantisation, as a diffusion model sees them (times `scaling_factor`).
+
+        images [B, 3, H, W] in [-1, 1] -> [B, d, h, w]. Raises `ValueError` where H or W is no multiple of f.
+        """
+        f = self.downsampling
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"expected images [B, 3, H, W] with H and W multiples of {f}, got {tuple(images.shape)}")
+        return self.model.encode(images).latents * self.model.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> code indices [B, h, w] int64."""
+        z = self.latents(images) / self.model.config.scaling_factor
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B h w, d)
+        return nearest_code(flat, self.codebook).view(z.shape[0], *z.shape[2:])
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Code indices [B, h, w] -> images [B, 3, H, W], about in [-1, 1]. Raises `ValueError` on a wrong index."""
+        if indices.dim() != 3:
+            raise ValueError(f"expected indices [B, h, w], got {tuple(indices.shape)}")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(self.codebook):
+            raise ValueError(f"indices must lie in 0..{len(self.codebook) - 1}, got {indices.min()}..{indices.max()}")
+        z_q = self.codebook[indices].permute(0, 3, 1, 2)  # (B, d, h, w)
+        return self.model.decode(z_q.contiguous(), force_not_quantize=True).sample
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config and weights: names this tokenizer in latent caches and results."""
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=list).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

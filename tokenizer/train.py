@@ -1,0 +1,288 @@
+"""Train an image tokenizer with NSVQ's three phases, or any other quantizer under the same trainer.
+
+accelerate launch tokenizer/train.py                                                # NSVQ on ImageNet-128, as published
+accelerate launch tokenizer/train.py --config configs/imagenet128/simvq.yaml --out runs/simvq --run.batch_size 256
+accelerate launch --num_processes 4 --mixed_precision bf16 tokenizer/train.py --config FILE
+The same command goes on from the newest checkpoint; the finished tokenizer is in <out>/tokenizer.
+"""
+
+import contextlib
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from torchvision.utils import save_image
+
+from common import config as configs
+from common import launch
+from common.data import BadImages, Stream, eval_batches, open_split, train_batches
+from common.errors import UsageError, UserError
+from common.run import Run, code_version, make_accelerator, micro_batch_size, progress_bar
+from tokenizer.config import TrainConfig
+from tokenizer.discriminator import PatchDiscriminator
+from tokenizer.export import latent_statistics, save, to_vqmodel
+from tokenizer.health import DriftProbe, EpochUsage, near_duplicates, usage
+from tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
+from tokenizer.model import QuantizedDecoder, make_encoder
+from tokenizer.quantizers import QUANTIZERS
+from tokenizer.replacement import replace_dead_codes
+from tokenizer.schedule import Schedule
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "nsvq.yaml"
+
+
+def main() -> None:
+    config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
+    accelerator = make_accelerator(config.run, config.out)
+    micro_batch = micro_batch_size(config.run, accelerator)
+    device, loss_config = accelerator.device, config.loss
+
+    # Data
+    with accelerator.main_process_first():
+        train_split, _ = open_split(config.data, "train"), open_split(config.data, "test")
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loading = {"batch_size": micro_batch, "workers": config.run.workers, **ranks}
+    epoch_samples = config.schedule.epoch_samples
+    if epoch_samples is None:
+        if isinstance(train_split, Stream):
+            raise UsageError("a streamed data set has no known length: give --schedule.epoch_samples")
+        epoch_samples = len(train_split)
+    bad_images = BadImages(config.data.max_bad_fraction, accelerator)
+
+    # Networks
+    quantizer = QUANTIZERS[config.quantizer.name](config.quantizer.codebook_size, config.model.latent_channels)
+    encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
+    discriminator = PatchDiscriminator(loss_config.discriminator_channels, loss_config.discriminator_layers)
+    lpips = None
+    if loss_config.perceptual != "none":
+        with accelerator.main_process_first():
+            lpips = load_lpips(loss_config.perceptual, loss_config.perceptual_weights).to(device)
+
+    # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
+    optim = config.optim
+    groups = [
+        {"params": [*encoder.parameters(), *decoder.decoder.parameters()]},
+        {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
+    ]
+    generator_optimizer = torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, betas=optim.betas)
+    encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer = accelerator.prepare(
+        encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
+    )
+    live_encoder, live_decoder = accelerator.unwrap_model(encoder), accelerator.unwrap_model(decoder)
+    live_discriminator = accelerator.unwrap_model(discriminator)
+    quantizer = live_decoder.quantizer
+    parameters = [*live_encoder.parameters(), *live_decoder.parameters()]
+    ema = EMAModel(parameters, decay=optim.ema_decay)
+
+    # State
+    run = Run(accelerator, config, config.out, "tokenizer")
+    schedule = Schedule(config.schedule, epoch_samples)
+    epoch_usage = EpochUsage(config.quantizer.codebook_size, accelerator)
+    fixed_images = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))["image"]
+    probe = DriftProbe(fixed_images.to(device))
+    stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema}
+
+    def freeze_encoder() -> None:
+        """No gradients from here on; None, not zero, so that Adam's momentum does not go on moving the encoder.
+        The EMA copies weights that have no gradient: both encoders agree from the next step on."""
+        live_encoder.requires_grad_(False).eval()
+        generator_optimizer.zero_grad(set_to_none=True)
+        for parameter in live_encoder.parameters():
+            parameter.grad = None
+        ema.step(parameters)
+
+    @contextlib.contextmanager
+    def averaged_weights():
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        yield
+        ema.restore(parameters)
+
+    state = run.load()
+    if state is not None:
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        ema.to(device)
+        if schedule.phase != "stage1":
+            freeze_encoder()
+
+    def checkpoint() -> None:
+        run.save({name: part.state_dict() for name, part in stateful.items()})
+
+    def reconstruct(images: torch.Tensor) -> tuple:
+        with accelerator.autocast():
+            return live_decoder(live_encoder(images))
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        """PSNR (per image, 8-bit), L1, quantization error and usage on the test split, with EMA weights."""
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        counts = torch.zeros(config.quantizer.codebook_size, dtype=torch.int64, device=device)
+        with averaged_weights():
+            for batch in eval_batches(config.data, "test", limit=config.validation.images, **loading):
+                images = batch["image"].to(device)
+                output, quantized = reconstruct(images)
+                output = output.float().clamp(-1, 1)
+                levels = ((output + 1) * 127.5).round() - ((images + 1) * 127.5).round()
+                psnr = 10 * torch.log10(255**2 / levels.square().flatten(1).mean(1).clamp(min=1e-10))
+                l1 = (output - images).abs().flatten(1).mean(1)
+                error = quantized.losses["commitment"] * len(images)
+                sums += torch.stack([psnr.sum(), l1.sum(), error, psnr.new_tensor(len(images))]).double()
+                counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+        psnr, l1, error, images = accelerator.reduce(sums, "sum").tolist()
+        values = {"psnr": psnr / images, "l1": l1 / images, "quantization_error": error / images}
+        return {f"val_{k}": v for k, v in (values | usage(accelerator.reduce(counts, "sum"))).items()}
+
+    @torch.no_grad()
+    def draw() -> None:
+        """Fixed test images above their reconstructions, with EMA weights."""
+        images = probe.images[:8]
+        with averaged_weights():
+            output, _ = reconstruct(images)
+        rows = torch.cat([images, output.float()])
+        save_image(rows, run.image_path(), nrow=len(images), normalize=True, value_range=(-1, 1))
+
+    def end_epoch() -> dict[str, float]:
+        """Usage of the epoch, the schedule's decision, replacement: all of it from numbers summed over ranks."""
+        counts, commitment = epoch_usage.total()
+        values = usage(counts) | {"epoch_commitment": commitment, "replaced_codes": 0}
+        if schedule.end_epoch(commitment):
+            freeze_encoder()
+        elif schedule.replaces_codes():
+            table = quantizer.table()
+            position = next(i for i, parameter in enumerate(parameters) if parameter is table)
+            values["replaced_codes"] = replace_dead_codes(
+                table, counts, optimizer=generator_optimizer.optimizer, averages=[ema.shadow_params[position]],
+                noise=config.schedule.replace_noise, seed=config.run.seed + schedule.epoch,
+            )  # fmt: skip
+        epoch_usage.reset()
+        values["near_duplicates"] = near_duplicates(quantizer.codebook())
+        return values
+
+    if run.step == 0:
+        if config.quantizer.init != "uniform" and quantizer.table() is not None:
+            start = train_batches(config.data, seed=config.run.seed, start=0, **loading)
+            quantizer.initialize(_first_latents(encoder, start, config.quantizer.codebook_size, accelerator))
+            ema = EMAModel(parameters, decay=optim.ema_decay)
+            stateful["ema"] = ema
+        ema.to(device)
+
+    total_steps = math.ceil(schedule.total_samples / config.run.batch_size)
+    batches = iter(train_batches(config.data, seed=config.run.seed, start=run.samples_seen, **loading))
+    bar = progress_bar(accelerator, total_steps, run.step)
+    interval: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    while run.step < total_steps:
+        phase, frozen = schedule.phase, schedule.phase != "stage1"
+        weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen))
+        temperature = loss_config.temperature if "nonstationary" in weights else None
+        for _ in range(config.run.accumulation):
+            batch = next(batches)
+            bad_images.update(batch)
+            images = batch["image"].to(device, non_blocking=True)
+            with accelerator.accumulate(encoder, decoder, discriminator):
+                with torch.set_grad_enabled(not frozen):
+                    z = encoder(images)
+                output, quantized = decoder(z, temperature)
+                terms = {"l1": (output - images).abs().mean(), **quantized.losses}
+                if "perceptual" in weights:
+                    terms["perceptual"] = lpips(output, images).mean()
+                if "adversarial" in weights:
+                    live_discriminator.requires_grad_(False)
+                    with accelerator.autocast():
+                        terms["adversarial"] = generator_adversarial(live_discriminator(output).float())
+                    live_discriminator.requires_grad_(True)
+                loss = sum(weight * terms[name] for name, weight in weights.items())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and optim.clip_grad_norm is not None:
+                    terms["grad_norm"] = accelerator.clip_grad_norm_(parameters, optim.clip_grad_norm)
+                generator_optimizer.step()
+                generator_optimizer.zero_grad(set_to_none=True)
+
+                if "adversarial" in weights:
+                    real, fake = discriminator(torch.cat([images, output.detach()])).float().chunk(2)
+                    terms["discriminator"] = discriminator_hinge(real, fake)
+                    terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
+                    accelerator.backward(terms["discriminator"])
+                    discriminator_optimizer.step()
+                    discriminator_optimizer.zero_grad(set_to_none=True)
+            epoch_usage.update(quantized.indices, quantized.losses["commitment"])
+            for name, value in {"loss": loss, **terms, **quantized.stats}.items():
+                interval[name] += value.detach()
+                interval[f"{name}/n"] += 1
+        ema.step(parameters)
+        run.step += 1
+        run.samples_seen += config.run.batch_size
+        bar.update()
+
+        values, last = {}, run.step == total_steps
+        if run.step % config.run.log_every == 0 or last:
+            values |= _means(interval, accelerator)
+            interval.clear()
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"the loss is not finite at step {run.step} ({phase}); the last good checkpoint is in "
+                                f"{config.out}/checkpoints: start again from it with a lower --optim.lr")  # fmt: skip
+            if accelerator.is_main_process:
+                with accelerator.autocast():
+                    values |= probe.measure(live_encoder, quantizer, loss_config.temperature)
+            values |= {"adversarial_weight": weights.get("adversarial", 0.0), "bad_images": bad_images.check()}
+            shown = {name: f"{values[name]:.4f}" for name in ("l1", "commitment")}
+            bar.set_postfix(phase=phase, **shown, refresh=False)
+        if schedule.epoch_ended(run.samples_seen):
+            values |= end_epoch()
+            if schedule.epoch % config.validation.every == 0 and not last:
+                values |= validate()
+        if last:
+            values |= validate()
+        if values:
+            run.log(values, phase=phase, epoch=schedule.epoch)
+        if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
+            draw()
+        if run.step % config.run.checkpoint_every == 0 or last:
+            checkpoint()
+    bar.close()
+
+    # Export, with EMA weights
+    ema.copy_to(parameters)
+    images = (batch["image"] for batch in eval_batches(config.data, "train",
+              limit=config.validation.statistics_images, **loading))  # fmt: skip
+    with accelerator.autocast():
+        mean, std = latent_statistics(live_encoder, images, accelerator)
+    if accelerator.is_main_process:
+        model = to_vqmodel(
+            config.model, config.data.image_size, live_encoder.cpu(), live_decoder.cpu(), mean.cpu(), std
+        )
+        about = {"nsvq": code_version(), "step": run.step, "samples_seen": run.samples_seen, "config":
+                 configs.to_dict(config), "data": train_split.fingerprint, "classes": train_split.classes}  # fmt: skip
+        save(model, config.out / "tokenizer", about)
+        accelerator.print(f"tokenizer: {config.out / 'tokenizer'}")
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def _first_latents(encoder, batches, count: int, accelerator) -> torch.Tensor:
+    """`count` encoder outputs [count, d], drawn from the first images of the run; the same for any number of ranks."""
+    found, images = [], 0
+    for batch in batches:
+        found.append(accelerator.gather(encoder(batch["image"].to(accelerator.device)).float()))  # in order of position
+        images += len(found[-1])
+        needed = math.ceil(2 * count / found[-1][0, 0].numel())
+        if images >= needed:
+            break
+    latents = torch.cat(found)[:needed].permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
+    chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:count]
+    return latents[chosen.to(latents.device)]
+
+
+def _means(interval: dict[str, torch.Tensor], accelerator) -> dict[str, float]:
+    """Means over the interval and over ranks, of terms that may not have been there at every step."""
+    names = sorted(interval)
+    sums = dict(zip(names, accelerator.reduce(torch.stack([interval[n] for n in names]), "sum").tolist(), strict=True))
+    return {name: sums[name] / sums[f"{name}/n"] for name in names if not name.endswith("/n")}
+
+
+if __name__ == "__main__":
+    launch.run(main)
