@@ -5,6 +5,7 @@ OUT ?= runs/quickstart
 # Feature extractor of the Frechet distance: a torch-fidelity name, or a Python file that registers one.
 FEATURES ?= $(firstword $(wildcard ../shared/weights/mobilenet_v2.py) inception-v3-compat)
 
+RECIPE := configs/quickstart/$(if $(filter synthetic,$(DATA)),,photos-)
 BIN := .venv/bin
 THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -13,8 +14,8 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 .PHONY: quickstart test format lint clean
 
 quickstart: .venv/installed
-	$(LAUNCH) tokenizer/train.py --config configs/quickstart/nsvq.yaml --data "$(DATA)" --out "$(OUT)/nsvq"
-	$(LAUNCH) diffusion/train.py --config configs/quickstart/dit.yaml --data "$(DATA)" --out "$(OUT)/dit" \
+	$(LAUNCH) tokenizer/train.py --config $(RECIPE)nsvq.yaml --data "$(DATA)" --out "$(OUT)/nsvq"
+	$(LAUNCH) diffusion/train.py --config $(RECIPE)dit.yaml --data "$(DATA)" --out "$(OUT)/dit" \
 		--tokenizer "$(OUT)/nsvq/tokenizer"
 	ln -sfn nsvq/tokenizer "$(OUT)/tokenizer" && ln -sfn dit/pipeline "$(OUT)/pipeline"
 	$(LAUNCH) eval/reconstruction.py --tokenizer "$(OUT)/tokenizer" --data "$(DATA)" --features "$(FEATURES)" \

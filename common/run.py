@@ -5,6 +5,7 @@
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from pydantic import Field
 from tqdm import tqdm
 
@@ -63,7 +64,7 @@ def make_accelerator(config: RunConfig, out: Path) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
         log_with=config.trackers or None,
-        project_dir=str(out),
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
         step_scheduler_with_optimizer=False,
         # The loss is a mean over the micro-batch of this rank; buffers are constant, so none is broadcast.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -191,13 +192,12 @@ class Run:
 
     def log(self, values: dict[str, float], **extra: object) -> None:
         """Append one object to metrics.jsonl and report it to the trackers; `values` must be equal on all ranks or
-        reduced. Adds images a second since the last call, and the peak memory of a GPU."""
+        reduced. Adds images a second since the last call, and peak memory (of the GPU; else of the process)."""
         now = time.perf_counter()
         values = dict(values)
         if (seen := self.samples_seen - self._logged_samples) > 0:
             values["images_per_second"] = seen / (now - self._logged_at)
-        if self.accelerator.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        values["memory_gib"] = _peak_memory(self.accelerator.device) / 2**30
         self._logged_at, self._logged_samples = now, self.samples_seen
         if self.accelerator.is_main_process:
             record = {"step": self.step, "samples_seen": self.samples_seen, **extra, **values}
@@ -228,6 +228,14 @@ def code_version() -> str:
         cwd=Path(__file__).parent,
     )
     return metadata.version("nsvq") + (f"+{git.stdout.strip()}" if git.returncode == 0 else "")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -180,7 +180,8 @@ def main() -> None:
                 raise UserError(f"the loss is not finite at step {run.step}: start again with a lower --optim.lr and "
                                 f"another --out; the last good checkpoint is in {config.out}/checkpoints")  # fmt: skip
             run.log(values | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value})
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
+            speed = (bar.format_dict["rate"] or 0) * config.run.batch_size
+            bar.set_postfix_str(f"loss={values['loss']:.4f}, {speed:.0f} img/s")
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw()
         if saves:

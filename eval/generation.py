@@ -1,6 +1,6 @@
 """Measure a class-conditional pipeline: sample it, and compare the samples with real images.
 
-accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --data imagenet-1k --output result.json
+accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --data ILSVRC/imagenet-1k --output result.json
 accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --samples 200 --classifier true
 
 Sample i is of class i mod C and has seed S + i, and nothing else decides it: the set is the same for every batch size

@@ -1,9 +1,10 @@
 """Measure a tokenizer: how well it reconstructs images, and how it uses its codebook.
 
-accelerate launch eval/reconstruction.py --tokenizer runs/nsvq/tokenizer --data imagenet-1k --output result.json
+accelerate launch eval/reconstruction.py --tokenizer runs/nsvq/tokenizer --data ILSVRC/imagenet-1k --output result.json
 accelerate launch eval/reconstruction.py --tokenizer DIR --data synthetic --output result.json --lpips none
 
 Every image of the split is measured exactly once, over all ranks, in float32, on 8-bit originals and reconstructions.
+Images come in the tokenizer's own size unless --data.image_size is given.
 """
 
 import math

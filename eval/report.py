@@ -35,7 +35,9 @@ class EvaluationConfig(configs.Config):
         description="Feature extractor of FID: a name of torch-fidelity, a .py file that registers one, or none.",
     )
     features_weights: Path | None = Field(None, description="The extractor's weights; null downloads them.")
-    batch_size: int = Field(50, ge=1, description="Images at once on each rank; it changes no number.")
+    batch_size: int = Field(
+        50, ge=1, description="Images at once on each rank; it changes numbers by float error only."
+    )
     workers: int = Field(4, ge=0, description="Data loading processes per rank.")
 
 

@@ -46,7 +46,9 @@ def arguments(tmp_path, tokenizer_folder, image_folder, latents):
 
 def metrics(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("images_per_second", "memory_gib")} for row in rows
+    ]
 
 
 def checkpoint(out, step):
