@@ -2,10 +2,11 @@
 PYTHON ?= python3
 DATA ?= synthetic
 OUT ?= runs/quickstart
-# Feature extractor of the Frechet distance: a torch-fidelity name, or a Python file that registers one.
-FEATURES ?= $(firstword $(wildcard ../shared/weights/mobilenet_v2.py) inception-v3-compat)
+SYNTHETIC := $(filter synthetic,$(DATA))
+# Features of the Frechet distance, for photographs: a torch-fidelity name, or a Python file that registers an extractor.
+FEATURES ?= $(if $(SYNTHETIC),none,$(firstword $(wildcard ../shared/weights/mobilenet_v2.py) inception-v3-compat))
 
-RECIPE := configs/quickstart/$(if $(filter synthetic,$(DATA)),,photos-)
+RECIPE := configs/quickstart/$(if $(SYNTHETIC),,photos-)
 BIN := .venv/bin
 THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -19,9 +20,9 @@ quickstart: .venv/installed
 		--tokenizer "$(OUT)/nsvq/tokenizer"
 	ln -sfn nsvq/tokenizer "$(OUT)/tokenizer" && ln -sfn dit/pipeline "$(OUT)/pipeline"
 	$(LAUNCH) eval/reconstruction.py --tokenizer "$(OUT)/tokenizer" --data "$(DATA)" --features "$(FEATURES)" \
-		--lpips none --output "$(OUT)/reconstruction.json"
+		--lpips none --workers 0 --limit 2000 --output "$(OUT)/reconstruction.json"
 	$(LAUNCH) eval/generation.py --pipeline "$(OUT)/pipeline" --data "$(DATA)" --features "$(FEATURES)" \
-		--samples 200 --guidance_scale 3 --steps 25 $(if $(filter synthetic,$(DATA)),--classifier true) \
+		--workers 0 --reference_limit 2000 --samples 200 --guidance_scale 3 --steps 25 $(if $(SYNTHETIC),--classifier true) \
 		--output "$(OUT)/generation.json"
 	$(BIN)/python pipelines/summary.py --out "$(OUT)"
 

@@ -7,6 +7,7 @@ config = parse(TrainConfig, sys.argv[1:])
 """
 
 import difflib
+import re
 import sys
 import types
 from pathlib import Path
@@ -25,6 +26,23 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the words of YAML 1.2: `no` and `on` are words, not false and true, and 1e-4 is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
 
 
 def parse(schema: type[C], argv: list[str], default_file: Path | None = None) -> C:
@@ -55,7 +73,7 @@ def validate(schema: type[C], values: dict, source: str = "config") -> C:
 def read_yaml(path: str | Path) -> dict:
     """A YAML mapping from `path`; raises `UsageError` where there is no such file or it is not a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -142,7 +160,7 @@ def _read_arguments(argv: list[str]) -> dict[str, Any]:
 
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,9 @@ class RunConfig(configs.Config):
     )
     batch_size: int = Field(128, ge=1, description="Images per optimizer step, over all ranks and micro-batches.")
     accumulation: int = Field(1, ge=1, description="Micro-batches that each rank splits its share of a batch into.")
-    workers: int = Field(4, ge=0, description="Data loading processes per rank; 0 loads in the training process.")
+    workers: int = Field(
+        4, ge=0, description="Data loading processes per rank, or 0. Keep the number when resuming on streamed data."
+    )
     log_every: int = Field(100, ge=1, description="Optimizer steps between two lines of metrics.jsonl.")
     sample_every: int = Field(5_000, ge=1, description="Optimizer steps between two pictures in <out>/samples.")
     checkpoint_every: int = Field(5_000, ge=1, description="Optimizer steps between two checkpoints.")
@@ -45,7 +48,7 @@ class RunConfig(configs.Config):
     )
 
 
-# Keys that may change between two starts of the same run: they change no number of it.
+# Keys that may change between two starts of the same run: they change none of its weights.
 _FREE_KEYS = (
     "out:",
     "run.workers",
@@ -55,11 +58,15 @@ _FREE_KEYS = (
     "run.keep_checkpoints",
     "run.trackers",
     "run.accumulation",
+    "sampling.",
+    "cache:",
 )
 
 
 def make_accelerator(config: RunConfig, out: Path) -> Accelerator:
     """The accelerator of a run, its seed set alike on every rank (so that weights start equal)."""
+    # Its successor, forward_sync_buffers, is newer than the oldest torch that the project runs on.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,

@@ -9,6 +9,7 @@ The same command goes on from the newest checkpoint; the finished pipeline is in
 import contextlib
 import math
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from diffusion.latents import train_batches
 from diffusion.model import ModelConfig, make_model
 from pipelines.export import check_classes, save_pipeline, to_stock
 from tokenizer import Tokenizer
+from tokenizer.pretrained import read_training
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
 _QUARTILES = 4  # of sigma, in the loss that is logged
@@ -152,6 +154,7 @@ def main() -> None:
     )  # fmt: skip
     bar = progress_bar(accelerator, config.steps, run.step)
     interval = Interval(device)
+    started, first_sample = time.perf_counter(), run.samples_seen
     while run.step < config.steps:
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * min(1.0, (run.step + 1) / max(1, optim.warmup_steps))
@@ -180,7 +183,7 @@ def main() -> None:
                 raise UserError(f"the loss is not finite at step {run.step}: start again with a lower --optim.lr and "
                                 f"another --out; the last good checkpoint is in {config.out}/checkpoints")  # fmt: skip
             run.log(values | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value})
-            speed = (bar.format_dict["rate"] or 0) * config.run.batch_size
+            speed = (run.samples_seen - first_sample) / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss={values['loss']:.4f}, {speed:.0f} img/s")
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw()
@@ -200,6 +203,7 @@ def main() -> None:
             "flow_shift": shift,
             "config": configs.to_dict(config),
             "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
+            "tokenizer": read_training(config.tokenizer),
         }
         classes = dict(enumerate(cache.classes))
         save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), make_scheduler(shift),

@@ -106,9 +106,23 @@ def _training(about: dict) -> str:
 - Latents over the training set, as the transformer sees them: overall deviation {latents["overall_std"]:.4f};
   deviation of a channel {min(latents["std"]):.4f} to {max(latents["std"]):.4f}; largest mean of a channel
   {max(channel_means):.4f}
-- Tokenizer: SHA-256 {latents["key"]["tokenizer"]}
+- Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {latents["key"]["tokenizer"]}
 - Software: nsvq {about["nsvq"]}, {versions}; all settings are in `nsvq.json`
 """
+
+
+def _tokenizer(about: dict | None) -> str:
+    """How the tokenizer was trained, where its folder says so."""
+    if about is None:
+        return ""
+    config, schedule = about["config"], about["config"]["schedule"]
+    frozen = f"encoder frozen by epoch {schedule['latest_freeze']}" if schedule["freeze"] else "encoder never frozen"
+    return (
+        f"{config['quantizer']['name']}, {about['samples_seen']} samples of `{config['data']['source']}` in "
+        f"{schedule['epochs']:g} epochs, {frozen}; NS loss {config['loss']['nonstationary_weight']:g} at temperature "
+        f"{config['loss']['temperature']:g}; perceptual loss {config['loss']['perceptual']}, GAN weight "
+        f"{config['loss']['adversarial_weight']:g};\n  "
+    )
 
 
 def _results(results: dict[str, dict]) -> str:

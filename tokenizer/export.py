@@ -11,6 +11,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from tokenizer.model import ModelConfig, QuantizedDecoder, vqmodel_arguments
+from tokenizer.pretrained import TRAINING_FILE
 
 
 @torch.no_grad()
@@ -62,6 +63,6 @@ def save(model: VQModel, folder: Path, about: dict) -> None:
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    (temporary / "nsvq.json").write_text(json.dumps(about, indent=2))
+    (temporary / TRAINING_FILE).write_text(json.dumps(about, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

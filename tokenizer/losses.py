@@ -64,7 +64,7 @@ def load_lpips(net: Literal["vgg", "squeeze", "alex"], weights: Path | None) -> 
     except (URLError, OSError) as error:
         raise UserError(
             f"the {net} weights of LPIPS cannot be downloaded ({error}); give a file of torchvision's weights "
-            "with --loss.perceptual_weights, or choose --loss.perceptual none"
+            "(--loss.perceptual_weights FILE), or choose --loss.perceptual squeeze or none"
         ) from None
     if weights is not None:
         _load_backbone(metric.net, weights)

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 from common.errors import UserError
 from tokenizer.codebook import nearest_code
 
+TRAINING_FILE = "nsvq.json"  # beside the weights of a tokenizer that this project trained
+
+
+def read_training(folder: str | Path) -> dict | None:
+    """How the tokenizer in `folder` was trained: config, samples seen, version; None where it is not ours."""
+    path = Path(folder) / TRAINING_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
 
 class Tokenizer(nn.Module):
     """A frozen tokenizer in eval mode around a stock `VQModel`, attribute `model`.

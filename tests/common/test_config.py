@@ -5,6 +5,7 @@ from pydantic import Field
 
 from common.config import Config, describe, differences, parse, to_dict
 from common.errors import UsageError
+from common.run import RunConfig
 
 
 class Inner(Config):
@@ -33,6 +34,17 @@ def test_arguments_go_over_the_file_and_the_file_over_defaults(file):
     assert (config.steps, config.flag, config.inner.rate, config.inner.kind) == (20, True, 0.001, "b")
     assert parse(Outer, ["--steps=7"], default_file=file).inner.rate == 0.5
     assert parse(Outer, ["--inner.names", "x", "y z"]).inner.names == ["x", "y z"]
+
+
+def test_words_and_numbers_mean_what_they_look_like(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("inner: {rate: 1e-4, names: [no, on, off, 12]}\n")
+    with pytest.raises(UsageError, match=r"names\.3 = 12"):
+        parse(Outer, ["--config", str(path)])
+    path.write_text("inner: {rate: 1e-4, names: [no, on]}\nflag: true\n")
+    config = parse(Outer, ["--config", str(path), "--inner.names", "no", "yes"])
+    assert (config.inner.rate, config.inner.names, config.flag) == (1e-4, ["no", "yes"], True)
+    assert parse(RunConfig, ["--mixed_precision", "no"]).mixed_precision == "no"
 
 
 def test_a_resolved_config_reads_back_as_itself(file):

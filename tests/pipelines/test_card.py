@@ -1,6 +1,10 @@
+import json
+
 import yaml
 
+from common.config import to_dict
 from pipelines.card import write_card
+from tokenizer.config import TrainConfig
 
 
 def test_card_says_what_was_trained_on_what_and_how(folder):
@@ -16,6 +20,18 @@ def test_card_says_what_was_trained_on_what_and_how(folder):
              "0.9000 to 1.1000", "0.2000", "abc123", "torch 2.6.0", "Not measured yet", "2606.11363",
              "1.2 M parameters"]  # fmt: skip
     assert [fact for fact in facts if fact not in " ".join(body.split())] == []
+
+
+def test_card_tells_how_the_tokenizer_was_trained_where_its_folder_says_so(folder):
+    about = json.loads((folder / "nsvq.json").read_text())
+    config = to_dict(TrainConfig(data={"source": "someone/birds"}, schedule={"epochs": 60, "latest_freeze": 40}))
+    (folder / "nsvq.json").write_text(json.dumps(about | {"tokenizer": {"config": config, "samples_seen": 12345}}))
+    text = " ".join(write_card(folder).read_text().split())
+    facts = ["nsvq, 12345 samples of `someone/birds` in 60 epochs", "frozen by epoch 40", "perceptual loss vgg",
+             "NS loss 0.1 at temperature 0.35", "GAN weight 0.1", "SHA-256 abc123"]  # fmt: skip
+    assert [fact for fact in facts if fact not in text] == []
+    (folder / "nsvq.json").write_text(json.dumps(about))
+    write_card(folder)
 
 
 def test_code_on_the_card_is_python(folder):

@@ -90,7 +90,9 @@ def test_a_folder_that_stock_diffusers_saved_again_still_loads_with_its_number_o
     assert loaded.id2label == {i: str(i) for i in range(5)}
 
 
-def test_a_failed_save_leaves_the_folder_as_it_was(folder, dit, vae, pipeline, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_folder_as_it_was_and_a_good_one_replaces_it(
+    folder, dit, vae, pipeline, tmp_path, monkeypatch
+):
     target = tmp_path / "pipeline"
     shutil.copytree(folder, target)
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
@@ -98,7 +100,12 @@ def test_a_failed_save_leaves_the_folder_as_it_was(folder, dit, vae, pipeline, t
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(VQModel, "save_pretrained", full)
-    with pytest.raises(OSError, match="no space"):
-        save_pipeline(target, to_stock(dit), vae, pipeline.scheduler, {0: "other"})
+    with monkeypatch.context() as patch:
+        patch.setattr(VQModel, "save_pretrained", full)
+        with pytest.raises(OSError, match="no space"):
+            save_pipeline(target, to_stock(dit), vae, pipeline.scheduler, {0: "other"})
     assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    save_pipeline(target, to_stock(dit), vae, pipeline.scheduler, {0: "other"})
+    assert ClassConditionalPipeline.from_pretrained(target).id2label == {0: "other"}
+    assert not (target / "README.md").exists()  # nothing of the old folder stays
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
