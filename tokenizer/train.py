@@ -87,13 +87,13 @@ def main() -> None:
     stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema}
 
     def freeze_encoder() -> None:
-        """No gradients from here on; None, not zero, so that Adam's momentum does not go on moving the encoder.
-        The EMA copies weights that have no gradient: both encoders agree from the next step on."""
+        """No gradients from here on: None, not zero, or Adam's momentum would go on moving the encoder. Its average
+        becomes a copy of it, since codebook and decoder are fitted to the encoder that trained."""
         live_encoder.requires_grad_(False).eval()
-        generator_optimizer.zero_grad(set_to_none=True)
-        for parameter in live_encoder.parameters():
-            parameter.grad = None
-        ema.step(parameters)
+        live_encoder.zero_grad(set_to_none=True)
+        for average, parameter in zip(ema.shadow_params, parameters, strict=True):
+            if not parameter.requires_grad:
+                average.copy_(parameter)
 
     @contextlib.contextmanager
     def averaged_weights():

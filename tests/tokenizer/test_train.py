@@ -99,12 +99,13 @@ def launch(*arguments, processes=1):
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(run_script, tiny, tmp_path):
+@pytest.mark.parametrize("step", [6, 10, 14])  # in each phase
+def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(run_script, tiny, tmp_path, step):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_script(main, "--config", tiny, "--out", whole)
     command = ["tokenizer/train.py", "--config", tiny, "--out", killed]
     process = launch(*command)
-    while not (killed / "checkpoints" / "step-6").exists():
+    while not (killed / "checkpoints" / f"step-{step}").exists():
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
