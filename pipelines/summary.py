@@ -58,7 +58,7 @@ def rows(result: dict) -> list[tuple[str, str]]:
         (name, style.format(value))
         for key, style in shown.items()
         for name, value in result["metrics"].items()
-        if value is not None and name.startswith(key) and not name.endswith("_std")
+        if value is not None and name.startswith(key) and "_std" not in name
     ]
     found = list(dict(found).items())
     return found + [(name, f"skipped: {why}") for name, why in result["skipped"].items() if name in ("rfid", "fid")]
