@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from common.data import DataConfig
 from pydantic import Field, model_validator
 
 from common.config import Config
+from common.data import DataConfig
 from common.run import RunConfig
 from tokenizer.losses import LossConfig
 from tokenizer.model import ModelConfig
