@@ -3,6 +3,7 @@
 <out>/config.yaml  <out>/metrics.jsonl  <out>/checkpoints/step-N/  <out>/samples/step-N.png
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers.training_utils import EMAModel
 from pydantic import Field
 from tqdm import tqdm
 
@@ -216,6 +219,17 @@ class Run:
         """Where this step's picture goes."""
         (self.out / "samples").mkdir(exist_ok=True)
         return self.out / "samples" / f"step-{self.step}.png"
+
+
+@contextlib.contextmanager
+def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """With the averages of `ema` in the place of `parameters`, which come back at the end."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def progress_bar(accelerator: Accelerator, total: int, done: int) -> tqdm:

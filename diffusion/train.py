@@ -6,7 +6,6 @@ accelerate launch --num_processes 4 --mixed_precision bf16 diffusion/train.py --
 The same command goes on from the newest checkpoint; the finished pipeline is in <out>/pipeline.
 """
 
-import contextlib
 import math
 import sys
 import time
@@ -24,7 +23,7 @@ from common import launch
 from common.config import Config
 from common.data import DataConfig
 from common.errors import UsageError, UserError
-from common.run import Run, RunConfig, code_version, make_accelerator, micro_batch_size, progress_bar
+from common.run import Run, RunConfig, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
 from diffusion.encode import open_cache
 from diffusion.flow import (
     FlowConfig,
@@ -123,13 +122,6 @@ def main() -> None:
         ema.load_state_dict(state["ema"])
         ema.to(device)
 
-    @contextlib.contextmanager
-    def averaged_weights():
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        yield
-        ema.restore(parameters)
-
     @torch.no_grad()
     def draw() -> None:
         """Samples from fixed noise, with EMA weights."""
@@ -138,7 +130,7 @@ def main() -> None:
         noise = torch.stack(
             [torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
         )
-        with averaged_weights(), accelerator.autocast():
+        with averaged_weights(ema, parameters), accelerator.autocast():
             latents = sample(
                 model, make_scheduler(shift), noise.to(device), labels, model.null_class,
                 steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale,

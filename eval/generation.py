@@ -25,11 +25,11 @@ from common import config as configs
 from common import launch
 from common.data import BadImages, DataConfig, eval_batches, open_split
 from common.errors import UsageError, UserError
+from common.image_metrics import to_uint8
 from eval import features as feature_metrics
 from eval import report
 from eval.classifier import Classifier, train_classifier
 from eval.features import Extractor, Unavailable
-from eval.image_metrics import to_uint8
 from eval.ranks import gather_by_index
 from pipelines import ClassConditionalPipeline
 

@@ -23,10 +23,10 @@ from common import config as configs
 from common import launch
 from common.data import BadImages, eval_batches, open_split
 from common.errors import UsageError, UserError
+from common.image_metrics import from_uint8, psnr, ssim, to_uint8
 from eval import features as feature_metrics
 from eval import report
 from eval.features import Extractor, Unavailable
-from eval.image_metrics import from_uint8, psnr, ssim, to_uint8
 from eval.ranks import build_in_turn, gather_by_index
 from tokenizer.codebook import nearest_code
 from tokenizer.health import usage

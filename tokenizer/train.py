@@ -6,7 +6,6 @@ accelerate launch --num_processes 4 --mixed_precision bf16 tokenizer/train.py --
 The same command goes on from the newest checkpoint; the finished tokenizer is in <out>/tokenizer.
 """
 
-import contextlib
 import math
 import sys
 from collections import defaultdict
@@ -20,7 +19,8 @@ from common import config as configs
 from common import launch
 from common.data import BadImages, Stream, eval_batches, open_split, train_batches
 from common.errors import UsageError, UserError
-from common.run import Run, code_version, make_accelerator, micro_batch_size, progress_bar
+from common.image_metrics import psnr, to_uint8
+from common.run import Run, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
 from tokenizer.config import TrainConfig
 from tokenizer.discriminator import PatchDiscriminator
 from tokenizer.export import latent_statistics, save, to_vqmodel
@@ -95,13 +95,6 @@ def main() -> None:
             if not parameter.requires_grad:
                 average.copy_(parameter)
 
-    @contextlib.contextmanager
-    def averaged_weights():
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        yield
-        ema.restore(parameters)
-
     state = run.load()
     if state is not None:
         for name, part in stateful.items():
@@ -122,26 +115,24 @@ def main() -> None:
         """PSNR (per image, 8-bit), L1, quantization error and usage on the test split, with EMA weights."""
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         counts = torch.zeros(config.quantizer.codebook_size, dtype=torch.int64, device=device)
-        with averaged_weights():
+        with averaged_weights(ema, parameters):
             for batch in eval_batches(config.data, "test", limit=config.validation.images, **loading):
                 images = batch["image"].to(device)
                 output, quantized = reconstruct(images)
-                output = output.float().clamp(-1, 1)
-                levels = ((output + 1) * 127.5).round() - ((images + 1) * 127.5).round()
-                psnr = 10 * torch.log10(255**2 / levels.square().flatten(1).mean(1).clamp(min=1e-10))
-                l1 = (output - images).abs().flatten(1).mean(1)
-                error = quantized.losses["commitment"] * len(images)
-                sums += torch.stack([psnr.sum(), l1.sum(), error, psnr.new_tensor(len(images))]).double()
+                decibels = psnr(to_uint8(output), to_uint8(images))
+                l1 = (output.float().clamp(-1, 1) - images).abs().double().flatten(1).mean(1)
+                error = quantized.losses["commitment"].double() * len(images)
+                sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
                 counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
-        psnr, l1, error, images = accelerator.reduce(sums, "sum").tolist()
-        values = {"psnr": psnr / images, "l1": l1 / images, "quantization_error": error / images}
+        decibels, l1, error, images = accelerator.reduce(sums, "sum").tolist()
+        values = {"psnr": decibels / images, "l1": l1 / images, "quantization_error": error / images}
         return {f"val_{k}": v for k, v in (values | usage(accelerator.reduce(counts, "sum"))).items()}
 
     @torch.no_grad()
     def draw() -> None:
         """Fixed test images above their reconstructions, with EMA weights."""
         images = probe.images[:8]
-        with averaged_weights():
+        with averaged_weights(ema, parameters):
             output, _ = reconstruct(images)
         rows = torch.cat([images, output.float()])
         save_image(rows, run.image_path(), nrow=len(images), normalize=True, value_range=(-1, 1))
