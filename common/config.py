@@ -178,6 +178,8 @@ def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
         schema = section
     if last not in schema.model_fields:
         raise UsageError(f"unknown key --{dotted}{_nearest(dotted, [*_leaves(schema, dotted[: -len(last)])])}")
+    if get_origin(schema.model_fields[last].annotation) is list and not isinstance(value, list):
+        value = [value]
     if isinstance(values.get(last), dict) and isinstance(value, str):
         values[last] = {
             **values[last],

@@ -34,6 +34,8 @@ def test_arguments_go_over_the_file_and_the_file_over_defaults(file):
     assert (config.steps, config.flag, config.inner.rate, config.inner.kind) == (20, True, 0.001, "b")
     assert parse(Outer, ["--steps=7"], default_file=file).inner.rate == 0.5
     assert parse(Outer, ["--inner.names", "x", "y z"]).inner.names == ["x", "y z"]
+    assert parse(Outer, ["--inner.names", "x"]).inner.names == ["x"]
+    assert parse(Outer, ["--inner.names", "[]"]).inner.names == []
 
 
 def test_words_and_numbers_mean_what_they_look_like(tmp_path):
