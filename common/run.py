@@ -150,10 +150,14 @@ class Run:
             if self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(temporary))
-            if self.accelerator.is_main_process:
-                torch.save({"step": self.step, "samples_seen": self.samples_seen, **state}, temporary / "state.pt")
+        except OSError as error:
+            failure = error
+        self.accelerator.wait_for_everyone()  # also after a failure, or the other ranks would wait for ever
+        try:
+            if failure is None:
+                self.accelerator.save_state(str(temporary))
+                if self.accelerator.is_main_process:
+                    torch.save({"step": self.step, "samples_seen": self.samples_seen, **state}, temporary / "state.pt")
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             failure = error
         failed = torch.tensor([float(failure is not None)], device=self.accelerator.device)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_the_newest_complete_checkpoint_is_taken_and_old_ones_go(accelerator, tm
     assert (other.weight == 100).all()
 
 
-def test_a_failed_write_keeps_the_run_and_its_last_checkpoint(accelerator, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("owner", "name"), [(torch, "save"), (Path, "mkdir")])
+def test_a_failed_write_keeps_the_run_and_its_last_checkpoint(accelerator, tmp_path, monkeypatch, capsys, owner, name):
     run, model = make(accelerator, tmp_path)
     advance(run, model, 1)
     run.save({})
@@ -67,7 +69,7 @@ def test_a_failed_write_keeps_the_run_and_its_last_checkpoint(accelerator, tmp_p
 
     advance(run, model, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(owner, name, full)
         run.save({"counts": torch.zeros(3)})
     assert "No space left" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
