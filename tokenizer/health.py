@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tokenizer.codebook import nearest_code, nearest_neighbor_distance, nonstationary_loss
+from tokenizer.codebook import nearest_neighbor_distance, search_with_nonstationary_loss
 from tokenizer.quantizers import CodebookQuantizer
 
 
@@ -80,8 +80,7 @@ class DriftProbe:
         """drift_rms, drift_relative (divided by the RMS of z), churn; and how wide the NS softmax is just now."""
         z = encoder(self.images).float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
         codebook = quantizer.codebook()
-        indices = nearest_code(z, codebook)
-        ns = nonstationary_loss(z, codebook, indices, temperature)
+        indices, ns = search_with_nonstationary_loss(z, codebook, temperature)
         rms = z.square().mean().sqrt().item()
         values = {
             "latent_rms": rms,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenizer.codebook import nearest_code, nonstationary_loss
+from tokenizer.codebook import nearest_code, search_with_nonstationary_loss
 
 
 class Quantized(NamedTuple):
@@ -37,16 +37,17 @@ class CodebookQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             batch, d, height, width = z.shape
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, d)  # (N, d)
-            codebook = self.codebook()
-            indices = nearest_code(flat, codebook)
+            codebook, stats, ns = self.codebook(), {}, None
+            if temperature is None:
+                indices = nearest_code(flat, codebook)
+            else:
+                indices, ns = search_with_nonstationary_loss(flat, codebook, temperature)
             codes = codebook[indices]  # (N, d)
             losses = {
                 "codebook": (flat.detach() - codes).square().mean(),
                 "commitment": (flat - codes.detach()).square().mean(),
             }
-            stats = {}
-            if temperature is not None:
-                ns = nonstationary_loss(flat, codebook, indices, temperature)
+            if ns is not None:
                 losses["nonstationary"] = ns.loss
                 stats = {"winner_mass": ns.winner_mass, "effective_codes": ns.effective_codes}
             z_q = flat + (codes - flat).detach()

@@ -1,0 +1,112 @@
+"""The Triton kernels against the plain passes: on the GPU where there is one, else through Triton's interpreter, which
+must be switched on before anything imports Triton, and so gets a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tokenizer import codebook as engine
+
+pytest.importorskip("triton")
+from tokenizer import codebook_triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = [(100, 300, 8), (33, 70, 100), (200, 1, 4), (3, 40, 200)]
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
+def test_kernels_through_the_interpreter():
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "not compile", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout
+    assert "17 passed" in done.stdout, done.stdout
+
+
+def latents_and_codes(shape):
+    n, k, d = shape
+    z, codes = 0.1 * torch.randn(n, d, device=DEVICE), 0.1 * torch.randn(k, d, device=DEVICE)
+    return engine._centered(z, codes)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("programs", [1, 64])
+def test_search_finds_what_the_plain_search_finds(monkeypatch, shape, programs):
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)  # one part of the codebook, or several that are merged
+    z, codes = latents_and_codes(shape)
+    codes = torch.cat([codes, codes])  # twins: the lower index wins
+    assert torch.equal(kernels.nearest_code(z, codes, False), engine._tiled_search(z, codes, False))
+
+
+@runs_kernels
+def test_search_leaves_a_code_itself_out():
+    _, codes = latents_and_codes((1, 150, 16))
+    expected = torch.cdist(codes.double(), codes.double()).fill_diagonal_(torch.inf).argmin(1)
+    assert torch.equal(kernels.nearest_code(codes, codes, True), expected)
+    assert torch.equal(engine._tiled_search(codes, codes, True), expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("programs", [1, 64])
+@pytest.mark.filterwarnings("ignore:overflow")  # of numpy, in lanes that are masked out
+def test_sums_equal_a_dense_float64_softmax(monkeypatch, shape, programs):
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    z, codes = latents_and_codes(shape)
+    temperature = 0.05
+    for indices in (None, torch.randint(len(codes), (len(z),), device=DEVICE)):
+        found, mass, log_total, loss, s, weighted = kernels.softmax_sums(z, codes, indices, temperature)
+        z64, codes64 = z.double(), codes.double()
+        distances = (z64[:, None] - codes64[None]).square().sum(-1)
+        winners = distances.argmin(1) if indices is None else indices
+        logits = (z64.square().sum(1, keepdim=True) - distances) / temperature
+        p = logits.softmax(1)
+        w = p.scatter(1, winners[:, None], 0.0)
+        assert torch.equal(found, winners)
+        close = {"rtol": 3e-5, "atol": 3e-6}
+        torch.testing.assert_close(mass.double(), p.gather(1, winners[:, None]).squeeze(1), **close)
+        torch.testing.assert_close(log_total.double(), logits.logsumexp(1), rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(loss, (w * distances).sum(), **close)
+        torch.testing.assert_close(s.double(), w.sum(0), **close)
+        torch.testing.assert_close(weighted.double(), w.T @ z64, **close)
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tokenizer import codebook_triton as kernels
+
+def shared_memory(kernel, constants, capability, warps, stages):
+    types = {"index_out": "*i32", "winners": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(("latent_count", "code_count", "dim", "codes_per_split", "latents_per_split"), "i32")
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages}).metadata.shared
+
+for capability in (80, 90):
+    torch.cuda.get_device_capability = lambda device: (capability // 10, 0)
+    shared = {"precision": "tf32x3", "CHUNK": kernels._CHUNK}
+    tile = {"exclude_self": False, "normalize": True, "LATENTS": kernels._LATENTS, "CODES": kernels._CODES}
+    print(shared_memory(kernels._search_kernel, shared | tile, capability, kernels._WARPS, kernels._STAGES))
+    for dim in (128, 256):
+        latents, codes, warps = kernels._sums_tile(dim, torch.device("cuda"))
+        tile = {"LATENTS": latents, "CODES": codes, "DIM": dim}
+        print(shared_memory(kernels._softmax_sums_kernel, shared | tile, capability, warps, 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux alone")
+def test_kernels_compile_for_gpus_and_fit_the_shared_memory_of_a_consumer_card():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line) for line in done.stdout.split()]
+    assert len(sizes) == 6
+    assert max(sizes) <= 99 * 1024  # bytes a block, compute capability 8.6 and 8.9

@@ -1,0 +1,180 @@
+"""The passes of tokenizer/codebook.py as Triton kernels: search with softmax normaliser, and the softmax's sums.
+
+Both recompute the scores tile by tile, as FlashAttention does, so that nothing of size N x K is written. Every sum has
+one owner and a fixed order (no atomics): the same input gives the same bits. Products are float32-accurate: three-term
+TF32 on NVIDIA's tensor cores, IEEE elsewhere. With TRITON_INTERPRET=1 the kernels run on the CPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_DIM = 256  # of a [codes, dim] sum in registers; wider latents take the plain path
+_PRECISION = "ieee" if torch.version.hip else "tf32x3"
+_PROGRAMS = 1024  # a grid with fewer programs than this is split further along the reduced axis: several waves of a GPU
+_CHUNK = 32  # columns multiplied at a time
+_LATENTS, _CODES, _WARPS, _STAGES = 64, 64, 8, 3  # tile of the search
+
+
+def _sums_tile(dim: int, device: torch.device) -> tuple[int, int, int]:
+    """Latents, codes and warps of the second pass: what the registers hold beside its [codes, dim] sum."""
+    hopper = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+    return (64, 64, 8) if hopper and dim <= 128 else (16, 32, 4)
+
+
+@triton.jit
+def _tile(pointer, rows, count, dim, columns):
+    """Rows of a [count, dim] matrix, zero outside it."""
+    mask = (rows < count)[:, None] & (columns < dim)[None, :]
+    return tl.load(pointer + rows.to(tl.int64)[:, None] * dim + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _products(
+    a, b, a_rows, b_rows, a_count, b_count, dim,
+    precision: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """a b^T for A rows of one matrix and B rows of another -> [A, B], CHUNK columns at a time to spare registers."""
+    products = tl.zeros([A, B], tl.float32)
+    for first in range(0, dim, CHUNK):
+        columns = first + tl.arange(0, CHUNK)
+        left, right = _tile(a, a_rows, a_count, dim, columns), _tile(b, b_rows, b_count, dim, columns)
+        products = tl.dot(left, tl.trans(right), products, input_precision=precision)
+    return products
+
+
+@triton.jit
+def _search_kernel(
+    z, codebook, norms, best_out, index_out, total_out, latent_count, code_count, dim, scale, codes_per_split,
+    exclude_self: tl.constexpr, normalize: tl.constexpr, precision: tl.constexpr,
+    LATENTS: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Best score, its code and sum exp(score - best) of LATENTS latents in one part of the codebook -> [splits, N]."""
+    latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    first = tl.program_id(1) * codes_per_split
+    best = tl.full([LATENTS], float("-inf"), tl.float32)
+    index = tl.full([LATENTS], 0, tl.int32) + first
+    total = tl.zeros([LATENTS], tl.float32)
+    for start in range(first, tl.minimum(first + codes_per_split, code_count), CODES):
+        codes = start + tl.arange(0, CODES)
+        norm = tl.load(norms + codes, mask=codes < code_count, other=float("inf"))
+        products = _products(
+            z, codebook, latents, codes, latent_count, code_count, dim, precision, LATENTS, CODES, CHUNK
+        )
+        scores = (2 * products - norm[None, :]) * scale  # (LATENTS, CODES)
+        if exclude_self:
+            scores = tl.where(latents[:, None] == codes[None, :], float("-inf"), scores)
+        tile_best, tile_index = tl.max(scores, 1, return_indices=True)  # the first of equals
+        index = tl.where(tile_best > best, start + tile_index, index)
+        if normalize:
+            shift = tl.maximum(best, tile_best)
+            total = total * tl.exp(best - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
+        best = tl.maximum(best, tile_best)
+    place = tl.program_id(1).to(tl.int64) * latent_count + latents
+    tl.store(best_out + place, best, mask=latents < latent_count)
+    tl.store(index_out + place, index, mask=latents < latent_count)
+    if normalize:
+        tl.store(total_out + place, total, mask=latents < latent_count)
+
+
+@triton.jit
+def _softmax_sums_kernel(
+    z, codebook, squares, norms, normalizer, winners, loss_out, weight_out, latent_out,
+    latent_count, code_count, dim, scale, latents_per_split,
+    precision: tl.constexpr, LATENTS: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """For CODES codes, over one part of the latents, with w the softmax without the winner:
+    sum_i w_ij |z_i - c_j|^2 and s -> [splits, K], A -> [splits, K, d]."""
+    codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
+    columns = tl.arange(0, DIM)
+    first = tl.program_id(1) * latents_per_split
+    norm = tl.load(norms + codes, mask=codes < code_count, other=0.0)
+    loss = tl.zeros([CODES], tl.float32)
+    weight_sum = tl.zeros([CODES], tl.float32)
+    latent_sum = tl.zeros([CODES, DIM], tl.float32)
+    for start in range(first, tl.minimum(first + latents_per_split, latent_count), LATENTS):
+        latents = start + tl.arange(0, LATENTS)
+        inside = latents < latent_count
+        square = tl.load(squares + latents, mask=inside, other=0.0)
+        log_total = tl.load(normalizer + latents, mask=inside, other=float("inf"))
+        winner = tl.load(winners + latents, mask=inside, other=-1)
+        products = _products(
+            codebook, z, codes, latents, code_count, latent_count, dim, precision, CODES, LATENTS, CHUNK
+        )
+        scores = 2 * products - norm[:, None]  # (CODES, LATENTS)
+        weights = tl.exp(scores * scale - log_total[None, :])
+        weights = tl.where((codes[:, None] == winner[None, :]) | (codes >= code_count)[:, None], 0.0, weights)
+        loss += tl.sum(weights * tl.maximum(square[None, :] - scores, 0.0), 1)
+        weight_sum += tl.sum(weights, 1)
+        tile = _tile(z, latents, latent_count, dim, columns)  # (LATENTS, DIM)
+        latent_sum = tl.dot(weights, tile, latent_sum, input_precision=precision)
+    place = tl.program_id(1).to(tl.int64) * code_count + codes
+    tl.store(loss_out + place, loss, mask=codes < code_count)
+    tl.store(weight_out + place, weight_sum, mask=codes < code_count)
+    mask = (codes < code_count)[:, None] & (columns < dim)[None, :]
+    tl.store(latent_out + place[:, None] * dim + columns[None, :], latent_sum, mask=mask)
+
+
+def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
+    """z [N, d], codebook [K, d], float32 on the GPU -> indices [N] int64."""
+    return _search(z, codebook, 1.0, exclude_self, normalize=False)[0]
+
+
+def softmax_sums(
+    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_tiled_softmax_sums` of tokenizer/codebook.py, for tensors on the GPU."""
+    z, codebook = z.contiguous(), codebook.contiguous()
+    (latent_count, dim), code_count = z.shape, len(codebook)
+    found, log_total = _search(z, codebook, 1 / temperature, exclude_self=False, normalize=True)
+    winners = found if indices is None else indices
+    winner_codes = codebook[winners]
+    winner_mass = (((2 * z - winner_codes) * winner_codes).sum(1) / temperature - log_total).exp().clamp(max=1)
+
+    latents, codes, warps = _sums_tile(dim, z.device)
+    code_tiles = triton.cdiv(code_count, codes)
+    padded = _padded(dim)
+    splits, per_split = _split(latent_count, latents, _PROGRAMS // code_tiles)
+    loss, weight_sum = z.new_empty(splits, code_count), z.new_empty(splits, code_count)
+    latent_sum = z.new_empty(splits, code_count, dim)
+    _softmax_sums_kernel[(code_tiles, splits)](
+        z, codebook, z.square().sum(1), codebook.square().sum(1), log_total, winners.int(), loss, weight_sum,
+        latent_sum, latent_count, code_count, dim, 1 / temperature, per_split,
+        precision=_PRECISION, LATENTS=latents, CODES=codes, CHUNK=min(_CHUNK, padded), DIM=padded,
+        num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return winners, winner_mass, log_total, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
+
+
+def _search(
+    z: Tensor, codebook: Tensor, scale: float, exclude_self: bool, normalize: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> indices [N] int64, and log sum_j exp(score_ij) [N] where `normalize` asks for it."""
+    z, codebook = z.contiguous(), codebook.contiguous()
+    (latent_count, dim), code_count = z.shape, len(codebook)
+    latent_tiles = triton.cdiv(latent_count, _LATENTS)
+    if latent_count == 0:
+        return torch.empty(0, dtype=torch.int64, device=z.device), None
+    splits, per_split = _split(code_count, _CODES, _PROGRAMS // latent_tiles)
+    best = z.new_empty(splits, latent_count)
+    index, total = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best) if normalize else best
+    _search_kernel[(latent_tiles, splits)](
+        z, codebook, codebook.square().sum(1), best, index, total, latent_count, code_count, dim, scale, per_split,
+        exclude_self=exclude_self, normalize=normalize, precision=_PRECISION,
+        LATENTS=_LATENTS, CODES=_CODES, CHUNK=min(_CHUNK, _padded(dim)), num_warps=_WARPS, num_stages=_STAGES,
+    )  # fmt: skip
+    overall, split = best.max(0)  # the first of equals: the lower index
+    indices = index.gather(0, split[None]).squeeze(0).long()
+    return indices, overall + (total * (best - overall).exp()).sum(0).log() if normalize else None
+
+
+def _split(count: int, tile: int, wanted: int) -> tuple[int, int]:
+    """How many parts, and how many elements in each, when `count` is cut into about `wanted` parts of whole tiles."""
+    tiles = triton.cdiv(count, tile)
+    per_split = triton.cdiv(tiles, max(1, min(wanted, tiles)))
+    return triton.cdiv(tiles, per_split), per_split * tile
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
