@@ -142,7 +142,7 @@ def _nonstationary_operator(
         found, winner_mass, log_total, loss, s, weighted_latents = softmax_sums(z, codebook, indices, temperature)
         # The mean code that was taken away cancels in s C - A.
         gradient = torch.addcmul(weighted_latents.neg(), s[:, None], codebook).mul_(2 / z.numel()).to(dtype)
-        # The entropy is the mean of -log p_ij = log sum_k exp(-|z_i - c_k|^2 / temperature) + |z_i - c_j|^2 / temperature.
+        # Entropy: the mean of -log p_ij = log sum_k exp(-|z_i - c_k|^2 / temperature) + |z_i - c_j|^2 / temperature.
         whole_loss = loss + (winner_mass * (z - codebook[found]).square().sum(1)).sum(dtype=torch.float64)
         entropy = (log_total.double() - z.square().sum(1) / temperature).mean() + whole_loss / (temperature * len(z))
     found = found.clone() if indices is not None else found  # an operator may not return its input
