@@ -189,6 +189,8 @@ def main() -> None:
     while run.step < total_steps:
         phase, frozen = schedule.phase, schedule.phase != "stage1"
         weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen), quantizer)
+        if run.samples_seen < config.schedule.adversarial_after * epoch_samples:
+            weights.pop("adversarial", None)
         factor = optim.lr_factor(run.samples_seen / schedule.total_samples, config.schedule.epochs)
         for group, lr in zip(
             [*generator_optimizer.param_groups, *discriminator_optimizer.param_groups],

@@ -35,7 +35,7 @@ def make(tmp_path):
         if count := quantizer.initial_latents():
             quantizer.initialize(torch.randn(count, d))
         if quantizer.final_latents():
-            quantizer.fit(torch.randn(800, d))
+            quantizer.fit(torch.randn(2 * quantizer.codebook_size, d))
         return quantizer
 
     return make

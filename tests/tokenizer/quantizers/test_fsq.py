@@ -46,7 +46,8 @@ def test_every_level_is_reached_and_there_is_no_loss_or_parameter(make):
     quantizer = make("fsq", levels=[8, 5], dim=2)
     z = torch.cartesian_prod(torch.linspace(-9, 9, 2001), torch.linspace(-9, 9, 201))
     assert len(quantizer.lookup(z).unique()) == 40
-    assert quantizer.terms == () and quantizer.loss_weights() == {}
+    assert quantizer.terms == ()
+    assert quantizer.loss_weights() == {}
     assert not list(quantizer.parameters())
     assert torch.equal(quantizer.codebook().amax(0), torch.tensor([0.75, 1.0]))
     assert torch.equal(quantizer.codebook().amin(0), torch.tensor([-1.0, -1.0]))

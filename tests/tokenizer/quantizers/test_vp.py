@@ -97,7 +97,8 @@ def test_the_queue_takes_the_drawn_share_in_order_and_evaluation_takes_none(make
     for _ in range(20):
         quantizer(image(tokens))
         quantizer.end_step()
-    assert len(quantizer.queue) == size and (quantizer.queue > 1).all()
+    assert len(quantizer.queue) == size
+    assert (quantizer.queue > 1).all()
 
 
 def test_equal_latents_give_no_nan(make):
