@@ -5,12 +5,15 @@ and the folder's config.json names this module's class.
 """
 
 import torch
-from diffusers import VQModel
+from diffusers import ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from tokenizer.quantizers import QuantizerConfig, make_quantizer
+
+# A DiffusionPipeline finds out how to load a foreign component by looking for its base class in the component's module.
+__all__ = ["ModelMixin", "QuantizerVQModel"]
 
 
 class QuantizerVQModel(VQModel):

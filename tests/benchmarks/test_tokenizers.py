@@ -97,14 +97,14 @@ def test_the_table_holds_means_over_seeds_and_the_plot_every_run(tmp_path):
     )
     (folder / "benchmark.yaml").write_text(yaml.safe_dump({"run": {"batch_size": 16}}))
     one = benchmark.measurements(folder)
-    assert (one["step_ms"], one["memory_gib"]) == (2000, 3)
+    assert (one["step_ms"], one["memory_gib"]) == (1000, 3)
     rows = {"vq": [one, one | {"psnr": 22.0}], "nsvq": [one | {"perplexity_fraction": 1.0}]}
     head, _, vq, nsvq = benchmark.table(rows).splitlines()
     assert (
         head
         == "| system | PSNR | FD | utilization | perplexity / K | K | bits a token | tokens | step, ms | memory, GiB |"
     )
-    assert vq == "| vq | 21.00 ± 1.41 | 3.00 | 50.0% | 0.250 | 1000 | 10.0 | 64 | 2000 | 3.00 |"
+    assert vq == "| vq | 21.00 ± 1.41 | 3.00 | 50.0% | 0.250 | 1000 | 10.0 | 64 | 1000 | 3.00 |"
     assert nsvq.startswith("| nsvq | 20.00 | 3.00 |")
     plot = benchmark.plot(rows)
     assert plot.count("<circle") == 3

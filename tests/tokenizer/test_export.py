@@ -120,3 +120,23 @@ def test_an_absent_or_foreign_folder_is_one_clear_line(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(UserError, match="holds a UNet2DModel"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_path):
+    from diffusers import DiffusionPipeline, DiTPipeline
+
+    from diffusion.flow import make_scheduler
+    from diffusion.model import DiT
+    from pipelines.export import save_pipeline, to_stock
+
+    encoder, decoder, images = build(make("fsq"))
+    model = exported(encoder, decoder, images)
+    dit = DiT(sample_size=8, in_channels=4, num_classes=2, depth=1, width=16, heads=2)
+    save_pipeline(tmp_path / "pipeline", to_stock(dit), model, make_scheduler(1.0), {0: "a", 1: "b"})
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(stock) is DiTPipeline
+    assert type(stock.vae) is QuantizerVQModel
+    latents = Tokenizer(model).latents(images) / model.config.scaling_factor
+    torch.testing.assert_close(stock.vae.decode(latents).sample, model(images).sample)
+    stock.set_progress_bar_config(disable=True)
+    assert stock([1], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
