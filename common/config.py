@@ -104,24 +104,39 @@ def describe(schema: type[Config], default_file: Path | None = None) -> str:
     """The text of `--help`: the docstring of the schema, then one line a key."""
     doc = " ".join((schema.__doc__ or "").split())
     start = f"--config FILE (default: {default_file}), then " if default_file else "--config FILE, then "
-    rows = [
-        (f"  --{key}", _type_name(field.annotation), _default(field), field.description or "")
-        for key, field in _leaves(schema).items()
-    ]
-    lines = [f"{name} {kind} {default}\n        {text}" for name, kind, default, text in rows]
-    return "\n".join([doc, "", "options: " + start + "any of these keys:", *lines])
+    return "\n".join([doc, "", "options: " + start + "any of these keys:", *_describe(schema, "")])
+
+
+def _describe(schema: type[Config], prefix: str) -> list[str]:
+    lines = []
+    for name, field in schema.model_fields.items():
+        sections = _sections(field.annotation)
+        for section in sections:
+            if len(sections) > 1:
+                choice = " or ".join(get_args(section.model_fields[field.discriminator].annotation))
+                lines.append(f"  with {prefix}{name}.{field.discriminator} {choice}:")
+            lines += _describe(section, f"{prefix}{name}.")
+        if not sections:
+            kind, default = _type_name(field.annotation), _default(field)
+            lines.append(f"  --{prefix}{name} {kind} {default}\n        {field.description or ''}")
+    return lines
 
 
 def _leaves(schema: type[Config], prefix: str = "") -> dict:
     leaves = {}
     for name, field in schema.model_fields.items():
-        section = _section(field.annotation)
-        leaves |= _leaves(section, f"{prefix}{name}.") if section else {prefix + name: field}
+        if sections := _sections(field.annotation):
+            for section in sections:
+                leaves = _leaves(section, f"{prefix}{name}.") | leaves
+        else:
+            leaves[prefix + name] = field
     return leaves
 
 
-def _section(annotation: Any) -> type[Config] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+def _sections(annotation: Any) -> list[type[Config]]:
+    """The schemas that a section may have: one, several of a union told apart by a `discriminator`; none for a leaf."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    return [member for member in members if isinstance(member, type) and issubclass(member, Config)]
 
 
 def _type_name(annotation: Any) -> str:
@@ -167,24 +182,24 @@ def _scalar(text: str) -> Any:
 
 def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
     *sections, last = dotted.split(".")
+    schemas = [schema]
     for name in sections:
-        field = schema.model_fields.get(name)
-        section = _section(field.annotation) if field else None
-        if section is None:
+        fields = [s.model_fields[name] for s in schemas if name in s.model_fields]
+        schemas = [section for field in fields for section in _sections(field.annotation)]
+        if not schemas:
             raise UsageError(f"unknown key --{dotted}{_nearest(dotted, _leaves(schema))}")
         if isinstance(values.get(name), str):  # a section given in its short form
-            values[name] = section.model_validate(values[name]).model_dump(exclude_unset=True)
+            values[name] = schemas[0].model_validate(values[name]).model_dump(exclude_unset=True)
         values = values.setdefault(name, {})
-        schema = section
-    if last not in schema.model_fields:
-        raise UsageError(f"unknown key --{dotted}{_nearest(dotted, [*_leaves(schema, dotted[: -len(last)])])}")
-    if get_origin(schema.model_fields[last].annotation) is list and not isinstance(value, list):
+    fields = [s.model_fields[last] for s in schemas if last in s.model_fields]
+    if not fields:
+        valid = [key for s in schemas for key in _leaves(s, dotted[: -len(last)])]
+        raise UsageError(f"unknown key --{dotted}{_nearest(dotted, valid)}")
+    if get_origin(fields[0].annotation) is list and not isinstance(value, list):
         value = [value]
     if isinstance(values.get(last), dict) and isinstance(value, str):
-        values[last] = {
-            **values[last],
-            **_section(schema.model_fields[last].annotation).model_validate(value).model_dump(exclude_unset=True),
-        }
+        (section,) = _sections(fields[0].annotation)
+        values[last] = {**values[last], **section.model_validate(value).model_dump(exclude_unset=True)}
     else:
         values[last] = value
 
@@ -194,8 +209,23 @@ def _nearest(key: str, valid: Any) -> str:
     return f"; did you mean {close[0]}?" if close else "; --help lists the valid keys"
 
 
+def _path(schema: type[Config], location: tuple) -> list:
+    """Where an error is, as the key is written: without the name of the union's member that pydantic puts in."""
+    path, schemas, parts = [], [schema], list(location)
+    while parts:
+        path.append(parts.pop(0))
+        fields = [s.model_fields[path[-1]] for s in schemas if path[-1] in s.model_fields]
+        schemas = [section for field in fields for section in _sections(field.annotation)]
+        if len(schemas) > 1 and parts:
+            chosen = parts.pop(0)
+            schemas = [s for s in schemas if chosen in get_args(s.model_fields[fields[0].discriminator].annotation)]
+    return path
+
+
 def _explain(schema: type[Config], error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(map(str, _path(schema, error["loc"])))
+    if error["type"] == "extra_forbidden" and key in _leaves(schema):
+        return f"{key} is a key of another choice than this one's (--help lists which keys go together)"
     if error["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(key, _leaves(schema))}"
     if error["type"] == "missing":

@@ -28,7 +28,6 @@ from eval import features as feature_metrics
 from eval import report
 from eval.features import Extractor, Unavailable
 from eval.ranks import build_in_turn, gather_by_index
-from tokenizer.codebook import nearest_code
 from tokenizer.health import usage
 from tokenizer.losses import load_lpips
 from tokenizer.pretrained import Tokenizer
@@ -67,11 +66,8 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor, T
     """images [B, 3, H, W] in [-1, 1] -> 8-bit reconstructions [B, 3, H, W], code indices [B, h, w], and the
     quantization error of each image [B] float64, in the units of the model's latents."""
     z = tokenizer.latents(images) / tokenizer.model.config.scaling_factor  # (B, d, h, w)
-    flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, d)
-    indices = nearest_code(flat, tokenizer.codebook)
-    error = (flat - tokenizer.codebook[indices]).double().square().reshape(len(z), -1).mean(1)
-    indices = indices.view(len(z), *z.shape[2:])
-    return to_uint8(tokenizer.decode(indices)), indices, error
+    indices = tokenizer.quantize(z)
+    return to_uint8(tokenizer.decode(indices)), indices, tokenizer.quantization_error(z, indices)
 
 
 @torch.no_grad()
@@ -87,7 +83,7 @@ def measure(
     Returns how often each code was used [K] int64, and per-image rows for `eval.ranks.gather_by_index`: index, psnr,
     ssim, quantization_error, and where asked for lpips, and the features of the originals and of what was made of them.
     """
-    counts = torch.zeros(len(tokenizer.codebook), dtype=torch.int64, device=tokenizer.device)
+    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=tokenizer.device)
     names = ["index", "psnr", "ssim", "quantization_error"]
     names += (["lpips"] if lpips else []) + (["real", "made"] if extractor else [])
     rows = {name: [] for name in names}  # the same on every rank, images or not

@@ -1,4 +1,5 @@
-"""From a trained DiT and its tokenizer to a folder that stock diffusers loads: no class of this project is in it.
+"""From a trained DiT and its tokenizer to a folder that stock diffusers loads. No class of this project is in it, but
+where the tokenizer's method needs one (docs/tokenizers.md).
 
 <folder>/transformer (DiTTransformer2DModel)  vae (VQModel)  scheduler  model_index.json  nsvq.json  README.md
 """

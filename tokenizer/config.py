@@ -1,7 +1,8 @@
 """The config of a tokenizer run. Its defaults are the paper's recipe on ImageNet-128 (NSVQ, appendix D)."""
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,30 +11,19 @@ from common.data import DataConfig
 from common.run import RunConfig
 from tokenizer.losses import LossConfig
 from tokenizer.model import ModelConfig
-from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig
+from tokenizer.quantizers.vq import VQConfig
 from tokenizer.schedule import ScheduleConfig
-
-
-class QuantizerConfig(Config):
-    """Which quantizer, and its codebook."""
-
-    name: Literal["nsvq", "simvq", "vq"] = Field("nsvq", description="Method, see tokenizer/quantizers.")
-    codebook_size: int = Field(65_536, ge=2, description="K, the number of codes.")
-    init: Literal["latents", "uniform"] | None = Field(
-        None, description="Start of the codes: encoder outputs or uniform in +-1/K; null is the method's own "
-        "(latents for vq and nsvq; simvq has N(0, 1/d) always).")  # fmt: skip
-
-    @model_validator(mode="after")
-    def _init_fits(self) -> "QuantizerConfig":
-        if self.name == "simvq" and self.init is not None:
-            raise ValueError("init does not apply to simvq, whose base is N(0, 1/d); leave it null")
-        return self
 
 
 class OptimConfig(Config):
     """Adam for both networks."""
 
     lr: float = Field(1e-4, gt=0, description="Learning rate of encoder, decoder and discriminator.")
+    lr_warmup: float = Field(0, ge=0, description="Epochs over which all learning rates rise from lr_floor.")
+    lr_hold: float = Field(0, ge=0, lt=1, description="Share of the rest of the run before they decay.")
+    lr_decay: Literal["none", "linear", "cosine"] = Field("none", description="How they then fall to lr_floor.")
+    lr_floor: float = Field(0.01, ge=0, le=1, description="Lowest factor on them, at both ends.")
     betas: tuple[float, float] = Field((0.5, 0.9), description="Adam's betas.")
     codebook_lr: float | None = Field(None, gt=0, description="Learning rate of the quantizer; null is lr.")
     codebook_eps: float = Field(
@@ -41,6 +31,16 @@ class OptimConfig(Config):
         "hit is mostly below 1e-8, and then moves it by much less than lr.")  # fmt: skip
     clip_grad_norm: float | None = Field(None, gt=0, description="Largest gradient norm of the generator; null: none.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved.")
+
+    def lr_factor(self, progress: float, epochs: float) -> float:
+        """The factor on all learning rates at `progress` in [0, 1) of a run of `epochs`: a rise, a hold, a decay."""
+        start, floor = min(1.0, self.lr_warmup / epochs), self.lr_floor
+        if progress < start:
+            return floor + (1 - floor) * progress / start
+        if self.lr_decay == "none":
+            return 1.0
+        left = min(1.0, (1 - (progress - start) / (1 - start)) / (1 - self.lr_hold))
+        return floor + (1 - floor) * (left if self.lr_decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 class ValidationConfig(Config):
@@ -58,17 +58,28 @@ class TrainConfig(Config):
     out: Path = Field(Path("runs/imagenet128-nsvq"), description="Folder of the run; holds the tokenizer at the end.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
-    quantizer: QuantizerConfig = Field(default_factory=QuantizerConfig)
+    quantizer: QuantizerConfig = Field(default_factory=VQConfig, discriminator="name")
     loss: LossConfig = Field(default_factory=LossConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_method(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("quantizer"), dict):
+            values = values | {"quantizer": {"name": "nsvq"} | values["quantizer"]}
+        return values
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
-        if self.schedule.replace and QUANTIZERS[self.quantizer.name].table is QUANTIZERS["simvq"].table:
-            raise ValueError(f"{self.quantizer.name} has no free codes to replace; set schedule.replace: false")
+        name, method = self.quantizer.name, QUANTIZERS[self.quantizer.name]
+        self.quantizer.check_dim(self.model.latent_channels)
+        if self.schedule.replace and method.table is Quantizer.table:
+            raise ValueError(f"{name} has no free codes to replace; set schedule.replace: false")
+        if self.loss.nonstationary_weight > 0 and not method.learns_codes:
+            raise ValueError(f"the NS loss pulls no codes of {name}; set loss.nonstationary_weight: 0")
         factor = 2 ** (len(self.model.channel_multipliers) - 1)
         if self.data.image_size % factor:
             raise ValueError(f"data.image_size = {self.data.image_size} must be a multiple of f = {factor}, which is "

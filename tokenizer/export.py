@@ -1,4 +1,5 @@
-"""From a trained tokenizer to a stock diffusers `VQModel` folder, exact to float error."""
+"""From a trained tokenizer to a diffusers `VQModel` folder, exact to float error: stock where the code is the nearest
+row of a table, else `tokenizer.vqmodel.QuantizerVQModel`."""
 
 import json
 import shutil
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenizer.model import ModelConfig, QuantizedDecoder, vqmodel_arguments
 from tokenizer.pretrained import TRAINING_FILE
+from tokenizer.vqmodel import QuantizerVQModel
 
 
 @torch.no_grad()
@@ -36,25 +38,36 @@ def latent_statistics(encoder: nn.Module, batches: Iterable[Tensor], accelerator
 def to_vqmodel(
     config: ModelConfig, image_size: int, encoder: nn.Module, decoder: QuantizedDecoder, mean: Tensor, std: float
 ) -> VQModel:
-    """The stock model with the same codes and images. Its latents times `scaling_factor` have mean 0 and deviation 1.
+    """A model with the same codes and images. Its latents times `scaling_factor` have mean 0 and deviation 1.
 
     The shift by `mean` [d] sits in `quant_conv`, the codebook and `post_quant_conv`; the scale is isotropic, since
-    one per channel would change which code is nearest.
+    one per channel would change which code is nearest. A table with more than d columns widens the latents by zeros.
+    Without a table the project's class keeps the quantizer, which takes the shift back itself.
     """
-    codebook = decoder.quantizer.codebook()
-    model = VQModel(
-        **vqmodel_arguments(config),
-        sample_size=image_size,
-        num_vq_embeddings=len(codebook),
-        vq_embed_dim=codebook.shape[1],
-        scaling_factor=1 / std,
-    )
+    quantizer = decoder.quantizer
+    table = quantizer.export_table()
+    arguments = vqmodel_arguments(config) | {
+        "sample_size": image_size,
+        "num_vq_embeddings": quantizer.codebook_size,
+        "vq_embed_dim": quantizer.dim if table is None else table.shape[1],
+        "scaling_factor": 1 / std,
+    }
+    if table is None:
+        model = QuantizerVQModel(quantizer=quantizer.config.model_dump(mode="json"), **arguments)
+        model.quantize.quantizer.load_state_dict(quantizer.state_dict())
+        model.quantize.mean.copy_(mean)
+        unshift = torch.zeros_like(mean)
+    else:
+        model = VQModel(**arguments)
+        wide_mean = nn.functional.pad(mean, (0, table.shape[1] - len(mean)))
+        model.quantize.embedding.weight.copy_(table - wide_mean)
+        unshift = mean
     model.encoder.load_state_dict(encoder.state_dict())
     model.decoder.load_state_dict(decoder.decoder.state_dict())
-    model.quantize.embedding.weight.copy_(codebook - mean)
-    for conv, bias in ((model.quant_conv, -mean), (model.post_quant_conv, mean)):
-        nn.init.dirac_(conv.weight)
-        conv.bias.copy_(bias)
+    nn.init.dirac_(model.quant_conv.weight)
+    nn.init.dirac_(model.post_quant_conv.weight)
+    model.quant_conv.bias.zero_()[: len(mean)] = -mean
+    model.post_quant_conv.bias.copy_(unshift)
     return model.eval()
 
 

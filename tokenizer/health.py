@@ -4,8 +4,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tokenizer.codebook import nearest_neighbor_distance, search_with_nonstationary_loss
-from tokenizer.quantizers import CodebookQuantizer
+from tokenizer.codebook import nearest_neighbor_distance, nonstationary_loss
+from tokenizer.quantizers import Quantizer
 
 
 def usage(counts: Tensor) -> dict[str, float]:
@@ -35,12 +35,11 @@ class EpochUsage:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=accelerator.device)
         self.commitment = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum, images
 
-    def update(self, indices: Tensor, commitment: Tensor) -> None:
-        """indices [B, h, w] of one micro-batch, and its mean commitment loss."""
-        self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
-        self.commitment += torch.stack(
-            [commitment.detach().double() * len(indices), commitment.new_tensor(len(indices))]
-        )
+    def update(self, indices: Tensor | None, commitment: Tensor, images: int) -> None:
+        """indices [B, h, w] of one micro-batch (None where there are no codes yet), its mean commitment loss, and B."""
+        if indices is not None:
+            self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+        self.commitment += torch.stack([commitment.detach().double() * images, commitment.new_tensor(images)])
 
     def total(self) -> tuple[Tensor, float]:
         """(counts [K], mean commitment) over all ranks so far."""
@@ -76,21 +75,21 @@ class DriftProbe:
         self.indices: Tensor | None = None  # [N]
 
     @torch.no_grad()
-    def measure(self, encoder: nn.Module, quantizer: CodebookQuantizer, temperature: float) -> dict[str, float]:
-        """drift_rms, drift_relative (divided by the RMS of z), churn; and how wide the NS softmax is just now."""
+    def measure(self, encoder: nn.Module, quantizer: Quantizer, temperature: float) -> dict[str, float]:
+        """drift_rms, drift_relative (divided by the RMS of z); where there are codes churn, and where they learn how
+        wide the NS softmax is just now."""
         z = encoder(self.images).float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
-        codebook = quantizer.codebook()
-        indices, ns = search_with_nonstationary_loss(z, codebook, temperature)
+        indices = quantizer.lookup(z) if quantizer.has_codes else None
         rms = z.square().mean().sqrt().item()
-        values = {
-            "latent_rms": rms,
-            "winner_mass": ns.winner_mass.item(),
-            "effective_codes": ns.effective_codes.item(),
-        }
+        values = {"latent_rms": rms}
+        if quantizer.learns_codes:
+            ns = nonstationary_loss(quantizer.prepare(z), quantizer.codebook(), indices, temperature)
+            values |= {"winner_mass": ns.winner_mass.item(), "effective_codes": ns.effective_codes.item()}
         if self.latents is not None:
             drift = (z - self.latents).square().mean().sqrt().item()
             values["drift_rms"], values["drift_relative"] = drift, drift / max(rms, 1e-12)
-            values["churn"] = (indices != self.indices).float().mean().item()
+            if self.indices is not None:
+                values["churn"] = (indices != self.indices).float().mean().item()
         self.latents, self.indices = z, indices
         return values
 

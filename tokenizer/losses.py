@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import UserError
+from tokenizer.quantizers import Quantizer
 from tokenizer.schedule import Phase
 
 
 class LossConfig(Config):
-    """L = L1 + perceptual + adversarial + codebook + beta commitment + alpha NS (NSVQ, eq. 11-12)."""
+    """L = L1 + perceptual + adversarial + codebook + beta commitment + alpha NS (NSVQ, eq. 11-12), and the quantizer's
+    own terms."""
+
+    pixel: Literal["l1", "mse"] = Field("l1", description="Reconstruction loss over pixels.")
 
     perceptual: Literal["vgg", "squeeze", "none"] = Field("vgg", description="Backbone of LPIPS.")
     perceptual_weights: Path | None = Field(
@@ -30,23 +34,33 @@ class LossConfig(Config):
     adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
     discriminator_channels: int = Field(64, ge=1, description="Base width of the PatchGAN discriminator.")
     discriminator_layers: int = Field(3, ge=1, description="Layers of the PatchGAN discriminator.")
+    codebook_weight: float = Field(
+        1.0, ge=0, description="Weight of the codebook loss. VQGAN's code has beta here and 1 on the commitment."
+    )
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
     nonstationary_weight: float = Field(0.1, ge=0, description="alpha, the weight of the NS loss; 0 turns it off.")
     temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
 
 
-def phase_weights(config: LossConfig, phase: Phase, adversarial_factor: float) -> dict[str, float]:
+def phase_weights(
+    config: LossConfig, phase: Phase, adversarial_factor: float, quantizer: Quantizer
+) -> dict[str, float]:
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
 
-    "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0.
+    "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
+    the quantizer trains with, the codebook loss alone goes on when the encoder is frozen.
     """
-    weights = {"l1": 1.0, "codebook": 1.0}
+    weights = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight
+    if "codebook" in quantizer.terms:
+        weights["codebook"] = config.codebook_weight
     if phase == "stage1":
-        weights["commitment"] = config.commitment_weight
+        if "commitment" in quantizer.terms:
+            weights["commitment"] = config.commitment_weight
         if config.nonstationary_weight > 0:
             weights["nonstationary"] = config.nonstationary_weight
+        weights |= quantizer.loss_weights()
     if phase != "warmup" and config.adversarial_weight > 0:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
     return weights

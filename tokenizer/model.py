@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from common.config import Config
-from tokenizer.quantizers import CodebookQuantizer, Quantized
+from tokenizer.quantizers import Quantized, Quantizer
 
 
 class ModelConfig(Config):
@@ -22,7 +22,9 @@ class ModelConfig(Config):
         [1, 2, 2, 4], min_length=1, description="Width of each level; each level but the last halves the image."
     )
     layers_per_block: int = Field(2, ge=1, description="Residual blocks per level (the decoder has one more).")
-    latent_channels: int = Field(128, ge=1, description="d, the width of latents and codes.")
+    latent_channels: int = Field(
+        128, ge=1, description="d, the width of latents and codes. VQGAN's 1x1 projections before and after the "
+        "quantizer are part of the 3x3 convolutions beside them: for factorized codes this is their d.")  # fmt: skip
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
 
@@ -67,7 +69,7 @@ def _initialize(network: nn.Module) -> nn.Module:
 class QuantizedDecoder(nn.Module):
     """z [B, d, h, w] -> (images [B, 3, H, W], `Quantized`)."""
 
-    def __init__(self, config: ModelConfig, quantizer: CodebookQuantizer):
+    def __init__(self, config: ModelConfig, quantizer: Quantizer):
         super().__init__()
         arguments = vqmodel_arguments(config)
         del arguments["down_block_types"]

@@ -1,4 +1,4 @@
-"""Images to codes and back, from a saved folder: ours, or any stock diffusers `VQModel`.
+"""Images to codes and back, from a saved folder: ours (docs/tokenizers.md says of which class), or any stock `VQModel`.
 
 tokenizer = Tokenizer.from_pretrained("runs/nsvq/tokenizer")
 codes = tokenizer.encode(images)      # [B, 3, H, W] in [-1, 1] -> [B, h, w]
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from tokenizer.codebook import nearest_code
+from tokenizer.vqmodel import QuantizerVQModel
 
+_CLASSES = {"VQModel": VQModel, "QuantizerVQModel": QuantizerVQModel}
 TRAINING_FILE = "nsvq.json"  # beside the weights of a tokenizer that this project trained
 
 
@@ -26,9 +28,9 @@ def read_training(folder: str | Path) -> dict | None:
 
 
 class Tokenizer(nn.Module):
-    """A frozen tokenizer in eval mode around a stock `VQModel`, attribute `model`.
+    """A frozen tokenizer in eval mode around a `VQModel`, attribute `model`.
 
-    `codebook` is the effective table [K, d]; `downsampling` the factor f between image and token grid.
+    `codebook` holds what the decoder sees of each code [K, d]; `downsampling` is the factor f between image and tokens.
     """
 
     def __init__(self, model: VQModel):
@@ -39,12 +41,12 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Load `folder`, or a Hub id. Raises `UserError` where no stock `VQModel` is there."""
+        """Load `folder`, or a Hub id. Raises `UserError` where no `VQModel`, stock or ours, is there."""
         try:
             found = VQModel.load_config(folder).get("_class_name")
-            if found != "VQModel":
+            if found not in _CLASSES:
                 raise UserError(f"{folder} holds a {found}, not a VQModel")
-            return cls(VQModel.from_pretrained(folder, use_safetensors=True))
+            return cls(_CLASSES[found].from_pretrained(folder, use_safetensors=True))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(
                 f"no tokenizer at {folder}: give the <out>/tokenizer folder of a finished tokenizer run, "
@@ -53,11 +55,17 @@ class Tokenizer(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
+        if isinstance(self.model, QuantizerVQModel):
+            return self.model.quantize.quantizer.codebook()
         return self.model.quantize.embedding.weight
 
     @property
+    def codebook_size(self) -> int:
+        return self.model.config.num_vq_embeddings
+
+    @property
     def device(self) -> torch.device:
-        return self.codebook.device
+        return self.model.device
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
@@ -73,17 +81,34 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> code indices [B, h, w] int64."""
-        z = self.latents(images) / self.model.config.scaling_factor
+        return self.quantize(self.latents(images) / self.model.config.scaling_factor)
+
+    @torch.no_grad()
+    def quantize(self, z: Tensor) -> Tensor:
+        """Latents before `scaling_factor` [B, d, h, w] -> code indices [B, h, w] int64."""
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B h w, d)
-        return nearest_code(flat, self.codebook).view(z.shape[0], *z.shape[2:])
+        if isinstance(self.model, QuantizerVQModel):
+            indices = self.model.quantize.lookup(flat)
+        else:
+            indices = nearest_code(flat, self.codebook)
+        return indices.view(z.shape[0], *z.shape[2:])
+
+    @torch.no_grad()
+    def quantization_error(self, z: Tensor, indices: Tensor) -> Tensor:
+        """Mean squared distance of latents [B, d, h, w] to their codes, where the method compares them: [B] float64."""
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, d)
+        if isinstance(self.model, QuantizerVQModel):
+            flat = self.model.quantize.prepare(flat)
+        residual = flat - self.codebook[indices.flatten()]
+        return residual.double().square().view(len(z), -1).mean(1)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Code indices [B, h, w] -> images [B, 3, H, W], about in [-1, 1]. Raises `ValueError` on a wrong index."""
         if indices.dim() != 3:
             raise ValueError(f"expected indices [B, h, w], got {tuple(indices.shape)}")
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(self.codebook):
-            raise ValueError(f"indices must lie in 0..{len(self.codebook) - 1}, got {indices.min()}..{indices.max()}")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
+            raise ValueError(f"indices must lie in 0..{self.codebook_size - 1}, got {indices.min()}..{indices.max()}")
         z_q = self.codebook[indices].permute(0, 3, 1, 2)  # (B, d, h, w)
         return self.model.decode(z_q.contiguous(), force_not_quantize=True).sample
 

@@ -24,6 +24,7 @@ class ScheduleConfig(Config):
     latest_freeze: int = Field(50, ge=1, description="Epoch at whose end the encoder is frozen at the latest.")
     warmup: int = Field(3, ge=0, description="Epochs of warmup.")
     ramp: float = Field(2, ge=0, description="Epochs over which the GAN's weight rises to 1 in stage2.")
+    adversarial_after: float = Field(0, ge=0, description="Epochs at the start without a GAN.")
     replace: bool = Field(True, description="Replace dead codes at each epoch's end in stage1.")
     replace_after: int = Field(5, ge=0, description="Epochs at the start without replacement.")
     replace_noise: float = Field(0.001, ge=0, description="Standard deviation of the noise on a replaced code.")

@@ -27,7 +27,7 @@ from tokenizer.export import latent_statistics, save, to_vqmodel
 from tokenizer.health import DriftProbe, EpochUsage, near_duplicates, usage
 from tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
 from tokenizer.model import QuantizedDecoder, make_encoder
-from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers import make_quantizer
 from tokenizer.replacement import replace_dead_codes
 from tokenizer.schedule import Schedule
 
@@ -53,7 +53,7 @@ def main() -> None:
     bad_images = BadImages(config.data.max_bad_fraction, accelerator)
 
     # Networks
-    quantizer = QUANTIZERS[config.quantizer.name](config.quantizer.codebook_size, config.model.latent_channels)
+    quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
     encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
     discriminator = PatchDiscriminator(loss_config.discriminator_channels, loss_config.discriminator_layers)
     lpips = None
@@ -81,7 +81,7 @@ def main() -> None:
     # State
     run = Run(accelerator, config, config.out, "tokenizer")
     schedule = Schedule(config.schedule, epoch_samples)
-    epoch_usage = EpochUsage(config.quantizer.codebook_size, accelerator)
+    epoch_usage = EpochUsage(quantizer.codebook_size, accelerator)
     fixed_images = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))["image"]
     probe = DriftProbe(fixed_images.to(device))
     stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema}
@@ -107,14 +107,17 @@ def main() -> None:
         run.save({name: part.state_dict() for name, part in stateful.items()})
 
     def reconstruct(images: torch.Tensor) -> tuple:
+        live_decoder.eval()
         with accelerator.autocast():
-            return live_decoder(live_encoder(images))
+            output = live_decoder(live_encoder(images))
+        live_decoder.train()
+        return output
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
         """PSNR (per image, 8-bit), L1, quantization error and usage on the test split, with EMA weights."""
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        counts = torch.zeros(config.quantizer.codebook_size, dtype=torch.int64, device=device)
+        counts = torch.zeros(quantizer.codebook_size, dtype=torch.int64, device=device)
         with averaged_weights(ema, parameters):
             for batch in eval_batches(config.data, "test", limit=config.validation.images, **loading):
                 images = batch["image"].to(device)
@@ -123,10 +126,12 @@ def main() -> None:
                 l1 = (output.float().clamp(-1, 1) - images).abs().double().flatten(1).mean(1)
                 error = quantized.losses["commitment"].double() * len(images)
                 sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
-                counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+                if quantized.indices is not None:
+                    counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
         decibels, l1, error, images = accelerator.reduce(sums, "sum").tolist()
         values = {"psnr": decibels / images, "l1": l1 / images, "quantization_error": error / images}
-        return {f"val_{k}": v for k, v in (values | usage(accelerator.reduce(counts, "sum"))).items()}
+        used = usage(accelerator.reduce(counts, "sum")) if quantizer.has_codes else {}
+        return {f"val_{k}": v for k, v in (values | used).items()}
 
     @torch.no_grad()
     def draw() -> None:
@@ -137,27 +142,42 @@ def main() -> None:
         rows = torch.cat([images, output.float()])
         save_image(rows, run.image_path(), nrow=len(images), normalize=True, value_range=(-1, 1))
 
+    def fit_codes() -> None:
+        """Codes for a method that trains without, from what the averaged encoder makes of training images."""
+        if not (count := quantizer.final_latents()):
+            return
+        with averaged_weights(ema, parameters), torch.no_grad(), accelerator.autocast():
+            tokens = live_encoder(probe.images[:1])[0, 0].numel()
+            batches = eval_batches(config.data, "train", limit=math.ceil(count / tokens), **loading)
+            z = [live_encoder(batch["image"].to(device)).float() for batch in batches]
+        quantizer.fit(torch.cat(z).permute(0, 2, 3, 1).flatten(0, 2))
+
     def end_epoch() -> dict[str, float]:
         """Usage of the epoch, the schedule's decision, replacement: all of it from numbers summed over ranks."""
         counts, commitment = epoch_usage.total()
-        values = usage(counts) | {"epoch_commitment": commitment, "replaced_codes": 0}
+        values = {"epoch_commitment": commitment, "replaced_codes": 0}
+        values |= usage(counts) if quantizer.has_codes else {}
         if schedule.end_epoch(commitment):
             freeze_encoder()
         elif schedule.replaces_codes():
             table = quantizer.table()
-            position = next(i for i, parameter in enumerate(parameters) if parameter is table)
-            values["replaced_codes"] = replace_dead_codes(
-                table, counts, optimizer=generator_optimizer.optimizer, averages=[ema.shadow_params[position]],
+            averages = [a for a, parameter in zip(ema.shadow_params, parameters, strict=True) if parameter is table]
+            dead = replace_dead_codes(
+                table, counts, optimizer=generator_optimizer.optimizer, averages=averages,
                 noise=config.schedule.replace_noise, seed=config.run.seed + schedule.epoch,
             )  # fmt: skip
+            quantizer.rows_written(dead)
+            values["replaced_codes"] = len(dead)
         epoch_usage.reset()
-        values["near_duplicates"] = near_duplicates(quantizer.codebook())
+        quantizer.end_epoch()
+        if quantizer.learns_codes:
+            values["near_duplicates"] = near_duplicates(quantizer.codebook())
         return values
 
     if run.step == 0:
-        if config.quantizer.init != "uniform" and quantizer.table() is not None:
+        if count := quantizer.initial_latents():
             start = train_batches(config.data, seed=config.run.seed, start=0, **loading)
-            quantizer.initialize(_first_latents(encoder, start, config.quantizer.codebook_size, accelerator))
+            quantizer.initialize(_first_latents(encoder, start, count, accelerator))
             ema = EMAModel(parameters, decay=optim.ema_decay)
             stateful["ema"] = ema
         ema.to(device)
@@ -168,7 +188,16 @@ def main() -> None:
     interval: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     while run.step < total_steps:
         phase, frozen = schedule.phase, schedule.phase != "stage1"
-        weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen))
+        weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen), quantizer)
+        if run.samples_seen < config.schedule.adversarial_after * epoch_samples:
+            weights.pop("adversarial", None)
+        factor = optim.lr_factor(run.samples_seen / schedule.total_samples, config.schedule.epochs)
+        for group, lr in zip(
+            [*generator_optimizer.param_groups, *discriminator_optimizer.param_groups],
+            (optim.lr, optim.codebook_lr or optim.lr, optim.lr),
+            strict=True,
+        ):
+            group["lr"] = lr * factor
         temperature = loss_config.temperature if "nonstationary" in weights else None
         for _ in range(config.run.accumulation):
             batch = next(batches)
@@ -179,6 +208,8 @@ def main() -> None:
                     z = encoder(images)
                 output, quantized = decoder(z, temperature)
                 terms = {"l1": (output - images).abs().mean(), **quantized.losses}
+                if loss_config.pixel == "mse":
+                    terms["mse"] = (output - images).square().mean()
                 if "perceptual" in weights:
                     terms["perceptual"] = lpips(output, images).mean()
                 if "adversarial" in weights:
@@ -200,10 +231,11 @@ def main() -> None:
                     accelerator.backward(terms["discriminator"])
                     discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad(set_to_none=True)
-            epoch_usage.update(quantized.indices, quantized.losses["commitment"])
+            epoch_usage.update(quantized.indices, quantized.losses["commitment"], len(images))
             for name, value in {"loss": loss, **terms, **quantized.stats}.items():
                 interval[name] += value.detach()
                 interval[f"{name}/n"] += 1
+        quantizer.end_step()
         ema.step(parameters)
         run.step += 1
         run.samples_seen += config.run.batch_size
@@ -227,6 +259,7 @@ def main() -> None:
             if schedule.epoch % config.validation.every == 0 and not last:
                 values |= validate()
         if last:
+            fit_codes()
             values |= validate()
         if values:
             run.log(values, phase=phase, epoch=schedule.epoch)

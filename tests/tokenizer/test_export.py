@@ -8,43 +8,62 @@ from tokenizer import Tokenizer
 from tokenizer.export import latent_statistics, save, to_vqmodel
 from tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
 from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers.vq import VQ, VQConfig
+from tokenizer.vqmodel import QuantizerVQModel
 
-CONFIG = ModelConfig(
-    channels=8, channel_multipliers=[1, 2], layers_per_block=1, latent_channels=6, norm_groups=4, mid_attention=True
-)
+
+def config(dim):
+    return ModelConfig(
+        channels=8, channel_multipliers=[1, 2], layers_per_block=1, latent_channels=dim, norm_groups=4,
+        mid_attention=True,
+    )  # fmt: skip
+
+
+def build(quantizer):
+    """An encoder, and a decoder whose codes lie among its latents, far from the origin where the method allows it."""
+    dim = quantizer.dim
+    encoder = make_encoder(config(dim)).eval()
+    images = torch.rand(16, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        encoder.conv_out.bias += torch.linspace(-1, 1, dim) * (1 if quantizer.export_table() is None else 4)
+        latents = encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
+        latents = latents[torch.randperm(len(latents))]
+        quantizer.initialize(latents[: quantizer.initial_latents()])
+        if quantizer.final_latents():
+            quantizer.fit(latents)
+    return encoder, QuantizedDecoder(config(dim), quantizer).eval(), images
 
 
 @pytest.fixture(params=sorted(QUANTIZERS))
-def trained(request):
-    """An encoder, and a decoder whose codes lie among its latents, far from the origin."""
-    encoder = make_encoder(CONFIG).eval()
-    quantizer = QUANTIZERS[request.param](40, 6)
-    images = torch.rand(16, 3, 16, 16) * 2 - 1
-    with torch.no_grad():
-        encoder.conv_out.bias += torch.linspace(-3, 4, 6)
-        z = encoder(images)
-        if quantizer.table() is not None:
-            latents = z.permute(0, 2, 3, 1).flatten(0, 2)
-            quantizer.initialize(latents[torch.randperm(len(latents))[:40]])
-    return encoder, QuantizedDecoder(CONFIG, quantizer).eval(), images
+def trained(request, make):
+    return build(make(request.param))
+
+
+@pytest.fixture
+def plain():
+    return build(VQ(VQConfig(codebook_size=40), 6))
 
 
 def exported(encoder, decoder, images):
     mean, std = latent_statistics(encoder, images.split(4), Accelerator())
-    return to_vqmodel(CONFIG, 16, encoder, decoder, mean, std)
+    quantizer = decoder.quantizer
+    return to_vqmodel(config(quantizer.dim), 16, encoder, decoder, mean, std)
 
 
 @torch.no_grad()
-def test_stock_model_gives_the_trained_codes_and_images(trained, tmp_path):
+def test_exported_model_gives_the_trained_codes_and_images(trained, tmp_path):
     encoder, decoder, images = trained
-    output, quantized = decoder(encoder(images))
+    z = encoder(images)
+    output, quantized = decoder(z)
     save(exported(encoder, decoder, images), tmp_path / "tokenizer", {"step": 1})
 
-    stock = VQModel.from_pretrained(tmp_path / "tokenizer")
-    torch.testing.assert_close(stock(images).sample, output, atol=1e-4, rtol=1e-4)
+    stock = decoder.quantizer.export_table() is not None
+    model = (VQModel if stock else QuantizerVQModel).from_pretrained(tmp_path / "tokenizer")
+    torch.testing.assert_close(model(images).sample, output, atol=1e-4, rtol=1e-4)
 
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
     codes = tokenizer.encode(images)
+    assert tokenizer.codebook_size == decoder.quantizer.codebook_size == len(tokenizer.codebook)
     assert torch.equal(codes, quantized.indices)
     torch.testing.assert_close(tokenizer.decode(codes), output, atol=1e-4, rtol=1e-4)
 
@@ -55,14 +74,16 @@ def test_scaled_latents_have_mean_zero_and_deviation_one_and_decode_back(trained
     stock = exported(encoder, decoder, images)
     tokenizer = Tokenizer(stock)
     latents = tokenizer.latents(images)
+    dim = decoder.quantizer.dim
     assert latents.mean((0, 2, 3)).abs().max() < 1e-4
-    assert float(latents.var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1, abs=1e-4)
+    assert not latents[:, dim:].any()  # ibq's extra channel
+    assert float(latents[:, :dim].var((0, 2, 3), unbiased=False).mean()) == pytest.approx(1, abs=1e-4)
     decoded = stock.decode(latents / stock.config.scaling_factor).sample  # as diffusers' pipelines do
     torch.testing.assert_close(decoded, decoder(encoder(images))[0], atol=1e-4, rtol=1e-4)
 
 
-def test_statistics_equal_those_of_all_latents_at_once(trained):
-    encoder, _, images = trained
+def test_statistics_equal_those_of_all_latents_at_once(plain):
+    encoder, _, images = plain
     with torch.no_grad():
         z = encoder(images).double()
     mean, std = latent_statistics(encoder, images.split(3), Accelerator())
@@ -88,7 +109,7 @@ def test_fingerprint_tells_weights_apart(trained):
     before = Tokenizer(stock).fingerprint()
     assert Tokenizer(exported(encoder, decoder, images)).fingerprint() == before
     with torch.no_grad():
-        stock.quantize.embedding.weight[3, 2] += 1e-6
+        next(stock.decoder.parameters()).flatten()[3] += 1e-6
     assert Tokenizer(stock).fingerprint() != before
 
 
@@ -99,3 +120,23 @@ def test_an_absent_or_foreign_folder_is_one_clear_line(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(UserError, match="holds a UNet2DModel"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_path):
+    from diffusers import DiffusionPipeline, DiTPipeline
+
+    from diffusion.flow import make_scheduler
+    from diffusion.model import DiT
+    from pipelines.export import save_pipeline, to_stock
+
+    encoder, decoder, images = build(make("fsq"))
+    model = exported(encoder, decoder, images)
+    dit = DiT(sample_size=8, in_channels=4, num_classes=2, depth=1, width=16, heads=2)
+    save_pipeline(tmp_path / "pipeline", to_stock(dit), model, make_scheduler(1.0), {0: "a", 1: "b"})
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(stock) is DiTPipeline
+    assert type(stock.vae) is QuantizerVQModel
+    latents = Tokenizer(model).latents(images) / model.config.scaling_factor
+    torch.testing.assert_close(stock.vae.decode(latents).sample, model(images).sample)
+    stock.set_progress_bar_config(disable=True)
+    assert stock([1], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)

@@ -1,91 +1,241 @@
+"""What every method keeps, whatever it is."""
+
+import multiprocessing
+
 import pytest
 import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from tokenizer.codebook import nonstationary_loss
-from tokenizer.quantizers import QUANTIZERS, VQ, SimVQ
+from tokenizer.kmeans import kmeans
+from tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer
+from tokenizer.quantizers.base import NearestQuantizer
+
+ALL = sorted(QUANTIZERS)
+NEAREST = [name for name in ALL if issubclass(QUANTIZERS[name], NearestQuantizer)]
+LEARNED = [name for name in ALL if QUANTIZERS[name].learns_codes]
 
 
-def make(name):
-    torch.manual_seed(0)
-    quantizer = QUANTIZERS[name](40, 6)
-    if quantizer.table() is not None:
-        quantizer.initialize(torch.randn(40, 6))
-    return quantizer
+def tokens(z):
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
-@pytest.mark.parametrize("name", sorted(QUANTIZERS))
-def test_output_is_the_nearest_code_of_the_effective_codebook(name):
-    quantizer = make(name)
-    z = torch.randn(2, 6, 5, 3)
+@pytest.mark.parametrize("name", ALL)
+def test_every_index_decodes_to_a_code_of_its_own_that_encodes_to_it(make, name):
+    quantizer = make(name).eval()
+    every = torch.arange(quantizer.codebook_size)
+    codes = quantizer.codes(every).detach()
+    assert torch.equal(codes, quantizer.codebook().detach())
+    assert len(codes.unique(dim=0)) == len(codes)
+    latents = codes
+    if name == "fsq":  # the latents whose bounded values are the codes
+        latents = torch.stack([_invert(quantizer.prepare, c) for c in codes])
+    if name == "fsp":
+        latents = torch.special.ndtri(((codes / 12**0.5) + 0.5).double()).float()
+    if name == "ibq":  # the largest inner product with a code is its own only where lengths are equal
+        quantizer.weight.data = torch.nn.functional.normalize(quantizer.weight.data, dim=1)
+        latents = quantizer.codebook().detach()
+    assert torch.equal(quantizer.lookup(latents), every)
+
+
+def _invert(function, target):
+    low, high = torch.full_like(target, -20), torch.full_like(target, 20)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = function(middle[None])[0] < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_evaluation_the_output_is_the_code_of_the_index(make, name):
+    quantizer = make(name).eval()
+    z = torch.randn(2, quantizer.dim, 5, 3)
     out = quantizer(z)
-    flat = z.permute(0, 2, 3, 1).reshape(-1, 6).double()
-    nearest = torch.cdist(flat, quantizer.codebook().detach().double()).argmin(1)
-    assert torch.equal(out.indices, nearest.view(2, 5, 3))
-    codes = quantizer.codebook()[nearest].view(2, 5, 3, 6).permute(0, 3, 1, 2)
-    torch.testing.assert_close(out.z_q, codes)
+    assert torch.equal(out.indices.flatten(), quantizer.lookup(tokens(z)))
+    torch.testing.assert_close(tokens(out.z_q), quantizer.codes(out.indices.flatten()), rtol=1e-5, atol=1e-6)
+    distance = (quantizer.prepare(tokens(z)) - quantizer.codes(out.indices.flatten())).square().mean()
+    assert float(out.losses["commitment"].detach()) == pytest.approx(float(distance.detach()), rel=1e-4)
+    assert torch.equal(quantizer(z).z_q, out.z_q)
 
 
-@pytest.mark.parametrize("name", sorted(QUANTIZERS))
-def test_losses_are_means_over_elements_and_pull_one_side_each(name):
-    quantizer = make(name)
-    z = torch.randn(2, 6, 5, 3, requires_grad=True)
-    out = quantizer(z)
-    flat = z.detach().permute(0, 2, 3, 1).reshape(-1, 6)
-    expected = (flat.double() - quantizer.codebook().detach()[out.indices.flatten()].double()).square().mean()
-    for term in ("codebook", "commitment"):
-        assert float(out.losses[term]) == pytest.approx(float(expected), rel=1e-5)
-    out.losses["codebook"].backward(retain_graph=True)
-    assert z.grad is None
-    assert all(parameter.grad is not None for parameter in quantizer.parameters())
-    quantizer.zero_grad()
-    out.losses["commitment"].backward(retain_graph=True)
-    assert z.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in quantizer.parameters())
+@pytest.mark.parametrize("name", ALL)
+def test_a_table_for_export_finds_the_same_codes_by_distance(make, name):
+    quantizer = make(name).eval()
+    table = quantizer.export_table()
+    if table is None:
+        assert name in ("fsq", "fsp")
+        return
+    z = 2 * torch.randn(500, quantizer.dim)
+    wide = torch.nn.functional.pad(z, (0, table.shape[1] - quantizer.dim)).double()
+    assert torch.equal(torch.cdist(wide, table.detach().double()).argmin(1), quantizer.lookup(z))
+    torch.testing.assert_close(table[:, : quantizer.dim], quantizer.codebook())
 
 
-def test_gradient_passes_straight_through_to_the_encoder_and_not_to_the_codes():
-    quantizer = make("vq")
-    z = torch.randn(1, 6, 4, 4, requires_grad=True)
-    upstream = torch.randn(1, 6, 4, 4)
-    (quantizer(z).z_q * upstream).sum().backward()
-    torch.testing.assert_close(z.grad, upstream)
-    assert quantizer.weight.grad is None
+@pytest.mark.parametrize("name", ALL)
+def test_after_save_and_load_training_goes_on_as_if_undisturbed(make, name):
+    options = {"revive_below": 0.5} if name == "ema" else {}
+    one = make(name, **options)
+    if name == "vp":
+        one.fitted.fill_(False)
+    parameters = list(one.parameters())
+    optimizer = torch.optim.SGD(parameters, 0.05) if parameters else None
+
+    def train(quantizer, optimizer, steps):
+        generator, outputs = torch.Generator().manual_seed(steps[0]), []
+        for _ in steps:
+            z = torch.randn(2, quantizer.dim, 6, 6, generator=generator)
+            out = quantizer(z, 1.0 if quantizer.learns_codes else None)
+            weights = dict.fromkeys(quantizer.terms, 1.0) | quantizer.loss_weights()
+            if optimizer:
+                optimizer.zero_grad()
+                sum(w * out.losses[n] for n, w in weights.items()).backward()
+                optimizer.step()
+            quantizer.end_step()
+            quantizer.end_epoch()
+            outputs.append(out.z_q.detach())
+        return outputs
+
+    train(one, optimizer, range(5))
+    state = {key: value.clone() for key, value in one.state_dict().items()}
+    torch.manual_seed(99)  # what a new process starts from is overwritten
+    two = make(name, **options)
+    two.load_state_dict(state)
+    other = torch.optim.SGD(two.parameters(), 0.05) if parameters else None
+    for a, b in zip(train(one, optimizer, range(5, 10)), train(two, other, range(5, 10)), strict=True):
+        assert torch.equal(a, b)
+    after = two.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in one.state_dict().items())
 
 
-@pytest.mark.parametrize("name", sorted(QUANTIZERS))
-def test_the_ns_loss_composes_with_every_quantizer(name):
-    quantizer = make(name)
-    z = torch.randn(2, 6, 5, 3)
-    assert "nonstationary" not in quantizer(z).losses
-    out = quantizer(z, temperature=0.7)
-    flat = z.permute(0, 2, 3, 1).reshape(-1, 6)
-    alone = nonstationary_loss(flat, quantizer.codebook(), out.indices.flatten(), 0.7)
-    assert float(out.losses["nonstationary"]) == pytest.approx(float(alone.loss), rel=1e-6)
-    assert float(out.stats["winner_mass"]) == pytest.approx(float(alone.winner_mass), rel=1e-6)
-    out.losses["nonstationary"].backward()
-    assert any(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
-
-
-def test_simvq_trains_one_linear_map_over_a_frozen_base_of_variance_one_over_d():
-    quantizer = SimVQ(5000, 16)
-    assert {name for name, _ in quantizer.named_parameters()} == {"linear.weight", "linear.bias"}
-    assert float(quantizer.base.var() * 16) == pytest.approx(1, rel=0.02)
-    expected = quantizer.base @ quantizer.linear.weight.T + quantizer.linear.bias
-    torch.testing.assert_close(quantizer.codebook(), expected)
-
-
-def test_vq_starts_uniform_in_one_over_k():
-    weight = VQ(200, 32).weight
-    assert float(weight.abs().max()) <= 1 / 200
-    assert float(weight.std() * 200) == pytest.approx(3**-0.5, rel=0.05)
-
-
-@pytest.mark.parametrize("name", sorted(QUANTIZERS))
-def test_quantization_is_float32_under_autocast(name):
-    quantizer = make(name)
-    z = torch.randn(1, 6, 8, 8)
+@pytest.mark.parametrize("name", ALL)
+def test_quantization_is_float32_under_autocast(make, name):
+    quantizer = make(name).eval()
+    z = torch.randn(1, quantizer.dim, 8, 8)
     expected = quantizer(z)
     with torch.autocast("cpu", torch.bfloat16):
         out = quantizer(z)
     assert torch.equal(out.indices, expected.indices)
     assert torch.equal(out.z_q, expected.z_q)
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_losses_are_means_over_elements_and_pull_one_side_each(make, name):
+    quantizer = make(name)
+    z = torch.randn(2, 6, 5, 3, requires_grad=True)
+    out = quantizer(z)
+    flat = quantizer.prepare(tokens(z.detach())).double()
+    codes = quantizer.codebook().detach().double()
+    assert torch.equal(out.indices.flatten(), torch.cdist(flat, codes).argmin(1))
+    expected = (flat - codes[out.indices.flatten()]).square().mean()
+    for term in ("codebook", "commitment"):
+        assert float(out.losses[term].detach()) == pytest.approx(float(expected), rel=1e-5)
+    if name != "ema":
+        out.losses["codebook"].backward(retain_graph=True)
+        assert z.grad is None
+        assert all(parameter.grad is not None for parameter in quantizer.parameters())
+        quantizer.zero_grad()
+    out.losses["commitment"].backward(retain_graph=True)
+    assert z.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in NEAREST if name != "fc_l2"])
+def test_gradient_passes_straight_through_to_the_encoder_and_not_to_the_codes(make, name):
+    quantizer = make(name)
+    z = torch.randn(1, 6, 4, 4, requires_grad=True)
+    upstream = torch.randn(1, 6, 4, 4)
+    (quantizer(z).z_q * upstream).sum().backward()
+    torch.testing.assert_close(z.grad, upstream)
+    assert all(parameter.grad is None for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNED if name != "ns-vq"])
+def test_the_ns_loss_composes_with_every_method_whose_codes_learn(make, name):
+    quantizer = make(name)
+    z = torch.randn(2, 6, 5, 3)
+    assert "nonstationary" not in quantizer(z).losses
+    out = quantizer(z, temperature=0.7)
+    flat = quantizer.prepare(tokens(z))
+    alone = nonstationary_loss(flat, quantizer.codebook(), out.indices.flatten(), 0.7)
+    assert float(out.losses["nonstationary"].detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-6)
+    assert float(out.stats["winner_mass"]) == pytest.approx(float(alone.winner_mass), rel=1e-6)
+    out.losses["nonstationary"].backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_latents_of_another_width_are_refused(make, name):
+    quantizer = make(name)
+    with pytest.raises(ValueError, match=f"latents of {quantizer.dim} channels"):
+        quantizer(torch.zeros(1, quantizer.dim + 1, 2, 2))
+
+
+# Two ranks as one
+
+CROSS_RANK = {  # what has a state or a loss over all ranks
+    "ema": {"codebook_size": 20, "revive_below": 0.9},
+    "lfq": {"temperature": 0.5},
+    "bsq": {"temperature": 0.2},
+    "ibq": {"codebook_size": 20, "temperature": 0.5},
+    "vp": {"codebook_size": 20, "push": 0.5, "refresh": 2},
+    "fsp": {"levels": [8, 5, 3]},
+}
+
+
+def run_all(rank, ranks):
+    """Three steps of each method on this rank's half of the tokens: losses, gradients, outputs and states."""
+    result = {}
+    for name, options in CROSS_RANK.items():
+        torch.manual_seed(3)
+        quantizer = make_quantizer(TypeAdapter(QuantizerConfig).validate_python({"name": name} | options), 3)
+        if count := quantizer.initial_latents():
+            quantizer.initialize(torch.randn(count, 3))
+        for step in range(3):
+            every = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+            z = every.chunk(ranks)[rank].clone().requires_grad_()
+            quantizer.zero_grad()
+            out = quantizer(z)
+            loss = sum(w * out.losses[n] for n, w in quantizer.loss_weights().items()) + out.z_q.square().mean()
+            loss.backward()
+            gradients = [z.grad / ranks, *(p.grad for p in quantizer.parameters())]
+            quantizer.end_step()
+        result[name] = {
+            "z_q": out.z_q.detach(),
+            "gradients": gradients,
+            "state": {key: value.clone() for key, value in quantizer.state_dict().items()},
+        }
+    points = torch.randn(200, 3, generator=torch.Generator().manual_seed(7))
+    start = points[:8]
+    result["kmeans"] = kmeans(lambda: [points.chunk(ranks)[rank]], 8, seed=0, start=start, iterations=5)
+    return result
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(run_all(rank, 2), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_behave_as_one(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    one, (first, second) = run_all(0, 1), (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for name in CROSS_RANK:
+        torch.testing.assert_close(torch.cat([first[name]["z_q"], second[name]["z_q"]]), one[name]["z_q"], **close)
+        both = [first[name]["gradients"], second[name]["gradients"]]
+        torch.testing.assert_close(torch.cat([both[0][0], both[1][0]]), one[name]["gradients"][0], **close)
+        for a, b, expected in zip(both[0][1:], both[1][1:], one[name]["gradients"][1:], strict=True):
+            torch.testing.assert_close((a + b) / 2, expected, **close)
+        for key, value in one[name]["state"].items():
+            assert torch.equal(first[name]["state"][key], second[name]["state"][key]), (name, key)
+            torch.testing.assert_close(first[name]["state"][key], value, **close)
+    torch.testing.assert_close(first["kmeans"], one["kmeans"])

@@ -174,6 +174,8 @@ def test_accumulating_micro_batches_equals_one_large_batch(run_script, tiny, tmp
         (["--model.chanels", "8"], "did you mean model.channels"),
         (["--quantizer.codebook_size", "many"], "quantizer.codebook_size = 'many'"),
         (["--quantizer.name", "simvq"], "schedule.replace: false"),
+        (["--quantizer.name", "ema"], "loss.nonstationary_weight: 0"),
+        (["--quantizer.decay", "0.9"], "quantizer.decay is a key of another choice"),
         (["--data.image_size", "17"], "multiple of f = 2"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], "must be a multiple of ranks"),
         (["--config", "absent.yaml"], "cannot read the config absent.yaml"),

@@ -1,55 +1,179 @@
-"""What every quantizer with a codebook shares: nearest-code lookup, straight-through gradient, the two VQ losses."""
+"""What every quantizer shares: its place between encoder and decoder, straight-through gradients, the two VQ losses."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.codebook import nearest_code, search_with_nonstationary_loss
+from common.config import Config
+from tokenizer.codebook import NonStationary, nearest_code, search_with_nonstationary_loss
+
+
+class QuantizerOptions(Config):
+    """Options of a method, in a subclass with `name` as a `Literal`: the section `quantizer` of a config."""
+
+    def check_dim(self, dim: int) -> None:
+        """Raises `ValueError` where the method cannot work on latents of `dim` channels."""
+
+
+class CodebookConfig(QuantizerOptions):
+    """Options of a method with K codes."""
+
+    codebook_size: int = Field(65_536, ge=2, description="K, the number of codes.")
 
 
 class Quantized(NamedTuple):
-    """`z_q` [B, d, h, w] with the straight-through gradient, `indices` [B, h, w], unweighted losses, statistics."""
+    """`z_q` [B, d, h, w] with its gradient, `indices` [B, h, w] (None where training has no codes), losses, statistics.
+
+    Every method's losses hold "commitment", the mean squared quantization error; what is trained with is in `terms`.
+    """
 
     z_q: Tensor
-    indices: Tensor
+    indices: Tensor | None
     losses: dict[str, Tensor]
     stats: dict[str, Tensor]
 
 
-class CodebookQuantizer(nn.Module):
-    """Base class. A method says what its effective codebook is, and which of its rows can be written directly."""
+class Quantizer(nn.Module):
+    """Base class. A method defines `quantize`, `lookup` and `codes`; the rest has defaults.
 
-    def codebook(self) -> Tensor:
-        """The effective codebook [K, d] float32, as used for lookup, with its gradient."""
-        raise TypeError(f"{type(self).__name__} does not define codebook()")
+    Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes.
+    """
 
-    def table(self) -> nn.Parameter | None:
-        """The parameter [K, d] whose rows are the codes; None where codes are computed from something else."""
-        return None
+    Config: ClassVar[type[QuantizerOptions]]
+    terms: ClassVar[tuple[str, ...]] = ()  # of "codebook" and "commitment", those that the method trains with
+    learns_codes: ClassVar[bool] = False  # by gradient, so that the NS loss means something
+    dim: int
+    codebook_size: int
+
+    def __init__(self, config: QuantizerOptions, dim: int):
+        super().__init__()
+        self.config, self.dim = config, dim
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether latents have indices by now."""
+        return True
 
     def forward(self, z: Tensor, temperature: float | None = None) -> Quantized:
-        """z [B, d, h, w] -> `Quantized`. With a `temperature` the NS loss joins the losses (NSVQ, eq. 8-11).
-
-        Losses are means over all B h w d elements (NSVQ, eq. 52): "codebook" |sg[z] - c|^2, "commitment"
-        |z - sg[c]|^2. Everything is float32, whatever the autocast.
-        """
+        """z [B, d, h, w] -> `Quantized`, in float32 whatever the autocast; with a `temperature` also the NS loss."""
+        batch, d, height, width = z.shape
+        if d != self.dim:
+            raise ValueError(f"expected latents of {self.dim} channels, got {d}")
         with torch.autocast(z.device.type, enabled=False):
-            batch, d, height, width = z.shape
             flat = z.float().permute(0, 2, 3, 1).reshape(-1, d)  # (N, d)
-            codebook, stats, ns = self.codebook(), {}, None
-            if temperature is None:
-                indices = nearest_code(flat, codebook)
-            else:
-                indices, ns = search_with_nonstationary_loss(flat, codebook, temperature)
-            codes = codebook[indices]  # (N, d)
-            losses = {
-                "codebook": (flat.detach() - codes).square().mean(),
-                "commitment": (flat - codes.detach()).square().mean(),
-            }
-            if ns is not None:
-                losses["nonstationary"] = ns.loss
-                stats = {"winner_mass": ns.winner_mass, "effective_codes": ns.effective_codes}
-            z_q = flat + (codes - flat).detach()
-            z_q = z_q.view(batch, height, width, d).permute(0, 3, 1, 2)  # (B, d, h, w)
-        return Quantized(z_q, indices.view(batch, height, width), losses, stats)
+            z_q, indices, losses, stats = self.quantize(flat, temperature)
+        z_q = z_q.view(batch, height, width, d).permute(0, 3, 1, 2)  # (B, d, h, w)
+        return Quantized(z_q, None if indices is None else indices.view(batch, height, width), losses, stats)
+
+    def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor | None, dict, dict]:
+        """Tokens [N, d] -> (z_q [N, d] with its gradient, indices [N] or None, losses, statistics)."""
+        raise NotImplementedError
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """Tokens [N, d] as they are compared with codes."""
+        return z
+
+    @torch.no_grad()
+    def lookup(self, z: Tensor) -> Tensor:
+        """Latents [N, d] as the encoder gives them -> indices [N] int64."""
+        raise NotImplementedError
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Indices [...] -> codes [..., d] float32, as the decoder sees them."""
+        raise NotImplementedError
+
+    def codebook(self) -> Tensor:
+        """All codes [K, d] float32, as used for lookup, with their gradient where they have one."""
+        return self.codes(torch.arange(self.codebook_size, device=_device(self)))
+
+    def table(self) -> Tensor | None:
+        """The parameter or buffer [K, d] whose rows are the codes and may be written; None where codes are computed."""
+        return None
+
+    def rows_written(self, rows: Tensor) -> None:
+        """Rows [n] of `table` were replaced from outside: what belongs to them starts again."""
+
+    def export_table(self) -> Tensor | None:
+        """[K, d + e] such that the nearest row to (z, 0) is the code of the latent z, and its first d numbers are what
+        the decoder sees; None where no table does that."""
+        return self.codebook()
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the method's own loss terms, which train as long as the encoder does."""
+        return {}
+
+    # What a run calls
+
+    def initial_latents(self) -> int:
+        """How many encoder outputs `initialize` wants before the first step; 0 for none."""
+        return 0
+
+    def initialize(self, latents: Tensor) -> None:
+        """Start from encoder outputs [count, d]."""
+
+    def end_step(self) -> None:
+        """After an optimizer step: updates that are no gradients. A collective call."""
+
+    def end_epoch(self) -> None:
+        """After an epoch."""
+
+    def final_latents(self) -> int:
+        """How many encoder outputs, over all ranks, `fit` wants after the last step; 0 for none."""
+        return 0
+
+    def fit(self, latents: Tensor) -> None:
+        """Find the codes of a method that trains without, from this rank's encoder outputs [n, d]. Collective."""
+
+
+class NearestQuantizer(Quantizer):
+    """A quantizer whose code is the nearest one of a codebook [K, d], which a method gives by `codebook`."""
+
+    terms = ("codebook", "commitment")
+    learns_codes = True
+
+    def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, dict, dict]:
+        """Losses are means over all N d elements (NSVQ, arXiv 2606.11363, eq. 52): "codebook" |sg[z] - c|^2,
+        "commitment" |z - sg[c]|^2; with a temperature "nonstationary" (eq. 8-11)."""
+        z, codebook = self.prepare(z), self.codebook()
+        indices, ns = self.search(z, codebook, temperature)
+        codes = codebook[indices]  # (N, d)
+        losses, stats = vq_losses(z, codes), {}
+        if ns is not None:
+            losses["nonstationary"] = ns.loss
+            stats = {"winner_mass": ns.winner_mass, "effective_codes": ns.effective_codes}
+        return straight_through(z, codes), indices, losses, stats
+
+    def search(self, z: Tensor, codebook: Tensor, temperature: float | None) -> tuple[Tensor, NonStationary | None]:
+        """Prepared tokens [N, d] -> nearest codes [N], and with a temperature the NS loss."""
+        if temperature is None:
+            return nearest_code(z, codebook), None
+        return search_with_nonstationary_loss(z, codebook, temperature)
+
+    @torch.no_grad()
+    def lookup(self, z: Tensor) -> Tensor:
+        return nearest_code(self.prepare(z), self.codebook())
+
+    def codes(self, indices: Tensor) -> Tensor:
+        return self.codebook()[indices]
+
+    def codebook(self) -> Tensor:
+        raise NotImplementedError
+
+
+def straight_through(z: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of z."""
+    return z + (value - z).detach()
+
+
+def vq_losses(z: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    """The two losses of VQ-VAE (arXiv 1711.00937, eq. 3), each with a gradient to one side."""
+    return {
+        "codebook": (z.detach() - codes).square().mean(),
+        "commitment": (z - codes.detach()).square().mean(),
+    }
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(iter([*module.parameters(), *module.buffers()])).device

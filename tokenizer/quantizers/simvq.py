@@ -1,17 +1,29 @@
 """SimVQ (arXiv 2411.02038): a frozen Gaussian base and one trained linear map, which moves every code at each step."""
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookQuantizer
+from tokenizer.quantizers.base import CodebookConfig, NearestQuantizer
 
 
-class SimVQ(CodebookQuantizer):
+class SimVQConfig(CodebookConfig):
+    """One linear map of a frozen base."""
+
+    name: Literal["simvq"] = Field(description="simvq: a linear map of frozen Gaussian codes.")
+
+
+class SimVQ(NearestQuantizer):
     """Codes are W c + b with c ~ N(0, 1/d) frozen, [K, d]."""
 
-    def __init__(self, codebook_size: int, dim: int):
-        super().__init__()
-        self.register_buffer("base", torch.randn(codebook_size, dim) * dim**-0.5)
+    Config = SimVQConfig
+
+    def __init__(self, config: SimVQConfig, dim: int):
+        super().__init__(config, dim)
+        self.codebook_size = config.codebook_size
+        self.register_buffer("base", torch.randn(config.codebook_size, dim) * dim**-0.5)
         self.linear = nn.Linear(dim, dim)
 
     def codebook(self) -> Tensor:

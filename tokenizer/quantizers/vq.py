@@ -1,25 +1,67 @@
-"""Plain vector quantization with a trainable table (VQ-VAE, arXiv 1711.00937). NSVQ uses this same table."""
+"""Plain vector quantization with a trainable table (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
+
+NSVQ (arXiv 2606.11363) uses this same table: what makes it NSVQ composes with other quantizers too (the NS loss,
+tokenizer/replacement.py, tokenizer/schedule.py). Factorized codes (`fc`) are this table at a small d.
+"""
+
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookQuantizer
+from tokenizer.quantizers.base import CodebookConfig, NearestQuantizer
 
 
-class VQ(CodebookQuantizer):
-    """K codes of width d as free parameters, started uniform in +-1/K; `initialize` starts them from latents."""
+class TableConfig(CodebookConfig):
+    """Options of a method with a free table of codes."""
 
-    def __init__(self, codebook_size: int, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
+    init: Literal["latents", "uniform"] = Field(
+        "latents", description="Start of the codes: encoder outputs, or uniform in +-1/K."
+    )
+
+
+class TableQuantizer(NearestQuantizer):
+    """K codes of width d as the rows of `weight`, a parameter or a buffer; `initialize` starts them from latents."""
+
+    weight: Tensor
+
+    def __init__(self, config: TableConfig, dim: int):
+        super().__init__(config, dim)
+        self.codebook_size = config.codebook_size
+
+    def _start(self) -> Tensor:
+        k = self.codebook_size
+        return torch.empty(k, self.dim).uniform_(-1 / k, 1 / k)
 
     def codebook(self) -> Tensor:
         return self.weight
 
-    def table(self) -> nn.Parameter:
+    def table(self) -> Tensor:
         return self.weight
 
+    def initial_latents(self) -> int:
+        return self.codebook_size if self.config.init == "latents" else 0
+
     @torch.no_grad()
-    def initialize(self, codes: Tensor) -> None:
-        """Start from `codes` [K, d], e.g. encoder outputs."""
-        self.weight.copy_(codes)
+    def initialize(self, latents: Tensor) -> None:
+        self.weight.copy_(latents)
+        self.rows_written(torch.arange(self.codebook_size, device=latents.device))
+
+
+class VQConfig(TableConfig):
+    """A free table."""
+
+    name: Literal["nsvq", "vq", "fc"] = Field(
+        "nsvq", description="nsvq, vq and fc: a trained table (fc at a small model.latent_channels)."
+    )
+
+
+class VQ(TableQuantizer):
+    """The table trains by gradient, from the codebook loss alone."""
+
+    Config = VQConfig
+
+    def __init__(self, config: VQConfig, dim: int):
+        super().__init__(config, dim)
+        self.weight = nn.Parameter(self._start())

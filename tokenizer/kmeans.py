@@ -1,0 +1,80 @@
+"""k-means on points that may lie on several ranks and be read as a stream (k-means++, Lloyd)."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenizer.codebook import nearest_code
+
+_SEEDING_POINTS = 16  # a code, which the start is drawn from
+
+
+@torch.no_grad()
+def kmeans(
+    batches: Callable[[], Iterable[Tensor]],
+    k: int,
+    *,
+    seed: int,
+    start: Tensor | None = None,
+    iterations: int = 200,
+    tolerance: float = 1e-3,
+    on_iteration: Callable[[Tensor], None] = lambda centroids: None,
+) -> Tensor:
+    """Centroids [K, d] float32 of the points that `batches()` goes through, tensors [n, d], on all ranks together.
+
+    Starts from `start`, else by k-means++ on the first points of rank 0, their squared distances clipped at the 90th
+    percentile (VP-VAE's code). Ends when no iteration is left or the centroids move by less than `tolerance` in all
+    (Frobenius norm). A centroid without points goes beside one of the fullest. Raises `ValueError` for fewer points
+    than centroids.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centroids = _seed(batches, k, generator) if start is None else start
+    for _ in range(iterations):
+        sums, counts = centroids.new_zeros(centroids.shape).double(), centroids.new_zeros(k).double()
+        for points in batches():
+            points = points.to(centroids)
+            nearest = nearest_code(points, centroids)
+            sums.index_add_(0, nearest, points.double())
+            counts += torch.bincount(nearest, minlength=k)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        moved = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids.double()).float()
+        empty = torch.nonzero(counts == 0).flatten()
+        if len(empty):
+            fullest = counts.topk(min(len(empty), k - len(empty))).indices
+            beside = moved[fullest[torch.arange(len(empty), device=fullest.device) % len(fullest)]]
+            noise = torch.randn(beside.shape, generator=generator).to(beside)
+            moved[empty] = beside + 1e-3 * beside.std() * noise
+        shift = float((moved - centroids).norm())
+        centroids = moved
+        on_iteration(centroids)
+        if shift < tolerance:
+            break
+    return centroids
+
+
+def _seed(batches: Callable[[], Iterable[Tensor]], k: int, generator: torch.Generator) -> Tensor:
+    found, count = [], 0
+    for points in batches():
+        found.append(points.float())
+        count += len(points)
+        if count >= _SEEDING_POINTS * k:
+            break
+    points = torch.cat(found)[: _SEEDING_POINTS * k] if found else torch.zeros(0, 1)
+    if len(points) < k:
+        raise ValueError(f"k-means needs at least as many points as centroids: {len(points)} < {k}")
+    chosen = [int(torch.randint(len(points), (), generator=generator))]
+    distances = points.new_full((len(points),), torch.inf)
+    for draw in torch.rand(k - 1, generator=generator, dtype=torch.float64).tolist():
+        distances = torch.minimum(distances, (points - points[chosen[-1]]).square().sum(1))
+        clipped = distances.clamp(max=distances.kthvalue(math.ceil(0.9 * len(points))).values)
+        cumulative = clipped.double().cumsum(0)
+        chosen.append(min(int(torch.searchsorted(cumulative, draw * cumulative[-1])), len(points) - 1))
+    centroids = points[chosen].clone()
+    if dist.is_initialized():
+        dist.broadcast(centroids, 0)
+    return centroids

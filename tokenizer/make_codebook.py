@@ -1,0 +1,184 @@
+"""Make the frozen codebook of VQGAN-LC (arXiv 2406.11837): k-means of a vision encoder's pooled patch features.
+
+CLIP ViT-L/14, all features together; the paper's, K / classes codes for each class; any encoder of transformers;
+your own features [N, D]:
+python tokenizer/make_codebook.py --codes 65536 --output features/clip-65536.safetensors
+python tokenizer/make_codebook.py --codes 100000 --per_class true --output features/clip-100000.safetensors
+python tokenizer/make_codebook.py --codes 1024 --data DATA --encoder FOLDER --output FILE
+python tokenizer/make_codebook.py --codes 1024 --features features.safetensors --output FILE
+
+The same command goes on where it stopped: features are kept in <output>.parts/ in shards, with the centroids so far.
+Features are the last layer's patch tokens, for CLIP after its final norm and projection, averaged over 4 x 4 patches.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.transforms.functional import normalize
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+
+from common import config as configs
+from common import launch
+from common.data import DataConfig, eval_batches, open_split
+from common.errors import UsageError, UserError
+from tokenizer.kmeans import kmeans
+from tokenizer.quantizers.lc import load_features
+
+SHARD_IMAGES = 4096
+BATCH_IMAGES = 64
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CodebookConfig(configs.Config):
+    """Cluster a vision encoder's features into the codes of VQGAN-LC."""
+
+    data: DataConfig = Field(DataConfig(image_size=224), description="The images; image_size is the encoder's.")
+    encoder: str = Field("openai/clip-vit-large-patch14", description="A vision model of transformers: id or folder.")
+    features: Path | None = Field(None, description="A safetensors file with features [N, D] in place of an encoder.")
+    codes: int = Field(100_000, ge=2, description="K.")
+    per_class: bool = Field(False, description="Cluster each class on its own, into K / classes codes.")
+    pool: int = Field(4, ge=1, description="Side of the square of patches that is averaged.")
+    images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
+    iterations: int = Field(100, ge=1, description="Most iterations of k-means.")
+    seed: int = Field(0, ge=0, description="Seed of the start of k-means.")
+    workers: int = Field(4, ge=0, description="Data loading processes.")
+    output: Path = Field(description="The codebook, a .safetensors file for quantizer.features.")
+
+
+def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Images [B, 3, S, S] in [-1, 1] -> patch features [B, D, h, w]. Raises `UserError` for an unknown one."""
+    try:
+        clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_vision_model")
+        model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(name).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no vision encoder at {name} ({str(error).splitlines()[0]}): give --encoder FOLDER, or your "
+                        "own features with --features FILE") from None  # fmt: skip
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        pixels = normalize((images + 1) / 2, CLIP_MEAN, CLIP_STD)
+        if clip:
+            hidden = model.vision_model(pixels).last_hidden_state
+            tokens = model.visual_projection(model.vision_model.post_layernorm(hidden))
+        else:
+            tokens = model(pixels).last_hidden_state
+        side = int((tokens.shape[1]) ** 0.5)
+        patches = tokens[:, tokens.shape[1] - side**2 :]  # without class and register tokens before them
+        return patches.transpose(1, 2).unflatten(2, (side, side))
+
+    return encode
+
+
+def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> None:
+    """Write what is missing of <parts>/shard-*.safetensors: features float16 [n, D], labels int64 [n]."""
+    if (parts / "encoded").exists():
+        return
+    encode = load_encoder(config.encoder, device)
+    batches = eval_batches(
+        config.data, "train", batch_size=BATCH_IMAGES, rank=0, world_size=1, workers=config.workers, limit=config.images
+    )
+    progress = tqdm(desc="encode", unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
+    for number in itertools.count():
+        path = parts / f"shard-{number:06d}.safetensors"
+        images = itertools.islice(batches, SHARD_IMAGES // BATCH_IMAGES)
+        features, labels = [], []
+        for batch in images:
+            progress.update(len(batch["image"]))
+            if path.exists() or not len(batch["image"]):
+                labels.append(batch["label"])  # read again, but not encoded again
+                continue
+            pooled = F.avg_pool2d(encode(batch["image"].to(device)), config.pool)  # (B, D, h, w)
+            features.append(pooled.permute(0, 2, 3, 1).flatten(0, 2).half().cpu())
+            labels.append(batch["label"].repeat_interleave(pooled[0, 0].numel()))
+        if features:
+            _write(path, {"features": torch.cat(features), "labels": torch.cat(labels)})
+        if not labels:
+            break
+    (parts / "encoded").touch()
+
+
+def read_parts(parts: Path, label: int | None = None) -> Iterator[Tensor]:
+    """Features [n, D] shard by shard, of one class where `label` is given."""
+    for path in sorted(parts.glob("shard-*.safetensors")):
+        shard = load_file(path)
+        yield shard["features"] if label is None else shard["features"][shard["labels"] == label]
+
+
+def cluster(batches: Callable[[], Iterator[Tensor]], codes: int, config: CodebookConfig, state: Path) -> Tensor:
+    """k-means that writes its centroids to `state` after each iteration, and goes on from there."""
+    saved = load_file(state) if state.exists() else {}
+    done = int(saved.get("iterations", 0))
+
+    def keep(centroids: Tensor) -> None:
+        nonlocal done
+        done += 1
+        _write(state, {"centroids": centroids.contiguous(), "iterations": torch.tensor(done)})
+
+    try:
+        return kmeans(
+            lambda: (points.float() for points in batches() if len(points)), codes, seed=config.seed,
+            start=saved.get("centroids"), iterations=config.iterations - done, on_iteration=keep,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{error}; give more --images or fewer --codes") from None
+
+
+def make(config: CodebookConfig, parts: Path, device: torch.device) -> Tensor:
+    """The codebook [K, D]."""
+    if config.features is not None:
+        points = load_features(config.features).to(device)
+        return cluster(lambda: iter(points.split(2**18)), config.codes, config, parts / "centroids.safetensors")
+    encode_images(config, parts, device)
+    if not config.per_class:
+        batches = lambda: (points.to(device) for points in read_parts(parts))  # noqa: E731
+        return cluster(batches, config.codes, config, parts / "centroids.safetensors")
+    classes = len(open_split(config.data, "train").classes)
+    if not classes or config.codes % classes:
+        raise UsageError(f"--per_class needs --codes that {classes} classes divide, not {config.codes}")
+    found = []
+    for label in tqdm(range(classes), "classes"):
+        points = torch.cat(list(read_parts(parts, label))).to(device)
+        state = parts / f"centroids-{label:06d}.safetensors"
+        found.append(cluster(lambda points=points: iter([points]), config.codes // classes, config, state))
+    return torch.cat(found)
+
+
+def main() -> None:
+    config = configs.parse(CodebookConfig, sys.argv[1:])
+    if config.output.suffix != ".safetensors":
+        raise UsageError(f"--output {config.output}: give the name of a .safetensors file")
+    if config.features is not None and config.per_class:
+        raise UsageError("--per_class needs images with classes; --features has none")
+    parts = config.output.with_suffix(".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    wanted = configs.to_dict(config) | {"output": None, "workers": None}
+    key = parts / "config.json"
+    if key.exists() and (changed := configs.differences(json.loads(key.read_text()), wanted)):
+        raise UserError(
+            f"{parts} was begun with other options ({'; '.join(changed)}): delete it, or give another --output"
+        )
+    key.write_text(json.dumps(wanted))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _write(config.output, {"features": make(config, parts, device).cpu()})
+    shutil.rmtree(parts)
+    print(f"{config.codes} codes: {config.output}")
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,75 @@
+"""Vector quantization with a codebook of exponential moving averages (VQ-VAE, arXiv 1711.00937, appendix A.1).
+
+With n_k tokens of code k in a step of N over all ranks, and s_k their sum:
+N_k <- g N_k + (1 - g) n_k    m_k <- g m_k + (1 - g) s_k    c_k = m_k / N~_k,    N~_k = (N_k + eps) / (n + K eps) n
+with n = sum of N_k. Only the commitment loss trains, and only the encoder. Nothing moves in evaluation.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenizer.quantizers import ranks
+from tokenizer.quantizers.vq import TableConfig, TableQuantizer
+
+
+class EMAConfig(TableConfig):
+    """Moving averages instead of gradients."""
+
+    name: Literal["ema"] = Field(description="ema: codes are moving averages of their latents.")
+    decay: float = Field(0.99, ge=0, lt=1, description="Decay g of counts and sums at each step.")
+    eps: float = Field(1e-5, gt=0, description="Laplace smoothing of the counts.")
+    revive_below: float = Field(
+        0.0, ge=0, lt=1, description="A code whose moving count falls below this share of the mean count moves onto a "
+        "random latent of the step; 0 revives none.")  # fmt: skip
+
+
+class EMAQuantizer(TableQuantizer):
+    """`weight` [K, d] is a buffer, with `counts` [K] and `sums` [K, d]; micro-batches add up until `end_step`."""
+
+    Config = EMAConfig
+    terms = ("commitment",)
+    learns_codes = False
+
+    def __init__(self, config: EMAConfig, dim: int):
+        super().__init__(config, dim)
+        k = config.codebook_size
+        self.register_buffer("weight", self._start())
+        self.register_buffer("counts", torch.ones(k))
+        self.register_buffer("sums", self.weight.clone())
+        self.register_buffer("step_counts", torch.zeros(k), persistent=False)
+        self.register_buffer("step_sums", torch.zeros(k, dim), persistent=False)
+        self.draws = ranks.Draws()
+
+    def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, dict, dict]:
+        z_q, indices, losses, stats = super().quantize(z, temperature)
+        if self.training:
+            self.step_counts += torch.bincount(indices, minlength=self.codebook_size)
+            self.step_sums.index_add_(0, indices, z.detach())
+            self.latest = z.detach()
+        return z_q, indices, losses, stats
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        for average, step in ((self.counts, self.step_counts), (self.sums, self.step_sums)):
+            average.lerp_(ranks.total(step), 1 - self.config.decay)
+            step.zero_()
+        n, k = self.counts.sum(), self.codebook_size
+        smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
+        self.weight.copy_(self.sums / smoothed[:, None])
+        if self.config.revive_below > 0:
+            self._revive(torch.nonzero(self.counts < self.config.revive_below * n / k).flatten())
+
+    def _revive(self, dead: Tensor) -> None:
+        tokens = len(self.latest) * ranks.world()[1]
+        positions = torch.randint(tokens, (len(dead),), generator=self.draws.generator()).to(dead.device)
+        self.weight[dead] = ranks.rows(self.latest, positions)
+        self.rows_written(dead)
+
+    @torch.no_grad()
+    def rows_written(self, rows: Tensor) -> None:
+        """A written code counts as one of mean use, so that it is not revived at once."""
+        self.counts[rows] = self.counts.mean()
+        self.sums[rows] = self.weight[rows] * self.counts[rows, None]

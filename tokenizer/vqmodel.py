@@ -1,0 +1,81 @@
+"""diffusers' `VQModel` with a quantizer of this project, for methods whose code is not the nearest row of a table.
+
+It saves and loads as the stock class does, and a stock `DiffusionPipeline` runs it; both need this project installed,
+and the folder's config.json names this module's class.
+"""
+
+import torch
+from diffusers import ModelMixin, VQModel
+from diffusers.configuration_utils import register_to_config
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from tokenizer.quantizers import QuantizerConfig, make_quantizer
+
+# A DiffusionPipeline finds out how to load a foreign component by looking for its base class in the component's module.
+__all__ = ["ModelMixin", "QuantizerVQModel"]
+
+
+class QuantizerVQModel(VQModel):
+    """`quantizer`: the method and its options, as the section of a training config; the rest is `VQModel`'s."""
+
+    @register_to_config
+    def __init__(
+        self,
+        quantizer: dict,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 0.18215,
+        mid_block_add_attention: bool = True,
+    ):
+        super().__init__(
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+            num_vq_embeddings=1,  # a table that the next line drops
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=vq_embed_dim,
+            scaling_factor=scaling_factor,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.register_to_config(num_vq_embeddings=num_vq_embeddings)
+        self.quantize = _Shifted(quantizer, latent_channels)
+
+
+class _Shifted(nn.Module):
+    """A quantizer for latents that the model has shifted by -`mean` [d]; what it gives is not shifted."""
+
+    def __init__(self, options: dict, dim: int):
+        super().__init__()
+        self.quantizer = make_quantizer(TypeAdapter(QuantizerConfig).validate_python(options), dim)
+        self.register_buffer("mean", torch.zeros(dim))
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """Shifted latents [N, d] as they are compared with codes."""
+        return self.quantizer.prepare(z.float() + self.mean)
+
+    def lookup(self, z: Tensor) -> Tensor:
+        """Shifted latents [N, d] -> indices [N]."""
+        return self.quantizer.lookup(z.float() + self.mean)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Indices [...] -> what the decoder sees [..., d]."""
+        return self.quantizer.codes(indices)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple]:
+        """z [B, d, h, w] -> (z_q [B, d, h, w], commitment loss, (None, None, indices [B h w])), as the stock module."""
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+        indices = self.lookup(flat)
+        codes = self.codes(indices)
+        z_q = codes.view(len(z), *z.shape[2:], -1).permute(0, 3, 1, 2).to(z)
+        return z_q, (self.prepare(flat) - codes).square().mean(), (None, None, indices)
