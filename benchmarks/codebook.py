@@ -17,8 +17,6 @@ from vector_quantize_pytorch import VectorQuantize
 
 from tokenizer.codebook import nearest_code, nonstationary_loss, search_with_nonstationary_loss
 
-TEMPERATURE = 0.35
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,7 +77,7 @@ def compare_searches(z: torch.Tensor, codebook: torch.Tensor, matrices: float, r
 
 def compare_losses(z: torch.Tensor, codebook: torch.Tensor, matrices: float, rounds: int) -> list[str]:
     """Rows of the second table: the loss with its gradient to the codebook, the search included or not."""
-    size, dim = codebook.shape
+    size, dim, tau = *codebook.shape, 0.35
     codebook = codebook.clone().requires_grad_()
     indices = nearest_code(z, codebook)
 
@@ -88,12 +86,14 @@ def compare_losses(z: torch.Tensor, codebook: torch.Tensor, matrices: float, rou
 
     def dense() -> torch.Tensor:
         distances = torch.cdist(z, codebook).square()
-        weights = (distances / -TEMPERATURE).softmax(1).detach().scatter(1, indices[:, None], 0.0)
+        weights = (distances / -tau).softmax(1).detach().scatter(1, indices[:, None], 0.0)
         return gradient((weights * distances).sum() / z.numel())
 
     ways = {
         "nearest_code": lambda: nearest_code(z, codebook),
-        "search_with_nonstationary_loss": lambda: gradient(search_with_nonstationary_loss(z, codebook, TEMPERATURE)[1].loss),
+        "search_with_nonstationary_loss": lambda: gradient(
+            search_with_nonstationary_loss(z, codebook, TEMPERATURE)[1].loss
+        ),
         "nonstationary_loss": lambda: gradient(nonstationary_loss(z, codebook, indices, TEMPERATURE).loss),
     }
     if matrices >= 7:

@@ -18,7 +18,9 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         models = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-        name = f"{models[0].split(':')[1].strip() if models else platform.processor()}, {torch.get_num_threads()} threads"
+        name = (
+            f"{models[0].split(':')[1].strip() if models else platform.processor()}, {torch.get_num_threads()} threads"
+        )
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 

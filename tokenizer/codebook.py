@@ -180,10 +180,12 @@ def _centered(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def _keys(codebook: Tensor, scale: float) -> Tensor:
     """[2 c, -|c|^2] times `scale`, with K rounded up to whole blocks by keys that never win: (K', d + 1)."""
-    keys = torch.cat([2 * scale * codebook, -scale * codebook.square().sum(1, keepdim=True)], 1)
-    padding = keys.new_zeros(-len(keys) % _BLOCK, keys.shape[1])
-    padding[:, -1] = -torch.inf
-    return torch.cat([keys, padding])
+    count, dim = codebook.shape
+    keys = codebook.new_empty(count + -count % _BLOCK, dim + 1)
+    torch.mul(codebook, 2 * scale, out=keys[:count, :dim])
+    keys[:count, dim] = codebook.square().sum(1).mul_(-scale)
+    keys[count:, :dim], keys[count:, dim] = 0, -torch.inf
+    return keys
 
 
 def _with_ones(z: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ def _tiled_search(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
                 scores[tile_indices[own] - first, own.nonzero().squeeze(1)] = -torch.inf
             of_blocks = scores[: len(part)].view(-1, _BLOCK, len(tile))
             torch.amax(of_blocks, 1, out=best[first // _BLOCK :][: len(of_blocks)])
-        block = best.argmax(0)  # (n,)
+        block = best.max(0).indices  # (n,), the first of equals
         scores = torch.bmm(blocks[block], tile[:, :, None]).squeeze(2)  # (n, B)
         if exclude_self:
             scores[block[:, None] * _BLOCK + within == tile_indices[:, None]] = -torch.inf

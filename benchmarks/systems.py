@@ -1,7 +1,7 @@
 """Train a list of tokenizer systems on the same data, seeds and budget, measure them, and write one table and one plot.
 
-python benchmarks/tokenizers.py --data ../shared/data/imagenet20-128 --out runs/systems
-python benchmarks/tokenizers.py --data DIR --out runs/systems --systems vq simvq nsvq --seeds 0 1 --epochs 28
+python benchmarks/systems.py --data ../shared/data/imagenet20-128 --out runs/systems
+python benchmarks/systems.py --data DIR --out runs/systems --systems vq simvq nsvq --seeds 0 1 --epochs 28
 The same command goes on where it stopped. Results: <out>/table.md and <out>/plot.svg; one run is in
 <out>/<system>-seed<N>. The network, the losses and the budget are those of configs/benchmarks/photos64.yaml (--base).
 """

@@ -11,7 +11,7 @@ from tokenizer.config import TrainConfig
 from tokenizer.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "tokenizers.py")
+spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "systems.py")
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 
