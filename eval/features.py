@@ -62,6 +62,7 @@ class Extractor:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> dict[str, Tensor]:
+        self._spatial.clear()
         features = self.module.convert_features_tuple_to_dict(self.module(images))
         if self._spatial:
             # ADM's spatial features: the first 7 channels of TensorFlow's mixed_6/conv, in its order (B, 17, 17, 7).

@@ -287,16 +287,16 @@ def _run(
     shown: dict[str, list[Tensor]] = {"index": [], "image": []}
     right: dict[str, list[Tensor]] = {"index": [], "label": [], "right": []}
     rows = grid_rows(config.samples, names, how.label)
-    wanted = torch.tensor(sorted({sample for row in rows.values() for sample in row}))
+    in_grid = torch.tensor(sorted({sample for row in rows.values() for sample in row}))
     mine = list(groups(config.samples, accelerator.process_index, accelerator.num_processes))
     for samples in tqdm(mine, how.name, unit="group", disable=not accelerator.is_main_process, leave=False):
-        images = folder.load(samples) if folder else None
+        wanted = samples[: config.samples - samples.start]
+        images, index = folder.load(wanted) if folder else None, torch.tensor(wanted)
         if images is None:
-            images = draw(pipeline, how, samples)
+            images = draw(pipeline, how, samples)[: len(wanted)]
             if folder:
-                folder.save(samples, images)
-        index = torch.tensor([sample for sample in samples if sample < config.samples])
-        images = images[: len(index)].to(accelerator.device)
+                folder.save(wanted, images)
+        images = images.to(accelerator.device)
         for collector in collectors.values():
             collector.add(images, index)
         if classifier:
@@ -307,7 +307,7 @@ def _run(
                 ("right", classifier(images).argmax(1).cpu() == labels),
             ):
                 right[name].append(value)
-        chosen = torch.isin(index, wanted)
+        chosen = torch.isin(index, in_grid)
         shown["index"].append(index[chosen])
         shown["image"].append(images.cpu()[chosen])
     made = {name: collector.total(accelerator) for name, collector in collectors.items()}

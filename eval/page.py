@@ -26,7 +26,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1
 table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; text-align: right; font-weight: 600; white-space: nowrap; }
 .note { color: #666; } .warning { background: #fff3cd; padding: .3em .6em; margin: .3em 0; }
-img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd; } pre { white-space: pre-wrap; }
+img { max-width: 100%; min-width: 300px; image-rendering: pixelated; border: 1px solid #ddd; } pre { white-space: pre-wrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; } figcaption { font-size: 13px; }
 .grid { display: flex; gap: 8px; } .rows { display: flex; flex-direction: column; justify-content: space-around;
 font-size: 13px; text-align: right; max-width: 200px; } svg text { font: 10px system-ui, sans-serif; fill: #666; }
@@ -101,7 +101,7 @@ def _result(result: dict) -> str:
     if histogram := result.get("usage_histogram"):
         parts += ["<h3>How often codes are used</h3>", _histogram(histogram)]
     for name, file in result.get("pictures", {}).items():
-        parts += [f"<h3>Reconstructions, {name}</h3><p class='note'>originals above</p>", _picture(Path(file))]
+        parts += [f"<h3>Reconstructions, {name} (originals above)</h3>", _picture(Path(file))]
     if grid := result.get("grid"):
         names = "".join(f"<div>{escape(name)}</div>" for name in grid["rows"])
         parts.append(f"<h3>Samples by class</h3><div class='grid'><div class='rows'>{names}</div>")
@@ -173,12 +173,12 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
         for x, y in points
     )
     return (
-        f'<figure><svg width="{_WIDTH}" height="{_HEIGHT + 16}">'
+        f"<figure><figcaption><b>{escape(name)}</b> {ys[-1]:.5g}</figcaption>"
+        f'<svg width="{_WIDTH}" height="{_HEIGHT + 16}">'
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#f6f6f6"/>'
         f'<polyline points="{line}" fill="none" stroke="#4477aa" stroke-width="1.5"/>'
         f'<text x="4" y="13">{max(ys):.4g}</text><text x="4" y="{_HEIGHT - 5}">{low:.4g}</text>'
-        f'<text x="{_WIDTH - 4}" y="{_HEIGHT + 12}" text-anchor="end">step {xs[-1]}</text></svg>'
-        f"<figcaption><b>{escape(name)}</b> {ys[-1]:.5g}</figcaption></figure>"
+        f'<text x="{_WIDTH - 4}" y="{_HEIGHT + 12}" text-anchor="end">step {xs[-1]}</text></svg></figure>'
     )
 
 

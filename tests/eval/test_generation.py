@@ -301,11 +301,13 @@ def test_sampling_goes_on_after_a_kill_and_gives_the_same_result(measure, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         measure(Killed(), samples=40, keep="png", output=tmp_path / "again.json")
     folder = tmp_path / "again-samples" / "guidance-1-steps-50"
+    assert len(list(folder.glob("*.png"))) == 32
     (folder / "000003.png").write_bytes(b"\x89PNG torn")
     rest = FakePipeline()
     again = measure(rest, samples=40, keep="png", output=tmp_path / "again.json")
     assert counted(rest) == 32  # the group with the torn file, and the one that was not drawn
     assert again["metrics"] == whole["metrics"]
+    assert len(list(folder.glob("*.png"))) == 40
     done = FakePipeline()
     assert measure(done, samples=40, keep="png", output=tmp_path / "again.json")["metrics"] == whole["metrics"]
     assert counted(done) == 0
