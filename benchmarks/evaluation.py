@@ -3,8 +3,9 @@
 python benchmarks/evaluation.py --tokenizer runs/quickstart/tokenizer --data DATA --features mobilenet_v2.py
 
 Prints seconds for: the stock model's forward, the extractor's forward, a first evaluation (which measures the
-originals, too) and a second one (which reuses them); and the ratios to the forward passes that each contains. CPU seconds are of
-this process, and say more than the clock where others use the machine; loading of images is part of the evaluations.
+originals, too) and a second one (which reuses them); and the ratios to the forward passes that each contains. CPU
+seconds are of this process, and say more than the clock where others use the machine. The evaluations load the images,
+too.
 """
 
 import json

@@ -206,7 +206,9 @@ def _deviations(config: GenerationConfig) -> list[str]:
     if config.protocol != "ours":
         if config.samples != samples:
             found.append(f"protocol {config.protocol} means {samples} samples, these are {config.samples}")
-        if config.reference in ("train", "test") and (config.reference != split or config.reference_limit):
+        other_file = config.reference not in ("train", "test") and config.protocol != "adm"
+        other_split = config.reference in ("train", "test") and (config.reference != split or config.reference_limit)
+        if other_file or other_split:
             found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
     return found
 

@@ -26,7 +26,8 @@ h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1
 table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; text-align: right; font-weight: 600; white-space: nowrap; }
 .note { color: #666; } .warning { background: #fff3cd; padding: .3em .6em; margin: .3em 0; }
-img { max-width: 100%; min-width: 300px; image-rendering: pixelated; border: 1px solid #ddd; } pre { white-space: pre-wrap; }
+img { max-width: 100%; min-width: 300px; image-rendering: pixelated; border: 1px solid #ddd; }
+pre { white-space: pre-wrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; } figcaption { font-size: 13px; }
 .grid { display: flex; gap: 8px; } .rows { display: flex; flex-direction: column; justify-content: space-around;
 font-size: 13px; text-align: right; max-width: 200px; } svg text { font: 10px system-ui, sans-serif; fill: #666; }

@@ -110,17 +110,25 @@ def open_tokenizer(folder: str) -> Tokenizer:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
-    """images [B, 3, H, W] in [-1, 1] -> {"image": reconstructions, not clipped, "z": latents [B, d, h, w] in the
-    model's units}; with a codebook also "indices" [B, h, w] and "error" [B], the mean of (z - c)^2 of each image."""
+def encode(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
+    """images [B, 3, H, W] in [-1, 1] -> {"z": latents [B, d, h, w] in the model's units}; with a codebook "indices"
+    [B, h, w], too, and "error" [B] float64, the mean of (z - c)^2 of each image."""
     z = tokenizer.latents(images) / tokenizer.model.config.scaling_factor
     if tokenizer.codebook is None:
-        return {"image": tokenizer.model.decode(z).sample, "z": z}
+        return {"z": z}
     flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, d)
     indices = nearest_code(flat, tokenizer.codebook)
     error = (flat - tokenizer.codebook[indices]).double().square().reshape(len(z), -1).mean(1)
-    indices = indices.view(len(z), *z.shape[2:])
-    return {"image": tokenizer.decode(indices), "z": z, "indices": indices, "error": error}
+    return {"z": z, "indices": indices.view(len(z), *z.shape[2:]), "error": error}
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
+    """`encode`, and "image": the reconstructions [B, 3, H, W], not clipped."""
+    codes = encode(tokenizer, images)
+    if tokenizer.codebook is None:
+        return codes | {"image": tokenizer.model.decode(codes["z"]).sample}
+    return codes | {"image": tokenizer.decode(codes["indices"])}
 
 
 class Examples:
@@ -201,20 +209,13 @@ class Measurement:
 
     def _moved(self, images: Tensor, now: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean squared move, mean square and share of other codes of each image."""
-        before = in_groups(lambda group: reconstruct_codes(self.earlier, group), images)
+        before = in_groups(lambda group: encode(self.earlier, group), images)
         z, z_before = _uncentred(self.tokenizer, now["z"]), _uncentred(self.earlier, before["z"])
         return {
             "drift": (z - z_before).double().square().flatten(1).mean(1),
             "square": z.double().square().flatten(1).mean(1),
             "churn": (now["indices"] != before["indices"]).double().flatten(1).mean(1),
         }
-
-
-def reconstruct_codes(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
-    """Latents [B, d, h, w] in the model's units, and codes [B, h, w], of images [B, 3, H, W] in [-1, 1]."""
-    z = tokenizer.latents(images) / tokenizer.model.config.scaling_factor
-    indices = nearest_code(z.permute(0, 2, 3, 1).flatten(0, 2), tokenizer.codebook)
-    return {"z": z, "indices": indices.view(len(z), *z.shape[2:])}
 
 
 def _uncentred(tokenizer: Tokenizer, z: Tensor) -> Tensor:
