@@ -131,16 +131,15 @@ def _histogram(bars: list[dict]) -> str:
     most, width, height = max(bar["codes"] for bar in bars), 44, 160
     parts = []
     for i, bar in enumerate(bars):
-        label = str(bar["from"]) if bar["from"] == bar["to"] else f"{bar['from']}-{bar['to']}"
         tall = height * bar["codes"] / most
         left, top, middle = i * width + 4, 20 + height - tall, i * width + width / 2
         parts.append(
             f'<rect x="{left}" y="{top:.1f}" width="{width - 8}" height="{tall:.1f}" fill="#4477aa"/>'
             f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>'
-            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{label}</text>'
+            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>'
         )
     size = f'width="{len(bars) * width}" height="{height + 54}"'
-    axis = f'<text x="4" y="{height + 49}">times used; height: codes</text>'
+    axis = f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>'
     return f"<svg {size}>{''.join(parts)}{axis}</svg>"
 
 
