@@ -91,10 +91,8 @@ def compare_losses(z: torch.Tensor, codebook: torch.Tensor, matrices: float, rou
 
     ways = {
         "nearest_code": lambda: nearest_code(z, codebook),
-        "search_with_nonstationary_loss": lambda: gradient(
-            search_with_nonstationary_loss(z, codebook, TEMPERATURE)[1].loss
-        ),
-        "nonstationary_loss": lambda: gradient(nonstationary_loss(z, codebook, indices, TEMPERATURE).loss),
+        "search_with_nonstationary_loss": lambda: gradient(search_with_nonstationary_loss(z, codebook, tau)[1].loss),
+        "nonstationary_loss": lambda: gradient(nonstationary_loss(z, codebook, indices, tau).loss),
     }
     if matrices >= 7:
         ways["dense formula, no search"] = dense

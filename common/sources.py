@@ -49,6 +49,10 @@ class Images:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def labels(self) -> np.ndarray:
+        """The label of each image [N] (-1: none)."""
+        return self._labels[self._rows]
+
     def load(self, i: int) -> tuple[Image.Image, int]:
         """Image i as upright RGB, and its label (-1: none). Raises `BadImage` where it does not decode."""
         row = int(self._rows[i])
@@ -83,6 +87,9 @@ class SyntheticImages:
 
     def __len__(self) -> int:
         return synthetic.LENGTHS[self._split]
+
+    def labels(self) -> np.ndarray:
+        return np.array([synthetic.label(i) for i in range(len(self))])
 
     def load(self, i: int) -> tuple[Image.Image, int]:
         return synthetic.render(self._split, i, self._size), synthetic.label(i)

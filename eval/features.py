@@ -1,15 +1,17 @@
-"""Image features and the distances between sets of them: torch-fidelity's extractors and its own metric functions.
+"""Image features: torch-fidelity's extractors, one of its registered names or a Python file that registers another.
 
-An extractor is one of torch-fidelity's registered names, or a Python file that registers one. Features stay one row an
-image, so a result does not depend on how the images were spread over batches and ranks.
+An extractor may name layers for the metrics "fid", "kid", "prc" and "isc", and for "sfid" one of spatial features;
+Inception's, which torch-fidelity does not give out, are taken from inside of it.
 """
 
 import difflib
 import functools
+import hashlib
 import http.client
 import importlib.util
 import inspect
 import pickle
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,25 +19,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from common.errors import UsageError, UserError
-from eval.ranks import build_in_turn
+from eval.ranks import build_in_turn, gather_by_index, in_groups
+from eval.statistics import FeatureSet, InceptionScore, Moments
 
 INCEPTION = "inception-v3-compat"
-_KID_SUBSET = 1000  # images a subset, torch-fidelity's default
-_ISC_SPLITS = 10
-_NEIGHBOURS = 3
+DINOV2 = "dinov2-vit-l-14"
 _DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+_SPATIAL = "mixed_6/conv:7"  # the layer that we add to Inception
 
 
 class Unavailable(UserError):
@@ -43,17 +42,99 @@ class Unavailable(UserError):
 
 
 class Extractor:
-    """A frozen feature extractor on a device. Attributes: `name`, and `layers` {metric: layer} for "fid", "kid", "prc",
-    and "isc" where the extractor has class outputs."""
+    """A frozen feature extractor on a device.
+
+    Attributes: `name`; `layers` {metric: layer} for "fid", and as far as it has them for "sfid", "kid", "prc" and
+    "isc"; `about`: what identifies it (file, weights and their SHA-256); `warnings`.
+    """
 
     def __init__(self, name: str, layers: dict[str, str], module: FeatureExtractorBase):
         self.name, self.layers, self.module = name, layers, module
+        self.about: dict = {}
+        self.warnings: list[str] = []
+        self._spatial: list[Tensor] = []
+        if layers.get("sfid") == _SPATIAL:
+            module.Mixed_6d.branch1x1.register_forward_hook(lambda *call: self._spatial.append(call[-1]))
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 images [B, 3, H, W] -> {layer: features [B, D] float32}, on the images' device."""
+        return in_groups(self._features, images)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 images [B, 3, H, W] -> {layer: features [B, D] float32 on the CPU}."""
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        self._spatial.clear()
         features = self.module.convert_features_tuple_to_dict(self.module(images))
-        return {layer: rows.float().cpu() for layer, rows in features.items()}
+        if self._spatial:
+            # ADM's spatial features: the first 7 channels of TensorFlow's mixed_6/conv, in its order (B, 17, 17, 7).
+            features[_SPATIAL] = self._spatial.pop()[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return {layer: rows.float() for layer, rows in features.items()}
+
+
+class PytorchFidInception(Extractor):
+    """Inception as SimVQ's evaluation runs it (pytorch-fid): on float images that are not rounded to 8 bits, resized by
+    torch's bilinear filter, with pixels from -1 to 1. It needs torch-fidelity's extractor, whose layers it calls."""
+
+    def __init__(self, extractor: Extractor):
+        super().__init__(extractor.name, {"fid": extractor.layers["fid"]}, extractor.module)
+        self.about, self.warnings = extractor.about, extractor.warnings
+        self.layers_in_order = nn.Sequential(
+            *(layer for name, layer in extractor.module.named_children() if name != "fc")
+        )
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        """Float images [B, 3, H, W] in [-1, 1] -> {"2048": features [B, 2048]}."""
+        images = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+        return {self.layers["fid"]: self.layers_in_order(images).flatten(1)}
+
+
+class Collector:
+    """Statistics of the images of one set, gathered image by image on each rank, and brought together at the end.
+
+    `metrics` says what will be computed, and so what has to be kept: rows for "kid" and "prc" alone. `keep` [N] bool,
+    where given, chooses by image number whose rows to keep; `score` gathers the Inception Score.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        metrics: tuple[str, ...],
+        keep: Tensor | None = None,
+        score: InceptionScore | None = None,
+    ):
+        self.extractor, self.keep, self.score = extractor, keep, score
+        layers = extractor.layers
+        self.moments = {
+            layers[metric]: Moments() for metric in ("fid", "sfid") if metric in layers and metric in metrics
+        }
+        kept = sorted({layers[metric] for metric in ("kid", "prc") if metric in layers and metric in metrics})
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in (["index", *kept] if kept else [])}
+
+    def add(self, images: Tensor, index: Tensor) -> None:
+        """Images [B, 3, H, W] as the extractor takes them, with their numbers [B]. Raises `UserError` where a feature
+        is not finite."""
+        features = self.extractor(images)
+        for rows in features.values():
+            if not torch.isfinite(rows).all():
+                raise UserError(
+                    f"the extractor {self.extractor.name} gives features that are not finite: are its weights right?"
+                )
+        for layer, moments in self.moments.items():
+            moments.add(features[layer])
+        if self.score is not None:
+            self.score.add(features[self.extractor.layers["isc"]].cpu(), index)
+        if self.rows:
+            chosen = torch.ones(len(index), dtype=torch.bool) if self.keep is None else self.keep[index]
+            for name, rows in self.rows.items():
+                rows.append(index[chosen] if name == "index" else features[name].cpu()[chosen])
+
+    def total(self, accelerator: Accelerator) -> FeatureSet:
+        """The set over all ranks. A collective call."""
+        totals = {layer: moments.total(accelerator) for layer, moments in self.moments.items()}
+        counts = [count for count, _ in totals.values()] or [0]
+        rows = gather_by_index(accelerator, self.rows) if self.rows else None
+        gaussians = {layer: gaussian for layer, (_, gaussian) in totals.items() if gaussian is not None}
+        return FeatureSet(counts[0], gaussians, {n: r for n, r in (rows or {}).items() if n != "index"})
 
 
 def resolve(features: str) -> str:
@@ -97,7 +178,7 @@ def load_extractor(
     features: str,
     weights: Path | None,
     accelerator: Accelerator,
-    metrics: tuple[str, ...] = ("fid", "isc", "prc", "kid"),
+    metrics: tuple[str, ...] = ("fid", "sfid", "isc", "prc", "kid"),
 ) -> Extractor:
     """Build the extractor on every rank, with torch-fidelity's default layers for `metrics`. A collective call.
 
@@ -119,7 +200,35 @@ def load_extractor(
             return _build(name, wanted, weights, from_file=features.endswith(".py"))
 
     module = build_in_turn(accelerator, build)
-    return Extractor(name, layers, module.to(accelerator.device))
+    extractor = Extractor(name, layers, module.to(accelerator.device))
+    extractor.about = {"extractor": name, "layers": layers}
+    if features.endswith(".py"):
+        extractor.about |= {"file": features, "file_sha256": file_hash(Path(features))}
+    if name == INCEPTION:
+        _check_inception(extractor, weights)
+    elif weights is not None:
+        extractor.about |= {"weights": str(weights), "weights_sha256": file_hash(weights)}
+    return extractor
+
+
+def _check_inception(extractor: Extractor, weights: Path | None) -> None:
+    """The name of torch-fidelity's file ends in the first digits of its SHA-256: another file by path is warned of, a
+    download that does not match is an error."""
+    downloaded = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    path = weights or downloaded
+    digest, known = file_hash(path), re.search("-([0-9a-f]{8})[.]", URL_INCEPTION_V3).group(1)
+    extractor.about |= {"weights": str(path), "weights_sha256": digest}
+    if not digest.startswith(known):
+        problem = f"the Inception weights in {path} are not torch-fidelity's (SHA-256 {digest[:8]}..., not {known}...)"
+        if weights is None:
+            raise UserError(f"{problem}: delete the file, so that it is downloaded again")
+        extractor.warnings.append(f"{problem}: no number of theirs compares with a published one")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(name: str, layers: list[str], weights: Path | None, from_file: bool) -> FeatureExtractorBase:
@@ -136,10 +245,12 @@ def _build(name: str, layers: list[str], weights: Path | None, from_file: bool) 
         raise UserError(f"--features_weights {weights} does not hold the weights of {name} ({cause})")
     if from_file:
         raise UserError(f"the extractor {name} cannot be built ({cause})")
-    url = f" {URL_INCEPTION_V3} by other means and give it" if name == INCEPTION else " its weights by other means"
+    if name == INCEPTION:
+        how = f"fetch {URL_INCEPTION_V3} by other means and give it with --features_weights FILE"
+    else:
+        how = f"fetch its weights by other means into {torch.hub.get_dir()}"
     raise Unavailable(
-        f"the weights of {name} cannot be had ({cause}); fetch{url} with --features_weights FILE, "
-        "or give another extractor with --features"
+        f"the weights of {name} cannot be had ({cause}); {how}, or give another extractor with --features"
     )
 
 
@@ -157,18 +268,20 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 def _default_layers(cls: type[FeatureExtractorBase]) -> dict[str, str]:
     """The extractor's own layer for each metric; its only layer where it names none."""
     layers = {}
-    for metric in ("fid", "kid", "prc", "isc"):
+    for metric in ("fid", "kid", "prc", "isc", "sfid"):
         try:
             layers[metric] = cls.get_default_feature_layer_for_metric(metric)
         except (NotImplementedError, KeyError):
             provided = cls.get_provided_features_list()
-            if len(provided) == 1 and metric != "isc":
+            if len(provided) == 1 and metric in ("fid", "kid", "prc"):
                 layers[metric] = provided[0]
     if "fid" not in layers:
         raise UsageError(f"the extractor {cls.__name__} names no default layer for the Frechet distance")
     # The Inception Score needs class outputs: an extractor that names its embedding for everything has none.
     if layers.get("isc") == layers["fid"]:
         del layers["isc"]
+    if cls is FEATURE_EXTRACTORS_REGISTRY[INCEPTION]:
+        layers["sfid"] = _SPATIAL
     return layers
 
 
@@ -180,84 +293,3 @@ def metric_name(metric: str, extractor: str) -> str:
     if extractor == INCEPTION:
         return metric
     return metric.replace("fid", "fd").replace("kid", "kd") + f"_{extractor}"
-
-
-def frechet_distance(features: Tensor, references: Tensor) -> float:
-    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of sets [N, D] float32, N >= 2 (arXiv 1706.08500, eq. 6)."""
-    statistics = [fid_features_to_statistics(rows) for rows in (features, references)]
-    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-
-
-def _fid(features: Tensor, references: Tensor) -> dict[str, float]:
-    return {"fid": frechet_distance(features, references)}
-
-
-def _inception_score(logits: Tensor, _: Tensor) -> dict[str, float]:
-    score = isc_features_to_metric(logits, splits=_ISC_SPLITS)
-    return {"is": score[KEY_METRIC_ISC_MEAN], "is_std": score[KEY_METRIC_ISC_STD]}
-
-
-def _precision_recall(features: Tensor, references: Tensor) -> dict[str, float]:
-    # In parts: all distances of 50,000 against 50,000 images at once would take 10 GB, several times.
-    prc = prc_features_to_metric(features, references, prc_neighborhood=_NEIGHBOURS, save_cpu_ram=True, verbose=False)
-    return {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}
-
-
-def _kid(features: Tensor, references: Tensor) -> dict[str, float]:
-    kid = kid_features_to_metric(features, references, kid_subset_size=_KID_SUBSET, verbose=False)
-    return {"kid": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
-
-
-# torch-fidelity's metric: (its function, least images on each side, the names it gives)
-_METRICS = {
-    "fid": (_fid, 2, ("fid",)),
-    "isc": (_inception_score, _ISC_SPLITS, ("is",)),
-    "prc": (_precision_recall, _NEIGHBOURS + 1, ("precision", "recall")),
-    "kid": (_kid, _KID_SUBSET, ("kid",)),
-}
-
-
-def metric_names(extractor: str) -> list[str]:
-    """The names of all numbers of `distances`, for a result that has to say that they were skipped."""
-    return [metric_name(name, extractor) for _, _, names in _METRICS.values() for name in names]
-
-
-def distances(
-    extractor: Extractor, features: dict[str, Tensor], references: dict[str, Tensor]
-) -> tuple[dict[str, float], dict[str, str], list[str]]:
-    """All metrics between generated and real images that the extractor's layers and the counts allow.
-
-    features, references: {layer: [N, D] float32}. Returns (metrics, skipped {name: why}, warnings). The Inception Score
-    is of the generated set alone; precision and recall are those of arXiv 1904.06991 with 3 neighbours, KID that of
-    arXiv 1801.01401. Raises `UserError` where a feature is not finite.
-    """
-    metrics, skipped = {}, {}
-    for metric, (function, least, names) in _METRICS.items():
-        layer = extractor.layers.get(metric)
-        why = f"the extractor {extractor.name} has no outputs for it"
-        if layer is not None:
-            x, y = _finite(extractor, features[layer]), _finite(extractor, references[layer])
-            if min(len(x), len(y)) >= least:
-                metrics |= {metric_name(key, extractor.name): value for key, value in function(x, y).items()}
-                continue
-            why = f"needs at least {least} images on each side, there are {len(x)} and {len(y)}"
-        skipped |= {metric_name(key, extractor.name): why for key in names}
-    layer = extractor.layers["fid"]
-    return metrics, skipped, rank_warnings(metric_name("fid", extractor.name), features[layer], references[layer])
-
-
-def _finite(extractor: Extractor, rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise UserError(f"the extractor {extractor.name} gives features that are not finite: are its weights right?")
-    return rows
-
-
-def rank_warnings(name: str, features: Tensor, references: Tensor) -> list[str]:
-    """Why to read a Frechet distance of these sets [N, D] with care: fewer images than the covariance's full rank."""
-    n, d = min(len(features), len(references)), features.shape[1]
-    if n > d:
-        return []
-    return [
-        f"{name}: {n} images give a covariance of rank at most {max(n - 1, 0)} in {d} dimensions, which raises the "
-        "distance; compare it only at equal numbers of images"
-    ]

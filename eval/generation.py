@@ -1,68 +1,126 @@
 """Measure a class-conditional pipeline: sample it, and compare the samples with real images.
 
-accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --data ILSVRC/imagenet-1k --output result.json
+accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --output result.json    # ImageNet-1k, protocol adm
 accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --samples 200 --classifier true
+accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --guidance_scale 1 1.5 2 --steps 50
+accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --keep png     # goes on after a kill
 
-Sample i is of class i mod C and has seed S + i, and nothing else decides it: the set is the same for every batch size
-and number of ranks, and a smaller set is the beginning of a larger one. For repeats, move S by the number of samples.
+The pipeline is ours, or any class-conditional one of diffusers. eval/samples.py says which samples are drawn, and
+docs/evaluation.md what each protocol measures. For repeats, move --seed by the number of samples.
 """
 
-import json
+import itertools
+import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from pydantic import Field
+from diffusers import DiffusionPipeline
+from pydantic import Field, field_validator
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import config as configs
 from common import launch
-from common.data import BadImages, DataConfig, eval_batches, open_split
+from common.data import DataConfig, Images, Stream, open_split
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
-from eval import features as feature_metrics
 from eval import report
 from eval.classifier import Classifier, train_classifier
-from eval.features import Extractor, Unavailable
-from eval.ranks import gather_by_index
-from pipelines import ClassConditionalPipeline
+from eval.features import DINOV2, INCEPTION, Collector, Extractor, file_hash, metric_name, resolve
+from eval.ranks import build_in_turn, gather_by_index
+from eval.reference import ADM_ROWS, ADM_SIZES, Cache, adm_file, real_batches, real_sets, set_from_file
+from eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
+from eval.statistics import (
+    KID_SUBSET,
+    NEIGHBOURS,
+    FeatureSet,
+    InceptionScore,
+    frechet_distance,
+    isc_splits,
+    kid,
+    precision_recall,
+)
 
+IMAGENET = "ILSVRC/imagenet-1k"
+_PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
+_METRICS = ("fid", "sfid", "isc", "kid", "prc")
+_NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}
 _GRID_CLASSES, _GRID_SAMPLES = 10, 8
 
 
 class GenerationConfig(report.EvaluationConfig):
     """Measure a pipeline's samples against real images."""
 
-    pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline).")
-    samples: int = Field(50_000, ge=1, description="Images to generate, spread evenly over the classes.")
-    guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance; 1 is without, 0 unconditional.")
+    pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
+    features: list[str] = Field(
+        [INCEPTION, DINOV2],
+        min_length=1,
+        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
+    )
+    protocol: Literal["ours", "adm", "nsvq"] | None = Field(
+        None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
+    )
+    metrics: list[Literal["fid", "sfid", "isc", "kid", "prc"]] = Field(
+        list(_METRICS), min_length=1, description="What to measure, as far as an extractor has features for it."
+    )
+    samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
+    labels: Literal["balanced", "data"] = Field(
+        "balanced", description="Classes of the samples: each in turn, or drawn as often as in the training split."
+    )
+    guidance_scale: list[float] = Field(
+        [1.0],
+        min_length=1,
+        description="Classifier-free guidance; 1 is without, 0 unconditional; several make a sweep.",
+    )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="Noise levels, from 0 (image) to 1 (noise), within which guidance acts."
     )
-    steps: int = Field(50, ge=1, description="Sampler steps.")
+    steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
     seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Autocast type of sampling; features are always float32."
     )
-    reference_split: Literal["train", "test"] = Field("test", description="Split of real images to compare with.")
-    reference_limit: int | None = Field(None, ge=1, description="Compare with only this many; null for all.")
+    reference: str | None = Field(
+        None, description="Real images: train, test, or an .npz file in ADM's format; null: what the protocol asks for."
+    )
+    reference_limit: int | None = Field(None, ge=1, description="Compare with only this many of a split; null for all.")
+    keep: Literal["none", "png", "npz"] = Field(
+        "none",
+        description="Keep samples beside the result: PNG files, from which sampling resumes; npz: also ADM's file.",
+    )
     classifier: bool = Field(
         False, description="Also report which share is of the class asked for, by a small network trained on the data."
     )
 
+    @field_validator("guidance_scale", "steps")
+    @classmethod
+    def _in_range(cls, values, info):
+        least = {"guidance_scale": 0, "steps": 1}[info.field_name]
+        if any(value < least for value in values):
+            raise ValueError(f"each must be {least} or more")
+        return values
+
+    @field_validator("reference")
+    @classmethod
+    def _known(cls, value):
+        if value not in (None, "train", "test") and not value.endswith(".npz"):
+            raise ValueError("it should be train, test, or a file that ends in .npz")
+        return value
+
 
 MEANINGS = {
     "fid": "Frechet distance of samples to real images",
-    "is": "Inception Score of the samples, mean of 10 splits",
-    "is_std": "standard deviation over the 10 splits",
-    "precision": "share of samples within the 3-neighbour manifold of real images",
-    "recall": "share of real images within the 3-neighbour manifold of samples",
+    "sfid": "Frechet distance in ADM's spatial features, the first 7 channels of mixed_6/conv",
+    "is": "Inception Score of the samples, mean of 10 splits of shuffled samples",
+    "is_std": "standard deviation over the splits",
+    "precision": f"share of samples within the {NEIGHBOURS}-neighbour manifold of real images",
+    "recall": f"share of real images within the {NEIGHBOURS}-neighbour manifold of samples",
     "kid": "kernel distance of samples to real images, cubic kernel, mean of 100 subsets of 1,000",
     "kid_std": "standard deviation over the 100 subsets",
     "class_accuracy": "share of samples that a network trained on the data puts into the class asked for",
@@ -70,177 +128,300 @@ MEANINGS = {
 }
 
 
-def label_of(sample: int | Tensor, classes: int) -> int | Tensor:
-    """The class of a sample, or of several: in turn, so that any number of samples is balanced to within one."""
-    return sample % classes
-
-
-def my_samples(config: GenerationConfig, rank: int, world_size: int) -> list[range]:
-    """The batches of sample numbers that a rank generates: batch b belongs to rank b mod world_size."""
-    starts = range(rank * config.batch_size, config.samples, world_size * config.batch_size)
-    return [range(start, min(start + config.batch_size, config.samples)) for start in starts]
-
-
-@torch.no_grad()
-def generate(pipeline: ClassConditionalPipeline, config: GenerationConfig, samples: range) -> Tensor:
-    """The given samples as 8-bit images [B, 3, S, S] on the pipeline's device."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-    with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
-        latents = pipeline(
-            [label_of(sample, len(pipeline.id2label)) for sample in samples],
-            guidance_scale=config.guidance_scale,
-            guidance_interval=config.guidance_interval,
-            num_inference_steps=config.steps,
-            seeds=[config.seed + sample for sample in samples],
-            output_type="latent",
-        ).images
-    return to_uint8(pipeline.decode(latents.float()) * 2 - 1)  # the decoder is float32 in every precision
-
-
-def evaluate(pipeline: ClassConditionalPipeline, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
+def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
     """Sample `pipeline` over all ranks and measure the samples; returns the result on the main process, None on others.
 
-    Writes a picture of samples by class beside `config.output`. Raises `UserError` or `UsageError` for data, weights or
-    sizes that do not work.
+    Writes a picture of samples by class beside `config.output`, and the samples where asked to. Raises `UserError` or
+    `UsageError` for data, weights, references or sizes that do not work.
     """
     names, size = class_names(pipeline), image_size(pipeline)
+    config = _resolve(config, size)
     data = report.data_with_size(config.data, size)
     if data.image_size != size:
         raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
-    images = open_split(data, config.reference_split)
-    result = {"kind": "generation", "metrics": {}, "protocol": {}, "skipped": {}, "warnings": []}
+    if config.guidance_interval != (0.0, 1.0) and not is_ours(pipeline):
+        raise UsageError(f"--guidance_interval: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+    split = config.reference if config.reference in ("train", "test") else "train"
+    images = open_split(data, split)
+    result = {"kind": "generation", "protocol": config.protocol}
+    result |= {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": _deviations(config)}
     if images.classes != names:
         difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
-        if config.classifier:
-            raise UsageError(f"--classifier: {difference}")
+        if config.classifier or config.labels == "data":
+            raise UsageError(f"--classifier true and --labels data need the same classes: {difference}")
         result["warnings"].append(difference)
-    extractor = _load_extractor(config, accelerator, result["skipped"])
+    extractors = report.load_extractors(
+        config, accelerator, tuple(config.metrics), result, lambda e: _all_names(config, e)
+    )
     classifier = _train_classifier(data, config, accelerator) if config.classifier else None
-    measure = Measure(extractor, classifier)
-    real, unreadable = _real_rows(data, config.reference_split, config.reference_limit, measure, config, accelerator)
-    made, shown = _made_rows(pipeline, measure, config, accelerator)
-    judged = real
-    if classifier and config.reference_split != "test":
-        judged, _ = _real_rows(data, "test", None, Measure(None, classifier), config, accelerator)
-    if made is None:
+    real, reference = _real_sets(extractors, data, split, images, config, accelerator)
+    label = _label_rule(config, data, len(names))
+    runs = []
+    for scale, steps in itertools.product(config.guidance_scale, config.steps):
+        how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label)
+        runs.append(_run(pipeline, how, names, extractors, real, classifier, config, accelerator))
+    accuracy = _real_accuracy(classifier, data, config, accelerator) if classifier else None
+    if not accelerator.is_main_process:
         return None
-    if extractor:
-        _add_distances(result, made, real, extractor)
-    if classifier:
-        _add_class_accuracy(result, made, judged, names)
-    return result | {
-        "counts": {"samples": config.samples, "real_images": len(real["index"]), **unreadable},
-        "data": report.about_data(data, config.reference_split, images),
-        "pipeline": {"folder": config.pipeline, "sha256": report.folder_hash(Path(config.pipeline))},
-        "labels": "sample i is of class i mod C",
+    best = _best(runs, result)
+    for key in ("metrics", "meanings", "skipped"):
+        result[key] |= best.pop(key)
+    result["warnings"] += best.pop("warnings") + [w for extractor in extractors.values() for w in extractor.warnings]
+    if accuracy is not None:
+        result["metrics"]["class_accuracy_real"] = accuracy
+        result["meanings"]["class_accuracy_real"] = MEANINGS["class_accuracy_real"]
+    elif classifier:
+        result["skipped"]["class_accuracy_real"] = "the test images have no labels"
+    return result | best | {
+        "counts": {"samples": config.samples, **reference.pop("counts")},
+        "data": report.about_data(data, split, images),
+        "reference": reference,
+        "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__,
+                     "sha256": report.folder_hash(Path(config.pipeline))},
+        "labels": {"balanced": "sample i is of class i mod C", "data": "as often as in training"}[config.labels],
         "classes": names,
-        "seeds": "sample i has seed + i",
-        "sampler": {"scheduler": type(pipeline.scheduler).__name__, **_public(pipeline.scheduler.config)},
-        "features": report.about_extractor(extractor, config),
+        "seeds": f"sample i has seed {config.seed} + i",
+        "sampler": {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval,
+                    **_public(pipeline.scheduler.config)},
+        "features": {name: extractor.about for name, extractor in extractors.items()},
         "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
-        "grid": _save_grid(shown, names, config),
         **report.provenance(accelerator, config.model_copy(update={"data": data})),
-    }
+    }  # fmt: skip
 
 
-def load_pipeline(folder: str) -> ClassConditionalPipeline:
-    """Read a pipeline folder. Raises `UserError` where there is none."""
-    try:
-        return ClassConditionalPipeline.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"no pipeline at {folder}: give the <out>/pipeline folder of a finished diffusion run "
-            f"({str(error).splitlines()[0]})"
-        ) from None
+def _resolve(config: GenerationConfig, size: int) -> GenerationConfig:
+    """`config` with what its protocol decides, where it was not given."""
+    protocol = config.protocol or ("adm" if config.data.source == IMAGENET else "ours")
+    samples, reference = _PROTOCOLS[protocol]
+    if protocol == "adm" and config.data.source == IMAGENET and size in ADM_SIZES:
+        reference = "adm"
+    given = {"protocol": protocol, "samples": config.samples or samples, "reference": config.reference or reference}
+    return config.model_copy(update=given)
 
 
-def class_names(pipeline: ClassConditionalPipeline) -> list[str]:
-    """The pipeline's classes in the order of their ids 0 to C - 1. Raises `UserError` where its ids have gaps."""
-    names = pipeline.id2label
-    if sorted(names) != list(range(len(names))):
-        raise UserError(f"the class ids of the pipeline, {sorted(names)}, are not 0 to {len(names) - 1}")
-    return [names[i] for i in range(len(names))]
+def _deviations(config: GenerationConfig) -> list[str]:
+    """What keeps the numbers from being those of the protocol."""
+    samples, split = _PROTOCOLS[config.protocol]
+    found = []
+    if config.protocol != "ours":
+        if config.samples != samples:
+            found.append(f"protocol {config.protocol} means {samples} samples, these are {config.samples}")
+        other_file = config.reference not in ("train", "test") and config.protocol != "adm"
+        other_split = config.reference in ("train", "test") and (config.reference != split or config.reference_limit)
+        if other_file or other_split:
+            found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
+    return found
 
 
-def image_size(pipeline: ClassConditionalPipeline) -> int:
-    """Side of the pipeline's images, in pixels."""
-    return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+def _all_names(config: GenerationConfig, extractor: str) -> list[str]:
+    """The names of all numbers of an extractor, for a result that has to say that they were skipped."""
+    return [metric_name(name, extractor) for metric in config.metrics for name in _NAMES[metric]]
 
 
-@dataclass
-class Measure:
-    """What is measured of each image, real or made: features, and which class it is taken for."""
-
-    extractor: Extractor | None
-    classifier: Classifier | None
-
-    def no_rows(self) -> dict[str, list[Tensor]]:
-        """Empty rows for `gather_by_index`, the same on every rank."""
-        layers = self.extractor.layers.values() if self.extractor else ()
-        return {name: [] for name in ["index", "label", *layers, *(["predicted"] if self.classifier else [])]}
-
-    @torch.no_grad()
-    def add(self, rows: dict[str, list[Tensor]], images: Tensor, index: Tensor, labels: Tensor) -> None:
-        """Measure 8-bit images [B, 3, S, S] with their numbers and labels [B]."""
-        values = {"index": index, "label": labels}
-        if self.extractor:
-            values |= self.extractor(images)
-        if self.classifier:
-            values["predicted"] = self.classifier(images).argmax(1).cpu()
-        for name, value in values.items():
-            rows[name].append(value)
+def _label_rule(config: GenerationConfig, data: DataConfig, classes: int):
+    """Sample number -> class id."""
+    if config.labels == "balanced":
+        return lambda sample: sample % classes
+    images = open_split(data, "train")
+    if isinstance(images, Stream):
+        raise UsageError("--labels data: a streamed data set does not tell its classes in advance; use balanced")
+    counts = np.bincount(images.labels()[images.labels() >= 0], minlength=classes)
+    borders = np.cumsum(counts / counts.sum())
+    # Beside the seed of its noise, sample i has a random number of its own.
+    return lambda sample: int(
+        np.searchsorted(borders[:-1], np.random.default_rng([config.seed, sample]).random(), "right")
+    )
 
 
-def _real_rows(
+def _real_sets(
+    extractors: dict[str, Extractor],
     data: DataConfig,
     split: str,
-    limit: int | None,
-    measure: Measure,
+    images: Images | Stream,
     config: GenerationConfig,
     accelerator: Accelerator,
-) -> tuple[dict[str, Tensor] | None, dict]:
-    """What is measured of the real images, on the main process; and the bad ones among them."""
-    rows, bad = measure.no_rows(), BadImages(data.max_bad_fraction, accelerator)
-    batches = eval_batches(
-        data,
-        split,
-        batch_size=config.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        workers=config.workers,
-        limit=limit,
+) -> tuple[dict[str, FeatureSet], dict]:
+    """The real images' features by extractor, and what is said of them. A file is of the first extractor; the others
+    measure the training split."""
+    found, about, remaining = {}, {"source": config.reference, "counts": {}}, dict(extractors)
+    name = resolve(config.features[0]) if extractors else None
+    if name in remaining and config.reference not in ("train", "test"):
+        path = adm_file(data.image_size, accelerator) if config.reference == "adm" else Path(config.reference)
+        found[name] = set_from_file(path, remaining.pop(name), tuple(config.metrics), data.image_size, accelerator)
+        about |= {"file": str(path), "sha256": file_hash(path), "extractor": name}
+    if remaining:
+        cache = Cache(config.cache, config.cache_features, accelerator)
+        sets, said = real_sets(
+            remaining,
+            tuple(config.metrics),
+            cache,
+            data,
+            split,
+            images,
+            limit=config.reference_limit,
+            only_adm_rows=config.protocol == "adm",
+            accelerator=accelerator,
+            batch_size=config.batch_size,
+            workers=config.workers,
+        )
+        found, about = found | sets, about | said
+    return found, about
+
+
+def _run(
+    pipeline: DiffusionPipeline,
+    how: Sampling,
+    names: list[str],
+    extractors: dict[str, Extractor],
+    real: dict[str, FeatureSet],
+    classifier: Classifier | None,
+    config: GenerationConfig,
+    accelerator: Accelerator,
+) -> dict | None:
+    """Draw and measure the samples of one setting; returns its part of the result on the main process."""
+    splits = isc_splits(config.samples, adm=config.protocol == "adm")
+    collectors = {}
+    for name, extractor in extractors.items():
+        scored = "isc" in config.metrics and "isc" in extractor.layers and splits is not None
+        score = InceptionScore(splits) if scored else None
+        collectors[name] = Collector(extractor, tuple(config.metrics), score=score)
+    folder = _sample_folder(pipeline, how, config, accelerator)
+    shown: dict[str, list[Tensor]] = {"index": [], "image": []}
+    right: dict[str, list[Tensor]] = {"index": [], "label": [], "right": []}
+    rows = grid_rows(config.samples, names, how.label)
+    in_grid = torch.tensor(sorted({sample for row in rows.values() for sample in row}))
+    mine = list(groups(config.samples, accelerator.process_index, accelerator.num_processes))
+    for samples in tqdm(mine, how.name, unit="group", disable=not accelerator.is_main_process, leave=False):
+        wanted = samples[: config.samples - samples.start]
+        images, index = folder.load(wanted) if folder else None, torch.tensor(wanted)
+        if images is None:
+            images = draw(pipeline, how, samples)[: len(wanted)]
+            if folder:
+                folder.save(wanted, images)
+        images = images.to(accelerator.device)
+        for collector in collectors.values():
+            collector.add(images, index)
+        if classifier:
+            labels = torch.tensor([how.label(sample) for sample in index.tolist()])
+            for name, value in (
+                ("index", index),
+                ("label", labels),
+                ("right", classifier(images).argmax(1).cpu() == labels),
+            ):
+                right[name].append(value)
+        chosen = torch.isin(index, in_grid)
+        shown["index"].append(index[chosen])
+        shown["image"].append(images.cpu()[chosen])
+    made = {name: collector.total(accelerator) for name, collector in collectors.items()}
+    scores = {n: c.score.total(accelerator) for n, c in collectors.items() if c.score is not None}
+    shown, right = gather_by_index(accelerator, shown), gather_by_index(accelerator, right) if classifier else None
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    result = {"setting": {"guidance_scale": how.guidance_scale, "steps": how.steps}}
+    result |= {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
+    for name, extractor in extractors.items():
+        _add_distances(result, made[name], real[name], scores.get(name), extractor, config)
+    if classifier:
+        result["metrics"]["class_accuracy"] = right["right"].double().mean().item()
+        result["meanings"]["class_accuracy"] = MEANINGS["class_accuracy"]
+        of = {c: right["right"][right["label"] == c].double().mean().item() for c in right["label"].unique().tolist()}
+        result["class_accuracy_by_class"] = {names[c]: value for c, value in of.items()}
+    sweep = len(config.guidance_scale) * len(config.steps) > 1
+    result["grid"] = _save_grid(shown, rows, names, _beside(config.output, how, ".png", sweep))
+    if folder:
+        result["samples"] = {"png": str(folder.folder)}
+        if config.keep == "npz":
+            packed = _beside(config.output, how, ".npz", sweep)
+            folder.pack(packed, [how.label(sample) for sample in range(config.samples)])
+            result["samples"]["npz"] = str(packed)
+    return result
+
+
+def _sample_folder(
+    pipeline: DiffusionPipeline, how: Sampling, config: GenerationConfig, accelerator: Accelerator
+) -> SampleFolder | None:
+    if config.keep == "none":
+        return None
+    about = {
+        "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,
+        "scheduler": {k: str(v) for k, v in _public(pipeline.scheduler.config).items()},
+        **{key: getattr(how, key) for key in ("guidance_scale", "guidance_interval", "steps", "seed", "precision")},
+        "first labels": [how.label(sample) for sample in range(100)],
+    }
+    folder = config.output.with_name(f"{config.output.stem}-samples") / how.name
+    return build_in_turn(accelerator, lambda: SampleFolder(folder, about))
+
+
+def _beside(output: Path, how: Sampling, suffix: str, sweep: bool) -> Path:
+    return output.with_name(f"{output.stem}-{how.name}{suffix}") if sweep else output.with_suffix(suffix)
+
+
+def _add_distances(
+    result: dict,
+    made: FeatureSet,
+    real: FeatureSet,
+    score: tuple[float, float] | None,
+    extractor: Extractor,
+    config: GenerationConfig,
+) -> None:
+    """All metrics that the extractor's layers, the counts and the reference allow; the others are skipped, with why."""
+    metrics: dict[str, float] = {}
+    layers = extractor.layers
+    for metric in config.metrics:
+        why = None
+        layer = layers.get(metric)
+        if layer is None:
+            why = f"the extractor {extractor.name} has no outputs for it"
+        elif metric in ("fid", "sfid"):
+            if layer not in made.gaussians:
+                why = f"needs at least 2 samples, there are {made.count}"
+            elif layer not in real.gaussians:
+                why = "the reference holds no statistics for it"
+            else:
+                metrics[metric] = frechet_distance(made.gaussians[layer], real.gaussians[layer])
+                name = metric_name(metric, extractor.name)
+                result["warnings"] += report.rank_warnings(name, made, real, layer)
+        elif metric == "isc":
+            if score is None:
+                why = f"needs at least 10 samples, there are {config.samples}"
+            else:
+                metrics |= dict(zip(("is", "is_std"), score, strict=True))
+        else:
+            function, least = {"kid": (kid, KID_SUBSET), "prc": (precision_recall, NEIGHBOURS + 1)}[metric]
+            if layer not in real.rows:
+                why = "the reference holds no images to compare single ones with"
+            elif min(len(made.rows[layer]), len(real.rows[layer])) < least:
+                counts = f"{len(made.rows[layer])} and {len(real.rows[layer])}"
+                why = f"needs at least {least} images on each side, there are {counts}"
+            else:
+                metrics |= function(made.rows[layer], real.rows[layer])
+                if metric == "prc" and config.protocol == "adm" and len(real.rows[layer]) != ADM_ROWS:
+                    result["warnings"].append(f"protocol adm means {ADM_ROWS} real images for precision and recall, "
+                                              f"these are {len(real.rows[layer])}")  # fmt: skip
+        if why is not None:
+            result["skipped"] |= {metric_name(name, extractor.name): why for name in _NAMES[metric]}
+    meanings = MEANINGS | (
+        {"is": "Inception Score, mean of blocks of 5,000 samples"} if config.protocol == "adm" else {}
     )
-    for batch in tqdm(batches, "real images", unit="batch", disable=not accelerator.is_main_process, leave=False):
-        bad.update(batch)
-        if len(batch["image"]):
-            measure.add(rows, to_uint8(batch["image"].to(accelerator.device)), batch["index"], batch["label"])
-    bad.check(final=True)
-    return gather_by_index(accelerator, rows), report.bad_images(accelerator, bad.bad)
+    for name, value in metrics.items():
+        honest = metric_name(name, extractor.name)
+        result["metrics"][honest] = value
+        result["meanings"][honest] = f"{meanings[name]}; features of {extractor.name}"
 
 
-def _made_rows(
-    pipeline: ClassConditionalPipeline, measure: Measure, config: GenerationConfig, accelerator: Accelerator
-) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """What is measured of the samples, and those of them that the picture shows, both on the main process."""
-    rows, shown = measure.no_rows(), {"index": [], "image": []}
-    wanted = [sample for row in grid_rows(config.samples, len(pipeline.id2label)).values() for sample in row]
-    batches = my_samples(config, accelerator.process_index, accelerator.num_processes)
-    for samples in tqdm(batches, "samples", unit="batch", disable=not accelerator.is_main_process, leave=False):
-        images, index = generate(pipeline, config, samples), torch.tensor(samples)
-        measure.add(rows, images, index, label_of(index, len(pipeline.id2label)))
-        in_grid = torch.isin(index, torch.tensor(wanted))
-        shown["index"].append(index[in_grid])
-        shown["image"].append(images.cpu()[in_grid])
-    return gather_by_index(accelerator, rows), gather_by_index(accelerator, shown)
-
-
-def _add_distances(result: dict, made: dict[str, Tensor], real: dict[str, Tensor], extractor: Extractor) -> None:
-    metrics, skipped, warnings = feature_metrics.distances(extractor, made, real)
-    meanings = {feature_metrics.metric_name(name, extractor.name): text for name, text in MEANINGS.items()}
-    result["metrics"] |= metrics
-    result["protocol"] |= {name: f"{meanings[name]}; features of {extractor.name}" for name in metrics}
-    result["skipped"] |= skipped
-    result["warnings"] += warnings
+def _best(runs: list[dict], result: dict) -> dict:
+    """The setting that the result is of: the only one, or the one with the least first Frechet distance."""
+    if len(runs) == 1:
+        return runs[0]
+    measured = [name for name in runs[0]["metrics"] if name.startswith(("fid", "fd_"))]
+    best = min(runs, key=lambda run: run["metrics"].get(measured[0], math.inf)) if measured else runs[0]
+    sweep = [{**run["setting"], "metrics": run["metrics"], "grid": run["grid"]} for run in runs]
+    chosen = f"the least {measured[0]}" if measured else "the first"
+    result["warnings"].append(
+        f"the numbers are of the setting with {chosen} of {len(runs)}, chosen on this very reference"
+    )
+    return best | {"sweep": sweep}
 
 
 def _train_classifier(data: DataConfig, config: GenerationConfig, accelerator: Accelerator) -> Classifier:
@@ -258,51 +439,46 @@ def _train_classifier(data: DataConfig, config: GenerationConfig, accelerator: A
     return trained.to(accelerator.device)
 
 
-def _add_class_accuracy(result: dict, made: dict[str, Tensor], real: dict[str, Tensor], names: list[str]) -> None:
-    right = made["predicted"] == made["label"]
-    result["metrics"]["class_accuracy"] = right.double().mean().item()
-    by_class = {c: right[made["label"] == c].double().mean().item() for c in made["label"].unique().tolist()}
-    result["class_accuracy_by_class"] = {names[c]: value for c, value in by_class.items()}
-    labelled = real["label"] >= 0
-    if labelled.any():
-        right = (real["predicted"] == real["label"])[labelled]
-        result["metrics"]["class_accuracy_real"] = right.double().mean().item()
-    else:
-        result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    accuracies = [name for name in result["metrics"] if name.startswith("class_accuracy")]
-    result["protocol"] |= {name: MEANINGS[name] for name in accuracies}
+def _real_accuracy(
+    classifier: Classifier, data: DataConfig, config: GenerationConfig, accelerator: Accelerator
+) -> float | None:
+    """The classifier's accuracy on the labelled real test images. A collective call."""
+    counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    loading = {"batch_size": config.batch_size, "workers": config.workers}
+    for batch in real_batches(data, "test", config.reference_limit, accelerator, **loading):
+        images, labels = to_uint8(batch["image"].to(accelerator.device)), batch["label"].to(accelerator.device)
+        if len(images):
+            right = (classifier(images).argmax(1) == labels) & (labels >= 0)
+            counts += torch.stack([right.sum(), (labels >= 0).sum()])
+    right, labelled = accelerator.reduce(counts, "sum").tolist()
+    return right / labelled if labelled else None
 
 
-def grid_rows(samples: int, classes: int) -> dict[int, list[int]]:
+def grid_rows(samples: int, names: list[str], label) -> dict[int, list[int]]:
     """The samples that the picture shows: {class: its first samples}, for classes spaced evenly over all."""
-    rows = min(classes, _GRID_CLASSES)
-    return {c: list(range(c, samples, classes))[:_GRID_SAMPLES] for c in (i * classes // rows for i in range(rows))}
+    count = min(len(names), _GRID_CLASSES)
+    rows = {i * len(names) // count: [] for i in range(count)}
+    for sample in range(samples):
+        row = rows.get(label(sample))
+        if row is not None and len(row) < _GRID_SAMPLES:
+            row.append(sample)
+        if all(len(row) == _GRID_SAMPLES for row in rows.values()):
+            break
+    return rows
 
 
-def _save_grid(shown: dict[str, Tensor], names: list[str], config: GenerationConfig) -> dict:
+def _save_grid(shown: dict[str, Tensor], rows: dict[int, list[int]], names: list[str], path: Path) -> dict:
     """A row of samples for each class, in the order that the result names them."""
     by_index = dict(zip(shown["index"].tolist(), shown["image"], strict=True))
-    rows = grid_rows(config.samples, len(names))
     width = max(map(len, rows.values()))
     blank = torch.full_like(shown["image"][0], 255)
     tiles = [by_index[row[i]] if i < len(row) else blank for row in rows.values() for i in range(width)]
-    path = config.output.with_suffix(".png")
     save_image(torch.stack(tiles) / 255, path, nrow=width, pad_value=1.0)
     return {"file": str(path), "rows": [names[c] for c in rows]}
 
 
 def _public(config: dict) -> dict:
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _load_extractor(config: GenerationConfig, accelerator: Accelerator, skipped: dict) -> Extractor | None:
-    if config.features == "none":
-        return None
-    try:
-        return feature_metrics.load_extractor(config.features, config.features_weights, accelerator)
-    except Unavailable as error:
-        skipped.update(dict.fromkeys(feature_metrics.metric_names(config.features), str(error)))
-        return None
 
 
 def main() -> None:
@@ -315,12 +491,16 @@ def main() -> None:
     result = evaluate(pipeline, config, accelerator)
     if result is not None:
         report.write(config.output, result)
-        counts, data = result["counts"], result["data"]
+        data, setting = result["data"], result["setting"]
         title = (
-            f"{counts['samples']} samples of {config.pipeline} against {counts['real_images']} {data['split']} images "
-            f"of {data['source']}"
+            f"{result['counts']['samples']} samples of {config.pipeline} against {data['source']} "
+            f"({result['reference']['source']}), guidance {setting['guidance_scale']:g}, {setting['steps']} steps; "
+            f"protocol {result['protocol']}"
         )
         print(report.table(title, result))
+        for run in result.get("sweep", []):
+            numbers = ", ".join(f"{name} {value:.5g}" for name, value in run["metrics"].items())
+            print(f"  guidance {run['guidance_scale']:g}, {run['steps']} steps: {numbers}")
         print(f"wrote {config.output} and {result['grid']['file']}")
 
 

@@ -1,7 +1,7 @@
-"""Several ranks as one: builds in turn, and the rows of all images brought together."""
+"""Several ranks as one: builds in turn, equal groups for the networks, and the rows of all images brought together."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
+GROUP = 16  # images that a network sees at once
 _GATHER_ROWS = 4096  # rows of each rank on the device at once
 
 T = TypeVar("T")
@@ -30,6 +31,26 @@ def build_in_turn(accelerator: Accelerator, build: Callable[[], T]) -> T:
         if problems := [found for found in gather_object([problem]) if found is not None]:
             raise problems[0]
     return built
+
+
+def in_groups(network: Callable[..., Any], *batches: Tensor) -> Any:
+    """`network(*batches)`, on groups of GROUP rows; the last one is filled up by repeating its last row.
+
+    A convolution rounds differently in batches of other shapes, and an 8-bit pixel or a code may then fall on the other
+    side of its border. In groups of one shape, an image's result depends on no batch size and no number of ranks.
+    `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments.
+    """
+    count = len(batches[0])
+    outputs = []
+    for start in range(0, count, GROUP):
+        rows = torch.arange(start, start + GROUP).clamp(max=count - 1)
+        outputs.append(network(*(batch[rows.to(batch.device)] for batch in batches)))
+    first = outputs[0]
+    if torch.is_tensor(first):
+        return torch.cat(outputs)[:count]
+    if isinstance(first, dict):
+        return {name: torch.cat([output[name] for output in outputs])[:count] for name in first}
+    return tuple(torch.cat(parts)[:count] for parts in zip(*outputs, strict=True))
 
 
 def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> dict[str, Tensor] | None:

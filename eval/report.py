@@ -7,22 +7,23 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from pydantic import Field
 
 from common import config as configs
 from common.data import DataConfig, Images, Stream
 from common.errors import UsageError, UserError
 from common.run import code_version
-from eval.features import INCEPTION, Extractor
-
-_BAD_SHOWN = 20
+from eval.features import INCEPTION, Extractor, Unavailable, file_hash, load_extractor
+from eval.ranks import GROUP
+from eval.reference import DEFAULT_CACHE
+from eval.statistics import FeatureSet
 
 
 class EvaluationConfig(configs.Config):
@@ -30,13 +31,21 @@ class EvaluationConfig(configs.Config):
 
     data: DataConfig = Field(DataConfig(), description="The images to measure against.")
     output: Path = Field(description="The result, a .json file; its folder is created.")
-    features: str = Field(
-        INCEPTION,
-        description="Feature extractor of FID: a name of torch-fidelity, a .py file that registers one, or none.",
+    features: list[str] = Field(
+        [INCEPTION],
+        min_length=1,
+        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
     )
-    features_weights: Path | None = Field(None, description="The extractor's weights; null downloads them.")
+    features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
+    cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
+    cache_features: bool = Field(
+        False,
+        description="Keep the features of single images there, too, so that KID, precision and recall reuse them.",
+    )
     batch_size: int = Field(
-        50, ge=1, description="Images at once on each rank; it changes numbers by float error only."
+        64,
+        ge=1,
+        description=f"Images that a rank loads at once; networks see {GROUP} at a time, so it changes no number.",
     )
     workers: int = Field(4, ge=0, description="Data loading processes per rank.")
 
@@ -96,21 +105,37 @@ def about_data(config: DataConfig, split: str, images: Images | Stream) -> dict:
     }
 
 
-def about_extractor(extractor: Extractor | None, config: EvaluationConfig) -> dict | None:
-    """Which features were measured."""
-    if extractor is None:
-        return None
-    about = {"extractor": extractor.name, "layers": extractor.layers}
-    for key, file in (("file", Path(config.features)), ("weights", config.features_weights)):
-        if file is not None and file.is_file():
-            about |= {key: str(file), f"{key}_sha256": file_hash(file)}
-    return about
+def load_extractors(
+    config: EvaluationConfig,
+    accelerator: Accelerator,
+    metrics: tuple[str, ...],
+    result: dict,
+    names: Callable[[str], list[str]],
+) -> dict[str, Extractor]:
+    """The extractors of `config` by name. One whose weights cannot be had is left out, and its numbers, `names` of it,
+    are skipped in the result. A collective call."""
+    extractors = {}
+    for i, features in enumerate(config.features):
+        if features == "none":
+            continue
+        try:
+            extractor = load_extractor(features, config.features_weights if i == 0 else None, accelerator, metrics)
+            extractors[extractor.name] = extractor
+        except Unavailable as error:
+            result["skipped"] |= dict.fromkeys(names(features), str(error))
+    return extractors
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def rank_warnings(name: str, made: FeatureSet, real: FeatureSet, layer: str) -> list[str]:
+    """Why to read a Frechet distance of these sets with care: a covariance of less than full rank."""
+    d = len(made.gaussians[layer].mean)
+    n = min(count for count in (made.count, real.count) if count is not None)
+    if n > d:
+        return []
+    return [
+        f"{name}: {n} images give a covariance of rank at most {max(n - 1, 0)} in {d} dimensions, which raises the "
+        "distance; compare it only at equal numbers of images"
+    ]
 
 
 def folder_hash(folder: Path) -> str | None:
@@ -121,12 +146,6 @@ def folder_hash(folder: Path) -> str | None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-def bad_images(accelerator: Accelerator, bad: list[str]) -> dict:
-    """How many images of all ranks did not decode, and the first of them. A collective call."""
-    everywhere = sorted(gather_object(bad))
-    return {"bad_images": len(everywhere), "bad_images_shown": everywhere[:_BAD_SHOWN]}
 
 
 def write(path: Path, result: dict) -> None:
@@ -163,7 +182,7 @@ def table(title: str, result: dict) -> str:
     whys = {why: ", ".join(name for name in skipped if skipped[name] == why) for why in skipped.values()}
     width = max(map(len, metrics), default=0)
     lines = [title]
-    lines += [f"  {name:<{width}}  {value:>10.5g}  {result['protocol'][name]}" for name, value in metrics.items()]
+    lines += [f"  {name:<{width}}  {value:>10.5g}  {result['meanings'][name]}" for name, value in metrics.items()]
     lines += [f"  skipped {names}: {why}" for why, names in whys.items()]
     lines += [f"  warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)

@@ -130,16 +130,24 @@ def _results(results: dict[str, dict]) -> str:
         return "## Results\n\nNot measured yet.\n"
     lines = ["## Results", ""]
     for heading, result in results.items():
-        lines += [f"### {heading}", "", "| | | |", "|---|---|---|"]
+        lines += [f"### {heading}", "", f"{_measured(result)}", "", "| | | |", "|---|---|---|"]
         for name, value in result["metrics"].items():
             lines.append(
-                f"| {name} | {'-' if value is None else f'{value:.5g}'} | {result['protocol'].get(name, '')} |"
+                f"| {name} | {'-' if value is None else f'{value:.5g}'} | {result['meanings'].get(name, '')} |"
             )
-        lines += [f"| {name} | skipped | {why} |" for name, why in result.get("skipped", {}).items()]
-        if command := result.get("command"):
-            lines += ["", f"    {command}"]
-        lines += ["", *(f"Warning: {warning}\n" for warning in result.get("warnings", []))]
+        lines += [f"| {name} | skipped | {why} |" for name, why in result["skipped"].items()]
+        lines += ["", f"    {result['command']}", "", *(f"Warning: {warning}\n" for warning in result["warnings"])]
     return "\n".join(lines)
+
+
+def _measured(result: dict) -> str:
+    """One line on what a result is of."""
+    counts, data = result["counts"], result["data"]
+    number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
+    line = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
+    if setting := result.get("setting"):
+        line += f", guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}"
+    return f"{line}; nsvq {result['versions']['nsvq']}."
 
 
 def _limits(classes: int) -> str:

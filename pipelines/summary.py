@@ -1,10 +1,10 @@
 """What a finished run of both stages gives: one table of its measurements, and where everything is.
 
 python pipelines/summary.py --out runs/quickstart
-Reads <out>/reconstruction.json and <out>/generation.json, and writes them into the model card of <out>/pipeline.
+Reads <out>/reconstruction.json and <out>/generation.json, and writes them into the model card of <out>/pipeline, and
+with pictures and curves into the page <out>/report.html.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from common import config as configs
 from common import launch
-from common.errors import UserError
+from eval.page import read_result, write_page
 from pipelines.card import write_card
 
 ROWS = {  # of each result: what to show, and how
@@ -43,14 +43,6 @@ class SummaryConfig(configs.Config):
     out: Path = Field(description="Folder with nsvq/, dit/, reconstruction.json and generation.json.")
 
 
-def read_result(path: Path) -> dict:
-    """A result of eval/. Raises `UserError` where it is absent or torn."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"no result at {path}: run eval/{path.stem}.py with --output {path} ({error})") from None
-
-
 def rows(result: dict) -> list[tuple[str, str]]:
     """(name, value) of the numbers that matter most; what was skipped, with the reason."""
     shown = ROWS[result["kind"]]
@@ -68,6 +60,8 @@ def main() -> None:
     config = configs.parse(SummaryConfig, sys.argv[1:])
     results = {kind: read_result(config.out / f"{kind}.json") for kind in ROWS}
     write_card(config.out / "pipeline", {kind.capitalize(): result for kind, result in results.items()})
+    page = config.out / "report.html"
+    write_page(page, list(results.values()), [config.out / "nsvq", config.out / "dit"])
     lines = []
     for kind, result in results.items():
         images = result["counts"].get("samples") or result["counts"]["images"]
@@ -79,6 +73,7 @@ def main() -> None:
         "reconstructions (originals above)": pictures[0],
         "samples during training": pictures[1],
         "samples by class": config.out / "generation.png",
+        "all of it as one page": page,
         "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / 'dit/metrics.jsonl'}",
         "tokenizer": config.out / "tokenizer",
         "pipeline, with its model card": config.out / "pipeline",

@@ -65,6 +65,7 @@ def test_both_stages_end_in_a_measured_folder_that_stock_diffusers_loads(run_scr
     measured = json.loads((out / "reconstruction.json").read_text())
     assert f"{measured['metrics']['psnr']:.2f} dB" in table
     assert str(out / "generation.png") in table
+    assert str(out / "report.html") in table
     card = (out / "pipeline" / "README.md").read_text()
     assert f"| psnr | {measured['metrics']['psnr']:.5g}" in card
     assert "nsvq, 96 samples of `synthetic`" in card

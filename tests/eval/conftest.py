@@ -16,7 +16,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 
 class Tiny(FeatureExtractorBase):
-    """Random projections of small images: "6" (an embedding) and "classes" (4 logits)."""
+    """Random projections of small images: "6" (an embedding), "classes" (4 logits), "spatial"."""
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
@@ -27,16 +27,16 @@ class Tiny(FeatureExtractorBase):
     def forward(self, x):
         x = torch.nn.functional.adaptive_avg_pool2d(x.float() / 64 - 2, (8, 8)).flatten(1)
         embedding = torch.tanh(x @ self.project)
-        out = {"6": embedding, "classes": embedding @ self.classify}
+        out = {"6": embedding, "classes": embedding @ self.classify, "spatial": x[:, 5:12]}
         return tuple(out[name] for name in self.features_list)
 
     @staticmethod
     def get_provided_features_list():
-        return "6", "classes"
+        return "6", "classes", "spatial"
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric):
-        return {"isc": "classes", "fid": "6", "kid": "6", "prc": "6"}[metric]
+        return {"isc": "classes", "fid": "6", "kid": "6", "prc": "6", "sfid": "spatial"}[metric]
 
 
 register_feature_extractor("tiny", Tiny)

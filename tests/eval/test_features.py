@@ -1,34 +1,10 @@
 import pytest
 import torch
-import torch_fidelity
 from accelerate import Accelerator
-from torch.utils.data import Dataset
 
 from common.errors import UsageError, UserError
 from eval import features
-from eval.features import Extractor, Unavailable, distances, load_extractor, metric_name, rank_warnings
-
-
-class Images(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
-
-
-def random_images(n, seed, contrast=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand((n, 3, 4, 4), generator=generator) * contrast
-    return (255 * torch.nn.functional.interpolate(coarse, (16, 16), mode="bilinear")).to(torch.uint8)
-
-
-def in_batches(extractor, images, batch_size=103):
-    batches = [extractor(batch) for batch in images.split(batch_size)]
-    return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
+from eval.features import Collector, Unavailable, load_extractor, metric_name
 
 
 @pytest.fixture(scope="module")
@@ -41,47 +17,6 @@ def tiny(tiny_extractor, accelerator):
     return load_extractor(tiny_extractor, None, accelerator)
 
 
-def test_all_metrics_equal_torch_fidelity_on_the_same_images(tiny):
-    real, made = random_images(1200, 0), random_images(1030, 1, contrast=0.8)
-    ours, skipped, warnings = distances(tiny, in_batches(tiny, made), in_batches(tiny, real))
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(made),
-        input2=Images(real),
-        feature_extractor="tiny",
-        fid=True,
-        isc=True,
-        kid=True,
-        prc=True,
-        cuda=False,
-        save_cpu_ram=True,
-        batch_size=103,
-        verbose=False,
-    )
-    assert ours == pytest.approx(
-        {
-            "fd_tiny": theirs["frechet_inception_distance"],
-            "is_tiny": theirs["inception_score_mean"],
-            "is_std_tiny": theirs["inception_score_std"],
-            "precision_tiny": theirs["precision"],
-            "recall_tiny": theirs["recall"],
-            "kd_tiny": theirs["kernel_inception_distance_mean"],
-            "kd_std_tiny": theirs["kernel_inception_distance_std"],
-        },
-        rel=1e-6,
-    )
-    assert 0.05 < ours["recall_tiny"] < 0.95  # the comparison would say little at the ends
-    assert ours["fd_tiny"] > 1e-3
-    assert not skipped
-    assert not warnings
-
-
-def test_a_set_against_itself_gives_zero(tiny):
-    images = tiny(random_images(300, 0))
-    metrics, _, _ = distances(tiny, images, images)
-    assert metrics["fd_tiny"] == pytest.approx(0, abs=1e-6)
-    assert metrics["precision_tiny"] == metrics["recall_tiny"] == 1
-
-
 def test_only_inception_gives_the_plain_names():
     assert metric_name("fid", "inception-v3-compat") == "fid"
     assert metric_name("rfid", "mobilenet-v2") == "rfd_mobilenet-v2"
@@ -89,37 +24,24 @@ def test_only_inception_gives_the_plain_names():
     assert metric_name("precision", "dinov2-vit-l-14") == "precision_dinov2-vit-l-14"
 
 
-def test_too_few_images_are_said_and_not_measured(tiny):
-    few, rows = tiny(random_images(3, 0)), tiny(random_images(40, 1))
-    metrics, skipped, warnings = distances(tiny, few, rows)
-    assert set(metrics) == {"fd_tiny"}
-    assert set(skipped) == {"is_tiny", "precision_tiny", "recall_tiny", "kd_tiny"}
-    assert "at least 4 images on each side, there are 3 and 40" in skipped["recall_tiny"]
-    assert len(warnings) == 1  # three images in six dimensions; forty are enough
-    assert "rank at most 2 in 6 dimensions" in warnings[0]
-    assert not rank_warnings("fid", torch.zeros(7, 6), torch.zeros(7, 6))
-    assert len(rank_warnings("fid", torch.zeros(6, 6), torch.zeros(7, 6))) == 1
-
-
-def test_features_that_are_not_finite_are_an_error(tiny):
-    broken = {layer: rows.clone() for layer, rows in tiny(random_images(20, 0)).items()}
-    broken["6"][3, 2] = float("nan")
+def test_features_that_are_not_finite_are_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(tiny.module, "forward", lambda x: (torch.full((len(x), 6), float("nan")),) * 3)
+    collector = Collector(tiny, ("fid",))
     with pytest.raises(UserError, match="not finite"):
-        distances(tiny, broken, tiny(random_images(20, 1)))
+        collector.add(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), torch.arange(20))
 
 
-def test_an_extractor_without_class_outputs_gets_no_inception_score(tiny):
-    embedding = Extractor("tiny", {metric: "6" for metric in ("fid", "prc", "kid")}, tiny.module)
-    rows = tiny(random_images(20, 0))
-    _, skipped, _ = distances(embedding, rows, rows)
-    assert "no outputs" in skipped["is_tiny"]
+def test_every_metric_has_its_layer_and_a_class_score_needs_class_outputs(tiny):
+    assert tiny.layers == {"fid": "6", "kid": "6", "prc": "6", "isc": "classes", "sfid": "spatial"}
     # torch-fidelity names DINOv2's embedding as the layer of the Inception Score, too.
     assert "isc" not in features._default_layers(features.FEATURE_EXTRACTORS_REGISTRY["dinov2-vit-s-14"])
-    assert features._default_layers(features.FEATURE_EXTRACTORS_REGISTRY["inception-v3-compat"]) == {
+    inception = features._default_layers(features.FEATURE_EXTRACTORS_REGISTRY["inception-v3-compat"])
+    assert inception == {
         "fid": "2048",
         "kid": "2048",
         "prc": "2048",
         "isc": "logits_unbiased",
+        "sfid": "mixed_6/conv:7",
     }
 
 

@@ -1,15 +1,18 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from common.errors import UsageError, UserError
+from common.image_metrics import to_uint8
 from eval import reconstruction
+from eval.features import Collector
 from eval.reconstruction import main
 
 
@@ -17,11 +20,12 @@ from eval.reconstruction import main
 def measure(run_script, tokenizer_folder, image_folder, tiny_extractor, tmp_path):
     """Run the script on the tiny tokenizer and images; returns the result."""
 
-    def run(*arguments, features=tiny_extractor, lpips="none", output=tmp_path / "new" / "result.json", bad=0.3):
+    def run(*arguments, tokenizer=tokenizer_folder, features=tiny_extractor, lpips="none", cache=None, bad=0.3,
+            output=tmp_path / "new" / "result.json"):  # fmt: skip
         run_script(
             main,
-            *("--tokenizer", tokenizer_folder, "--data", image_folder, "--data.max_bad_fraction", bad),
-            *("--output", output, "--features", features, "--lpips", lpips, "--workers", 0, *arguments),
+            *("--tokenizer", tokenizer, "--data", image_folder, "--data.max_bad_fraction", bad, "--output", output),
+            *("--features", features, "--lpips", lpips, "--workers", 0, "--cache", cache or "null", *arguments),
         )
         return json.loads(output.read_text())
 
@@ -29,24 +33,28 @@ def measure(run_script, tokenizer_folder, image_folder, tiny_extractor, tmp_path
 
 
 def test_every_number_equals_that_of_independent_tools(measure, tokenizer_folder, image_folder, tmp_path):
-    result = measure("--batch_size", 1)
+    result = measure("--batch_size", 5)
     model = VQModel.from_pretrained(tokenizer_folder)
     real, made, codes, errors = tmp_path / "real", tmp_path / "made", [], []
     real.mkdir(), made.mkdir()
-    psnr, ssim = [], []
+    psnr, ssim, mse = [], [], []
     files = sorted(f for f in image_folder.glob("val/*/*.png") if f.name != "broken.png")
-    for i, file in enumerate(files):
-        original = np.asarray(Image.open(file))
-        x = torch.tensor(original).permute(2, 0, 1)[None].float() / 127.5 - 1
+    originals = [np.asarray(Image.open(file)) for file in files]
+    filled = originals + originals[-1:] * 9  # two groups of 16, as the networks see them
+    outputs = []
+    for group in (filled[:16], filled[16:]):
+        x = torch.tensor(np.stack(group)).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             z = model.encode(x).latents
             _, _, (_, _, indices) = model.quantize(z)
-            z_q = model.quantize.get_codebook_entry(indices, (1, 8, 8, 3))
-            y = model.decode(z_q, force_not_quantize=True).sample
+            z_q = model.quantize.get_codebook_entry(indices, (16, 8, 8, 3))
+            outputs += zip(z, z_q, indices.view(16, 64), model.decode(z_q, force_not_quantize=True).sample, strict=True)
+    for i, (original, (z, z_q, indices, y)) in enumerate(zip(originals, outputs[:23], strict=True)):
         codes += indices.tolist()
         errors.append((z - z_q).double().square().mean().item())
-        y = np.rint((y[0].permute(1, 2, 0).numpy().astype(np.float64) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+        y = np.rint((y.permute(1, 2, 0).numpy().astype(np.float64) + 1) * 127.5).clip(0, 255).astype(np.uint8)
         psnr.append(peak_signal_noise_ratio(original, y, data_range=255))
+        mse.append(mean_squared_error(original, y))
         ssim.append(structural_similarity(original, y, data_range=255, channel_axis=2))
         Image.fromarray(original).save(real / f"{i:02}.png")
         Image.fromarray(y).save(made / f"{i:02}.png")
@@ -58,6 +66,7 @@ def test_every_number_equals_that_of_independent_tools(measure, tokenizer_folder
     assert result["metrics"] == pytest.approx(
         {
             "psnr": np.mean(psnr),
+            "psnr_batch": 10 * np.log10(255**2 / np.mean(mse)),  # all 23 in one batch
             "ssim": np.mean(ssim),
             "rfd_tiny": theirs["frechet_inception_distance"],
             "utilization": len(set(codes)) / 24,
@@ -67,11 +76,18 @@ def test_every_number_equals_that_of_independent_tools(measure, tokenizer_folder
             "codebook_size": 24,
             "bits_per_token": np.log2(24),
             "tokens_per_image": 64,
+            "bits_per_pixel": 64 * np.log2(24) / 256,
         },
         rel=1e-6,
     )
     assert 0 < result["metrics"]["utilization"] <= 20 / 24
-    assert set(result["protocol"]) == set(result["metrics"])
+    assert set(result["meanings"]) == set(result["metrics"])
+    histogram = result["usage_histogram"]
+    counts = np.bincount(codes, minlength=24)
+    assert [bar["codes"] for bar in histogram] == [
+        ((b["from"] <= counts) & (counts <= b["to"])).sum() for b in histogram
+    ]
+    assert sum(bar["codes"] for bar in histogram) == 24
 
 
 def test_the_result_says_what_was_measured_and_what_was_left_out(measure, tokenizer_folder):
@@ -83,23 +99,21 @@ def test_the_result_says_what_was_measured_and_what_was_left_out(measure, tokeni
     assert result["data"]["split"] == "test"
     assert result["data"]["image_size"] == 16  # the tokenizer's, as none was given
     assert len(result["data"]["fingerprint"]) == len(result["tokenizer"]["sha256"]) == 64
-    assert result["features"]["extractor"] == "tiny"
-    assert len(result["features"]["file_sha256"]) == 64
+    assert len(result["features"]["tiny"]["file_sha256"]) == 64
     assert {"torch", "diffusers", "torch-fidelity", "nsvq"} <= set(result["versions"])
     assert {path.name: path.stat().st_mtime_ns for path in tokenizer_folder.iterdir()} == before
 
 
 def test_the_batch_size_changes_no_number(measure):
-    # Convolutions round differently for different batches, which moves one 8-bit pixel in 20,000 by one level.
     results = [measure("--batch_size", size)["metrics"] for size in (1, 5, 23)]
-    assert results[0] == pytest.approx(results[1], abs=1e-4)
-    assert results[0] == pytest.approx(results[2], abs=1e-4)
+    assert results[0] == pytest.approx(results[1], rel=1e-9)
+    assert results[0] == pytest.approx(results[2], rel=1e-9)
 
 
 def test_perfect_reconstructions_have_distance_zero_and_no_psnr(measure, monkeypatch):
     def perfect(tokenizer, images):
-        error = torch.zeros(len(images), dtype=torch.float64)
-        return reconstruction.to_uint8(images), torch.zeros(len(images), 8, 8, dtype=torch.int64), error
+        error, z = torch.zeros(len(images), dtype=torch.float64), torch.zeros(len(images), 3, 8, 8)
+        return {"image": images, "z": z, "indices": z[:, 0].long(), "error": error}
 
     monkeypatch.setattr(reconstruction, "reconstruct", perfect)
     result = measure()
@@ -108,6 +122,7 @@ def test_perfect_reconstructions_have_distance_zero_and_no_psnr(measure, monkeyp
     assert result["metrics"]["perplexity"] == 1
     assert "psnr" not in result["metrics"]
     assert "reproduced exactly" in result["skipped"]["psnr"]
+    assert "psnr_batch" not in result["metrics"]
 
 
 def test_lpips_is_the_mean_over_images_of_8_bit_pairs(measure, monkeypatch):
@@ -119,9 +134,8 @@ def test_lpips_is_the_mean_over_images_of_8_bit_pairs(measure, monkeypatch):
             return (a - b).abs().flatten(1).amax(1)
 
     monkeypatch.setattr(reconstruction, "load_lpips", lambda net, weights: Fake())
-    value = measure("--batch_size", 4, lpips="alex")["metrics"]["lpips_alex"]
-    a, b = (torch.cat(side) for side in zip(*seen, strict=True))
-    assert len(a) == 23
+    value = measure("--batch_size", 24, lpips="alex")["metrics"]["lpips_alex"]
+    a, b = (torch.cat(side)[:23] for side in zip(*seen, strict=True))  # the last group is filled up
     assert value == pytest.approx((a - b).abs().flatten(1).amax(1).double().mean().item(), rel=1e-6)
     for side in (a, b):
         levels = side * 127.5 + 127.5
@@ -165,3 +179,120 @@ def test_wrong_input_is_one_clear_error_and_leaves_no_result(measure, tmp_path):
     with pytest.raises(UsageError, match="cannot write"):
         measure(output=blocked / "result.json")
     assert not output.exists()
+
+
+def test_the_second_run_reuses_the_originals_features_and_gives_the_same_numbers(measure, tmp_path, monkeypatch):
+    seen = []
+    original = Collector.add
+    monkeypatch.setattr(Collector, "add", lambda self, images, index: seen.append(1) or original(self, images, index))
+    first = measure("--batch_size", 24, cache=tmp_path / "cache")
+    assert len(seen) == 2  # originals and reconstructions
+    again = measure("--batch_size", 24, cache=tmp_path / "cache")
+    assert len(seen) == 3
+    assert again["metrics"] == first["metrics"]
+    assert [first["references"], again["references"]] == [{"tiny": "made"}, {"tiny": "kept from an earlier run"}]
+    measure("--batch_size", 24, "--limit", 20, cache=tmp_path / "cache")
+    assert len(seen) == 5
+
+
+def test_drift_and_churn_are_those_between_two_tokenizers(measure, tokenizer_folder, tmp_path):
+    still = measure("--compare", tokenizer_folder)["metrics"]
+    assert still["drift_rms"] == still["drift_relative"] == still["churn"] == 0
+    model = VQModel.from_pretrained(tokenizer_folder)
+    shift = torch.tensor([0.5, -1.0, 2.0])
+    with torch.no_grad():  # latents around another mean: an exported folder's shift is no move of the encoder
+        model.quant_conv.bias += shift
+        model.quantize.embedding.weight += shift
+    model.save_pretrained(tmp_path / "shifted")
+    shifted = measure("--compare", tmp_path / "shifted")["metrics"]
+    assert shifted["drift_rms"] == pytest.approx(0, abs=1e-6)
+    assert shifted["churn"] < 0.01
+    with torch.no_grad():
+        model.quant_conv.weight *= 1.25
+    model.save_pretrained(tmp_path / "moved")
+    moved = measure("--compare", tmp_path / "moved")["metrics"]
+    assert moved["drift_relative"] == pytest.approx(0.25, rel=1e-5)
+    assert moved["drift_rms"] > 0
+    assert 0 < moved["churn"] < 1
+
+
+def test_an_autoencoder_without_a_codebook_is_measured_too(measure, tmp_path, tokenizer_folder):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(
+        **blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, sample_size=16
+    ).eval()
+    model.save_pretrained(tmp_path / "kl")
+    result = measure(tokenizer=tmp_path / "kl")
+    assert set(result["metrics"]) == {"psnr", "psnr_batch", "ssim", "rfd_tiny"}
+    assert "AutoencoderKL has no codebook" in result["skipped"]["utilization"]
+    file = sorted(image_files(result["data"]["source"]))[0]
+    x = torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        expected = to_uint8(model.decode(model.encode(x).latent_dist.mode()).sample)
+        ours = to_uint8(reconstruction.reconstruct(reconstruction.open_tokenizer(tmp_path / "kl"), x)["image"])
+    assert (ours != expected).float().mean() < 1e-2
+    with pytest.raises(UsageError, match="must both have a codebook"):
+        measure("--compare", tmp_path / "kl")
+
+
+def image_files(folder):
+    return (f for f in Path(folder).glob("val/*/*.png") if f.name != "broken.png")
+
+
+def test_the_pictures_show_the_worst_and_the_best_originals_above_reconstructions(
+    measure, tokenizer_folder, image_folder
+):
+    result = measure()
+    scores = {}
+    tokenizer = reconstruction.open_tokenizer(tokenizer_folder)
+    for file in image_files(image_folder):
+        original = np.asarray(Image.open(file))
+        x = torch.tensor(original).permute(2, 0, 1)[None].float() / 127.5 - 1
+        made = to_uint8(reconstruction.reconstruct(tokenizer, x)["image"])[0].permute(1, 2, 0).numpy()
+        scores[file] = mean_squared_error(original, made)
+    order = sorted(scores, key=scores.get)
+    for name, expected in (("best", order[:8]), ("worst", order[::-1][:8])):
+        picture = np.asarray(Image.open(result["pictures"][name]))
+        assert picture.shape == (2 * 18 + 2, 8 * 18 + 2, 3)
+        for i, file in enumerate(expected):
+            assert np.array_equal(picture[2:18, 18 * i + 2 : 18 * i + 18], np.asarray(Image.open(file)))
+
+
+def test_protocol_simvq_cuts_levels_takes_psnr_of_batches_and_shows_floats_to_the_networks(measure, monkeypatch):
+    monkeypatch.setattr(reconstruction, "BATCH", 10)
+    made = {}
+
+    def slightly_wrong(tokenizer, images):
+        generator = torch.Generator().manual_seed(0)
+        output = (images + 0.05 * torch.randn(images.shape, generator=generator)) * 1.2
+        for image, other in zip(images, output, strict=True):
+            made.setdefault(to_uint8(image).numpy().tobytes(), (image, other))  # not those that fill up a group
+        z = torch.zeros(len(images), 3, 8, 8)
+        return {"image": output, "z": z, "indices": z[:, 0].long(), "error": z[:, 0, 0, 0].double()}
+
+    class Fake(torch.nn.Module):
+        def forward(self, a, b):
+            return (a - b).abs().flatten(1).mean(1)
+
+    monkeypatch.setattr(reconstruction, "reconstruct", slightly_wrong)
+    monkeypatch.setattr(reconstruction, "load_lpips", lambda net, weights: Fake())
+    result = measure("--protocol", "simvq", features="none", lpips="alex")
+    psnr, ssim, lpips = [], [], []
+    files = sorted(image_files(result["data"]["source"]))
+    for start in range(0, 23, 10):  # the evaluation of SimVQ in numpy, batch by batch
+        pairs = [made[np.asarray(Image.open(f)).transpose(2, 0, 1).tobytes()] for f in files[start : start + 10]]
+        x, y = (np.stack([p[i].clamp(-1, 1).numpy().transpose(1, 2, 0) for p in pairs]) for i in (0, 1))
+        lpips += np.abs(x - y).mean((1, 2, 3)).tolist()
+        x, y = (((side + 1) / 2 * 255.0).astype(np.uint8).astype(np.float32) / 255 for side in (x, y))
+        psnr.append(peak_signal_noise_ratio(x, y, data_range=1))
+        ssim.append(
+            np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=-1) for a, b in zip(x, y, strict=True)])
+        )
+    metrics = result["metrics"]
+    assert metrics["psnr_batch"] == pytest.approx(np.mean(psnr), rel=1e-6)
+    assert metrics["ssim"] == pytest.approx(np.mean(ssim), rel=1e-5)  # scikit-image stays in float32 here
+    assert metrics["lpips_alex"] == pytest.approx(np.mean(lpips), rel=1e-5)
+    assert "psnr" not in metrics
+    with pytest.raises(UsageError, match="protocol simvq measures features of inception-v3-compat alone"):
+        measure("--protocol", "simvq")

@@ -44,7 +44,13 @@ def test_code_on_the_card_is_python(folder):
 def test_measured_numbers_come_onto_the_card_and_replace_older_ones(folder):
     result = {
         "metrics": {"fid": 12.345678, "recall": None},
-        "protocol": {"fid": "Frechet distance to test images", "recall": "share of real images"},
+        "protocol": "adm",
+        "meanings": {"fid": "Frechet distance to test images", "recall": "share of real images"},
+        "counts": {"samples": 200},
+        "data": {"split": "test", "source": "someone/pets"},
+        "setting": {"guidance_scale": 1.5, "steps": 25},
+        "seeds": "sample i has seed 7 + i",
+        "versions": {"nsvq": "0.1.0+abc"},
         "skipped": {"kid": "needs 1,000 images"},
         "warnings": ["recall is nan"],
         "command": "eval/generation.py --samples 200",
@@ -52,7 +58,9 @@ def test_measured_numbers_come_onto_the_card_and_replace_older_ones(folder):
     write_card(folder, {"Generation": result})
     text = (folder / "README.md").read_text()
     parts = ["### Generation", "| fid | 12.346 | Frechet distance to test images |", "| recall | - |", "recall is nan",
-             "| kid | skipped | needs 1,000 images |", "eval/generation.py --samples 200"]  # fmt: skip
+             "| kid | skipped | needs 1,000 images |", "eval/generation.py --samples 200",
+             "Protocol `adm`: 200 samples, test split of `someone/pets`, guidance 1.5, 25 steps, sample i has seed 7 "
+             "+ i; nsvq 0.1.0+abc."]  # fmt: skip
     assert [part for part in parts if part not in text] == []
     assert "Not measured yet" not in text
     write_card(folder)

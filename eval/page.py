@@ -1,0 +1,192 @@
+"""Results as one self-contained HTML page: numbers with their protocol, pictures, code use, and the curves of training.
+
+python eval/page.py --results reconstruction.json generation.json --runs runs/nsvq runs/dit-b --output page.html
+
+Everything is inside of the file, pictures too: it can be sent, and opened without a network.
+"""
+
+import base64
+import json
+import sys
+from html import escape
+from pathlib import Path
+
+from pydantic import Field
+
+from common import config as configs
+from common import launch
+from common.errors import UserError
+
+_WIDTH, _HEIGHT = 300, 130  # of a chart, in pixels
+_POINTS = 400  # of a curve
+_NO_CURVES = ("step", "samples_seen", "epoch", "replaced_codes", "bad_images")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1c1c1c; }
+h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1em; }
+table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; text-align: right; font-weight: 600; white-space: nowrap; }
+.note { color: #666; } .warning { background: #fff3cd; padding: .3em .6em; margin: .3em 0; }
+img { max-width: 100%; min-width: 300px; image-rendering: pixelated; border: 1px solid #ddd; }
+pre { white-space: pre-wrap; }
+.charts { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; } figcaption { font-size: 13px; }
+.grid { display: flex; gap: 8px; } .rows { display: flex; flex-direction: column; justify-content: space-around;
+font-size: 13px; text-align: right; max-width: 200px; } svg text { font: 10px system-ui, sans-serif; fill: #666; }
+"""
+
+
+class PageConfig(configs.Config):
+    """Results of eval/ as one HTML page."""
+
+    results: list[Path] = Field(description="Results of eval/reconstruction.py and eval/generation.py.", min_length=1)
+    runs: list[Path] = Field([], description="Folders of training runs, whose metrics.jsonl gives the curves.")
+    output: Path = Field(description="The page, an .html file.")
+
+
+def read_result(path: Path) -> dict:
+    """A result of eval/. Raises `UserError` where it is absent or torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"no result at {path}: run eval/reconstruction.py or eval/generation.py with --output {path} ({error})"
+        ) from None
+
+
+def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
+    """Write the page of `results` (as their JSON files hold them) and of the curves of the `runs`, in one step.
+
+    A picture that is gone is left out, and the page says so. Raises `UserError` where the page cannot be written.
+    """
+    parts = [_result(result) for result in results] + [_curves(run) for run in runs]
+    title = "Evaluation"
+    text = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>
+{"".join(parts)}
+</body></html>
+"""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _result(result: dict) -> str:
+    counts, data = result["counts"], result["data"]
+    measured = counts.get("samples") or counts["images"]
+    what = result.get("tokenizer", result.get("pipeline"))["folder"]
+    parts = [
+        f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>",
+        f"<p>{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(data['split'])} split of "
+        f"{escape(data['source'])}; protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, "
+        f"{result['created']}</p>",
+    ]
+    if setting := result.get("setting"):
+        parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
+    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
+    rows = [
+        f'<tr><td>{escape(name)}</td><td class="number">{"-" if value is None else f"{value:.5g}"}</td>'
+        f'<td class="note">{escape(result["meanings"].get(name, ""))}</td></tr>'
+        for name, value in result["metrics"].items()
+    ]
+    rows += [
+        f'<tr><td>{escape(name)}</td><td class="number">skipped</td><td class="note">{escape(why)}</td></tr>'
+        for name, why in result["skipped"].items()
+    ]
+    parts.append(f"<table>{''.join(rows)}</table>")
+    if sweep := result.get("sweep"):
+        parts.append(_sweep(sweep))
+    if histogram := result.get("usage_histogram"):
+        parts += ["<h3>How often codes are used</h3>", _histogram(histogram)]
+    for name, file in result.get("pictures", {}).items():
+        parts += [f"<h3>Reconstructions, {name} (originals above)</h3>", _picture(Path(file))]
+    if grid := result.get("grid"):
+        names = "".join(f"<div>{escape(name)}</div>" for name in grid["rows"])
+        parts.append(f"<h3>Samples by class</h3><div class='grid'><div class='rows'>{names}</div>")
+        parts.append(_picture(Path(grid["file"])) + "</div>")
+    parts.append(f"<details><summary>All that made these numbers</summary><pre>{escape(json.dumps(result, indent=1))}")
+    return "\n".join([*parts, "</pre></details>"])
+
+
+def _picture(path: Path) -> str:
+    if not path.is_file():
+        return f"<p class='note'>{escape(str(path))} is gone</p>"
+    return f'<div><img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></div>'
+
+
+def _sweep(sweep: list[dict]) -> str:
+    names = list(sweep[0]["metrics"])
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("guidance", "steps", *names))
+    rows = []
+    for run in sweep:
+        values = [f"{run['guidance_scale']:g}", str(run["steps"]), *(f"{run['metrics'][name]:.5g}" for name in names)]
+        rows.append("<tr>" + "".join(f'<td class="number">{value}</td>' for value in values) + "</tr>")
+    return f"<h3>All settings</h3><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _histogram(bars: list[dict]) -> str:
+    most, width, height = max(bar["codes"] for bar in bars), 44, 160
+    parts = []
+    for i, bar in enumerate(bars):
+        tall = height * bar["codes"] / most
+        left, top, middle = i * width + 4, 20 + height - tall, i * width + width / 2
+        parts.append(
+            f'<rect x="{left}" y="{top:.1f}" width="{width - 8}" height="{tall:.1f}" fill="#4477aa"/>'
+            f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>'
+            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>'
+        )
+    size = f'width="{len(bars) * width}" height="{height + 54}"'
+    axis = f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>'
+    return f"<svg {size}>{''.join(parts)}{axis}</svg>"
+
+
+def _curves(run: Path) -> str:
+    path = run / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"no curves at {path}: give the folder of a training run ({error})") from None
+    names = dict.fromkeys(
+        name
+        for line in lines
+        for name, value in line.items()
+        if isinstance(value, int | float) and name not in _NO_CURVES
+    )
+    charts = []
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+        points = [(x, y) for x, y in points if y == y and abs(y) != float("inf")]
+        if len(points) > 1:
+            charts.append(_chart(name, points[:: max(1, len(points) // _POINTS)]))
+    return f"<h2>Training: {escape(str(run))}</h2><div class='charts'>{''.join(charts)}</div>"
+
+
+def _chart(name: str, points: list[tuple[float, float]]) -> str:
+    xs, ys = zip(*points, strict=True)
+    left, low = xs[0], min(ys)
+    across, up = xs[-1] - left or 1, max(ys) - low or 1
+    line = " ".join(
+        f"{4 + (_WIDTH - 8) * (x - left) / across:.1f},{4 + (_HEIGHT - 8) * (1 - (y - low) / up):.1f}"
+        for x, y in points
+    )
+    return (
+        f"<figure><figcaption><b>{escape(name)}</b> {ys[-1]:.5g}</figcaption>"
+        f'<svg width="{_WIDTH}" height="{_HEIGHT + 16}">'
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#f6f6f6"/>'
+        f'<polyline points="{line}" fill="none" stroke="#4477aa" stroke-width="1.5"/>'
+        f'<text x="4" y="13">{max(ys):.4g}</text><text x="4" y="{_HEIGHT - 5}">{low:.4g}</text>'
+        f'<text x="{_WIDTH - 4}" y="{_HEIGHT + 12}" text-anchor="end">step {xs[-1]}</text></svg></figure>'
+    )
+
+
+def main() -> None:
+    config = configs.parse(PageConfig, sys.argv[1:])
+    write_page(config.output, [read_result(path) for path in config.results], config.runs)
+    print(f"wrote {config.output}")
+
+
+if __name__ == "__main__":
+    launch.run(main)

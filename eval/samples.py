@@ -1,0 +1,167 @@
+"""Samples of a pipeline: which image is what, drawn in groups that no batch size or number of ranks changes.
+
+Sample i has the seed S + i and a class that i alone decides. Group g holds the samples from GROUP g on, is always drawn
+as a whole, and belongs to rank g mod N: so the same command gives the same images, also after a kill, and a smaller set
+is the beginning of a larger one. Kept samples are PNG files, one each; those that are there are not drawn again.
+"""
+
+import inspect
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from numpy.lib import format as npy
+from PIL import Image
+from torch import Tensor
+
+from common import config as configs
+from common.errors import UsageError, UserError
+from common.image_metrics import to_uint8
+from eval.ranks import GROUP
+from pipelines import ClassConditionalPipeline
+
+STOCK_GUIDANCE = (0.0, 1.0)  # the interval of pipelines that know none
+
+
+@dataclass
+class Sampling:
+    """How samples are drawn. `label`: sample number -> class id; `precision`: autocast type of the transformer."""
+
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    steps: int
+    seed: int
+    precision: str
+    label: Callable[[int], int]
+
+    @property
+    def name(self) -> str:
+        """Names this setting among those of a sweep."""
+        return f"guidance-{self.guidance_scale:g}-steps-{self.steps}"
+
+
+def load_pipeline(folder: str) -> DiffusionPipeline:
+    """Read a class-conditional pipeline: ours, or any of diffusers that takes `class_labels` (folder or Hub id).
+
+    Raises `UserError` where there is none.
+    """
+    try:
+        index = DiffusionPipeline.load_config(folder)
+        ours = index["_class_name"] == "DiTPipeline" and index["vae"][1] == "VQModel"
+        pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"no pipeline at {folder}: give the <out>/pipeline folder of a finished diffusion run, or a "
+            f"class-conditional pipeline of diffusers ({str(error).splitlines()[0]})"
+        ) from None
+    if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"{folder} holds a {type(pipeline).__name__}, which takes no class_labels")
+    return pipeline
+
+
+def is_ours(pipeline: DiffusionPipeline) -> bool:
+    """Whether it takes seeds and a guidance interval, and decodes apart from sampling."""
+    return hasattr(pipeline, "id2label")
+
+
+def class_names(pipeline: DiffusionPipeline) -> list[str]:
+    """The pipeline's classes in the order of their ids 0 to C - 1. Raises `UserError` where its ids have gaps."""
+    if is_ours(pipeline):
+        names = pipeline.id2label
+    else:  # stock pipelines keep {name: id}, with a name for each synonym
+        count = pipeline.transformer.config.num_embeds_ada_norm
+        names = {i: str(i) for i in range(count)} | {i: name for name, i in reversed(pipeline.labels.items())}
+    if sorted(names) != list(range(len(names))):
+        raise UserError(f"the class ids of the pipeline, {sorted(names)}, are not 0 to {len(names) - 1}")
+    return [names[i] for i in range(len(names))]
+
+
+def image_size(pipeline: DiffusionPipeline) -> int:
+    """Side of the pipeline's images, in pixels."""
+    return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+
+
+def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:
+    """The groups of sample numbers that a rank draws; the last one is as large as the others, beyond `samples`."""
+    return (range(start, start + GROUP) for start in range(rank * GROUP, samples, world_size * GROUP))
+
+
+@torch.no_grad()
+def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
+    """The given samples as 8-bit images [B, 3, S, S] on the pipeline's device."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
+    options = {"guidance_scale": how.guidance_scale, "num_inference_steps": how.steps}
+    labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
+    with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
+        if is_ours(pipeline):
+            options |= {"guidance_interval": how.guidance_interval, "seeds": seeds, "output_type": "latent"}
+            latents = pipeline(labels, **options).images
+        else:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            with torch.random.fork_rng():
+                torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
+                images = pipeline(labels, generator=generators, output_type="pt", **options).images
+            return to_uint8(images.float() * 2 - 1)
+    return to_uint8(pipeline.decode(latents.float()) * 2 - 1)  # the decoder is float32 in every precision
+
+
+class SampleFolder:
+    """Samples as PNG files in `folder`, 000000.png and so on. `about`: what made them, as JSON values.
+
+    Raises `UsageError` where the folder holds samples of something else.
+    """
+
+    def __init__(self, folder: Path, about: dict):
+        self.folder, path = folder, folder / "settings.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            changed = configs.differences(json.loads(path.read_text()), json.loads(json.dumps(about)))
+            if changed:
+                raise UsageError(f"{folder} holds samples of other settings ({'; '.join(changed[:4])}): delete it, or "
+                                 "give another --output")  # fmt: skip
+        else:
+            _write(path, json.dumps(about, indent=2).encode())
+
+    def load(self, samples: range) -> Tensor | None:
+        """These samples uint8 [B, 3, S, S], or None where one of them is absent or damaged."""
+        try:
+            images = [np.asarray(Image.open(self._path(sample)).convert("RGB")) for sample in samples]
+        except (OSError, SyntaxError):
+            return None
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+    def save(self, samples: range, images: Tensor) -> None:
+        """Write uint8 images [B, 3, S, S], each in one step."""
+        for sample, image in zip(samples, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            data = io.BytesIO()
+            Image.fromarray(image).save(data, "png", compress_level=1)
+            _write(self._path(sample), data.getvalue())
+
+    def pack(self, path: Path, labels: list[int]) -> None:
+        """Write all samples in ADM's format, one in memory at a time: uint8 arr_0 [N, S, S, 3], labels arr_1 [N]."""
+        first = np.asarray(Image.open(self._path(0)))
+        temporary = path.with_name(f".{path.name}.part")
+        with zipfile.ZipFile(temporary, "w") as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as array:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape)}
+                npy.write_array_header_1_0(array, header)
+                for sample in range(len(labels)):
+                    array.write(np.asarray(Image.open(self._path(sample))).tobytes())
+            with file.open("arr_1.npy", "w") as array:
+                npy.write_array(array, np.array(labels, np.int64))
+        temporary.replace(path)
+
+    def _path(self, sample: int) -> Path:
+        return self.folder / f"{sample:06}.png"
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
