@@ -26,7 +26,8 @@ class CodebookConfig(QuantizerOptions):
 class Quantized(NamedTuple):
     """`z_q` [B, d, h, w] with its gradient, `indices` [B, h, w] (None where training has no codes), losses, statistics.
 
-    Every method's losses hold "commitment", the mean squared quantization error; what is trained with is in `terms`.
+    own terms are there in training only: they may look at all ranks, and evaluation may run on one alone.
+    own terms are there in training only, because they may look at all ranks, and evaluation may run on one alone.
     """
 
     z_q: Tensor
