@@ -100,7 +100,7 @@ class Tokenizer(nn.Module):
         if isinstance(self.model, QuantizerVQModel):
             flat = self.model.quantize.prepare(flat)
         residual = flat - self.codebook[indices.flatten()]
-        return residual.double().square().view(len(z), -1).mean(1)
+        return residual.double().square().reshape(len(z), -1).mean(1)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
