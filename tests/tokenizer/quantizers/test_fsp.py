@@ -68,3 +68,13 @@ def test_the_gradient_is_that_of_g_whatever_was_drawn(make):
     (quantizer(z).z_q * upstream).sum().backward()
     expected = upstream * math.sqrt(12) / 2 * (1 - torch.tanh(z.detach()) ** 2)
     torch.testing.assert_close(z.grad, expected)
+
+
+def test_training_draws_anew_each_time_and_evaluation_the_same(make):
+    draws, tokens = make("fsp").draws, torch.zeros(50, 2)
+    one, two = (draws.uniform(draws.generator(), tokens, 2) for _ in range(2))
+    assert not torch.equal(one, two)
+    draws.eval()
+    three, four = (draws.uniform(draws.generator(), tokens, 2) for _ in range(2))
+    assert torch.equal(three, four)
+    assert not torch.equal(three, two)
