@@ -49,7 +49,7 @@ class BenchmarkConfig(configs.Config):
     seeds: list[int] = Field([0], min_length=1, description="One run of each system for each seed.")
     codebook_size: Literal[256, 1024, 4096, 16384, 65536] = Field(1024, description="K, or the grid nearest to it.")
     codebook_lr: float = Field(
-        3e-3, gt=0, description="Learning rate of free tables (vq, nsvq, fc, ns-vq, ibq); others have the network's."
+        3e-3, gt=0, description="Learning rate of free tables (vq, nsvq, fc, ns-vq); others have the network's."
     )
     epochs: float | None = Field(None, gt=0, description="schedule.epochs, where the base's is not meant.")
     lc_features: Path | None = Field(
@@ -77,7 +77,7 @@ def system(name: str, config: BenchmarkConfig, base_dim: int) -> dict:
         "fc": table | {"dim": 8},
         "fc_l2": {"dim": 8},
         "ns-vq": table | {"loss": {"nonstationary_weight": 1.0, "temperature": 1.0}},
-        "ibq": table | {"loss": {"codebook_weight": 0.25, "commitment_weight": 1.0}},
+        "ibq": {"dim": 64, "loss": {"codebook_weight": 0.25, "commitment_weight": 1.0}},  # it collapses at 8
         "lc": {"quantizer": {"name": "lc", "features": str(config.lc_features and config.lc_features.resolve())}},
         "fsq": {"quantizer": {"name": "fsq"} | grid, "dim": len(GRIDS[k])},
         "fsp": {"quantizer": {"name": "fsp"} | grid, "dim": len(GRIDS[k])},

@@ -79,12 +79,13 @@ class DriftProbe:
         """drift_rms, drift_relative (divided by the RMS of z); where there are codes churn, and where they learn how
         wide the NS softmax is just now."""
         z = encoder(self.images).float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
-        indices = quantizer.lookup(z) if quantizer.has_codes else None
         rms = z.square().mean().sqrt().item()
         values = {"latent_rms": rms}
-        if quantizer.learns_codes:
-            ns = nonstationary_loss(quantizer.prepare(z), quantizer.codebook(), indices, temperature)
-            values |= {"winner_mass": ns.winner_mass.item(), "effective_codes": ns.effective_codes.item()}
+        with torch.autocast(z.device.type, enabled=False):
+            indices = quantizer.lookup(z) if quantizer.has_codes else None
+            if quantizer.learns_codes:
+                ns = nonstationary_loss(quantizer.prepare(z), quantizer.codebook(), indices, temperature)
+                values |= {"winner_mass": ns.winner_mass.item(), "effective_codes": ns.effective_codes.item()}
         if self.latents is not None:
             drift = (z - self.latents).square().mean().sqrt().item()
             values["drift_rms"], values["drift_relative"] = drift, drift / max(rms, 1e-12)

@@ -76,8 +76,8 @@ def test_a_finished_run_is_kept_and_a_changed_or_broken_one_is_run(tmp_path, mon
     benchmark.run("vq", 0, config(tmp_path, epochs=3))
     assert calls == 3 * both
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"tokenizer/train\.py.* ended with 2"):
-        benchmark._call(config(tmp_path), "tokenizer/train.py", "--nothing", 1)
+    with pytest.raises(UserError, match=r"tokenizer/train\.py.* ended with 1"):
+        benchmark._call(config(tmp_path, launcher="false"), "tokenizer/train.py")
 
 
 def test_the_table_holds_means_over_seeds_and_the_plot_every_run(tmp_path):

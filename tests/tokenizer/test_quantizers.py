@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from tokenizer.codebook import nonstationary_loss
 from tokenizer.kmeans import kmeans
-from tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer
+from tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer, ranks
 from tokenizer.quantizers.base import NearestQuantizer
 
 ALL = sorted(QUANTIZERS)
@@ -170,6 +170,16 @@ def test_latents_of_another_width_are_refused(make, name):
     quantizer = make(name)
     with pytest.raises(ValueError, match=f"latents of {quantizer.dim} channels"):
         quantizer(torch.zeros(1, quantizer.dim + 1, 2, 2))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_evaluation_talks_to_no_other_rank(make, monkeypatch, name):
+    quantizer = make(name).eval()
+    if name == "vp":
+        quantizer.fitted.fill_(False)
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: pytest.fail("a collective call"))
+    quantizer(torch.randn(1, quantizer.dim, 4, 4))
 
 
 # Two ranks as one

@@ -80,7 +80,7 @@ def test_replacement_starts_after_its_delay_and_ends_with_stage1():
 
 
 @pytest.mark.parametrize("phase", ["stage1", "warmup", "stage2"])
-def test_each_phase_trains_the_terms_that_the_paper_lists(phase):
+def test_each_phase_trains_the_terms_that_the_paper_lists(make, phase):
     expected = {
         "stage1": {
             "l1": 1,
@@ -94,7 +94,16 @@ def test_each_phase_trains_the_terms_that_the_paper_lists(phase):
         "stage2": {"l1": 1, "perceptual": 1, "codebook": 1, "adversarial": 0.05},
     }
     factor = {"stage1": 1.0, "warmup": 0.0, "stage2": 0.5}[phase]
-    assert phase_weights(LossConfig(), phase, factor) == expected[phase]
+    assert phase_weights(LossConfig(), phase, factor, make("nsvq")) == expected[phase]
+
+
+def test_a_method_trains_with_its_own_terms_while_the_encoder_trains(make):
+    config = LossConfig(perceptual="none", adversarial_weight=0, nonstationary_weight=0, pixel="mse")
+    assert phase_weights(config, "stage1", 1.0, make("fsq")) == {"mse": 1}
+    assert phase_weights(config, "stage1", 1.0, make("ema")) == {"mse": 1, "commitment": 0.25}
+    ibq = {"mse": 1, "codebook": 1, "commitment": 0.25, "joint": 1, "entropy": 0.05}
+    assert phase_weights(config, "stage1", 1.0, make("ibq")) == ibq
+    assert phase_weights(config, "warmup", 0.0, make("ibq")) == {"mse": 1, "codebook": 1}
 
 
 def test_state_survives_saving():

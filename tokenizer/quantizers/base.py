@@ -26,7 +26,9 @@ class CodebookConfig(QuantizerOptions):
 class Quantized(NamedTuple):
     """`z_q` [B, d, h, w] with its gradient, `indices` [B, h, w] (None where training has no codes), losses, statistics.
 
-    Every method's losses hold "commitment", the mean squared quantization error; what is trained with is in `terms`.
+    Every method's losses hold "commitment", the mean squared quantization error; which of "codebook" and "commitment"
+    it trains with is in `terms`. Its own terms are there in training only: they may look at all ranks, and evaluation
+    may run on one alone.
     """
 
     z_q: Tensor

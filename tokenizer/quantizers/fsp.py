@@ -57,9 +57,10 @@ class FSP(GridQuantizer):
     def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, dict, dict]:
         indices, prepared = self.lookup(z), self.prepare(z)
         codes = self.codes(indices)
-        losses = {"commitment": (prepared - codes).square().mean()} | moment_losses(z, self.variance)
+        losses = {"commitment": (prepared - codes).square().mean()}
         value, stats = codes, {}
         if self.training:
+            losses |= moment_losses(z, self.variance)
             value, stats = self._perturb(prepared.detach(), codes)
         return straight_through(prepared, value), indices, losses, stats
 

@@ -27,7 +27,7 @@ class IBQConfig(CodebookConfig):
 
     name: Literal["ibq"] = Field(description="ibq: largest inner product, gradient to all codes.")
     joint_weight: float = Field(1.0, ge=0, description="Weight of |z_q - z|^2, through the softmax.")
-    entropy_weight: float = Field(0.05, ge=0, description="Weight of the entropy loss.")
+    entropy_weight: float = Field(0.05, gt=0, description="Weight of the entropy loss.")
     temperature: float = Field(0.01, gt=0, description="tau of the entropy loss.")
 
 
@@ -48,13 +48,11 @@ class IBQ(Quantizer):
     def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, dict, dict]:
         indices = self.lookup(z)
         z_q = _SoftLookup.apply(z, self.weight, indices)
-        losses = vq_losses(z, self.weight[indices]) | {"joint": (z_q - z).square().mean()}
-        stats = {}
-        if self.config.entropy_weight > 0:
+        losses, stats = vq_losses(z, self.weight[indices]), {}
+        if self.training:
+            losses["joint"] = (z_q - z).square().mean()
             losses["entropy"], of_tokens, of_mean = _Entropy.apply(z, self.weight, self.config.temperature)
             stats = {"token_entropy": of_tokens, "mean_entropy": of_mean}
-        else:
-            losses["entropy"] = z.new_zeros(())
         return z_q, indices, losses, stats
 
     @torch.no_grad()

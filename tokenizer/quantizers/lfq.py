@@ -44,9 +44,12 @@ class BitQuantizer(Quantizer):
         z = self.prepare(z)
         indices = self.lookup(z)
         codes = self.codes(indices)
-        of_tokens, of_mean = self.entropies(z)
-        losses = {"commitment": (z - codes).square().mean(), "entropy": of_tokens - of_mean}
-        return straight_through(z, codes), indices, losses, {"token_entropy": of_tokens, "mean_entropy": of_mean}
+        losses, stats = {"commitment": (z - codes).square().mean()}, {}
+        if self.training:
+            of_tokens, of_mean = self.entropies(z)
+            losses["entropy"] = of_tokens - of_mean
+            stats = {"token_entropy": of_tokens, "mean_entropy": of_mean}
+        return straight_through(z, codes), indices, losses, stats
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(E[H(p)], H(E[p])) of prepared tokens [N, d], in nats; E[p] over the tokens of all ranks."""

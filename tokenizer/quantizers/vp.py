@@ -67,7 +67,7 @@ class VP(Quantizer):
         return {"latent_mean": self.config.mean_weight, "latent_variance": self.config.variance_weight}
 
     def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor | None, dict, dict]:
-        losses, stats, indices = moment_losses(z, 1.0), {}, None
+        losses, stats, indices = moment_losses(z, 1.0) if self.training else {}, {}, None
         if self.fitted:
             indices = self.lookup(z)
             value = self.weight[indices]

@@ -53,8 +53,9 @@ def test_a_matching_gaussian_fills_the_bins_evenly_and_leaves_the_regulariser_at
     p = torch.bincount(out.indices.flatten(), minlength=8) / out.indices.numel()
     expected = {"normal": 1.0, "tanh": 0.995, "sigmoid": 0.995, "laplace": 0.965}[name]
     assert float(torch.exp(-(p * p.log()).sum())) / 8 == pytest.approx(expected, abs=0.004)
-    assert float(out.losses["latent_mean"]) < 1e-3
-    assert float(out.losses["latent_variance"]) < 1e-3 * variance**2
+    losses = quantizer.train()(z).losses
+    assert float(losses["latent_mean"]) < 1e-3
+    assert float(losses["latent_variance"]) < 1e-3 * variance**2
     shifted = quantizer(1.5 * z + 0.3)
     assert float(shifted.losses["latent_mean"]) == pytest.approx(0.09, rel=0.1)
     assert float(shifted.losses["latent_variance"]) == pytest.approx((1.25 * variance) ** 2, rel=0.03)
@@ -67,3 +68,13 @@ def test_the_gradient_is_that_of_g_whatever_was_drawn(make):
     (quantizer(z).z_q * upstream).sum().backward()
     expected = upstream * math.sqrt(12) / 2 * (1 - torch.tanh(z.detach()) ** 2)
     torch.testing.assert_close(z.grad, expected)
+
+
+def test_training_draws_anew_each_time_and_evaluation_the_same(make):
+    draws, tokens = make("fsp").draws, torch.zeros(50, 2)
+    one, two = (draws.uniform(draws.generator(), tokens, 2) for _ in range(2))
+    assert not torch.equal(one, two)
+    draws.eval()
+    three, four = (draws.uniform(draws.generator(), tokens, 2) for _ in range(2))
+    assert torch.equal(three, four)
+    assert not torch.equal(three, two)
