@@ -53,11 +53,12 @@ def metrics(out):
 
 def checkpoint(out, step):
     folder = out / "checkpoints" / f"step-{step}"
-    optimizer = torch.load(folder / "optimizer.bin")["state"]
+    state = torch.load(folder / "state.pt")
+    moments = state["optimizers"]["model"]["state"]
     return {
         **load_file(folder / "model.safetensors"),
-        **{f"ema/{i}": value for i, value in enumerate(torch.load(folder / "state.pt")["ema"]["shadow_params"])},
-        **{f"{i}/{name}": value for i, state in optimizer.items() for name, value in state.items()},
+        **{f"ema/{i}": value for i, value in enumerate(state["ema"]["shadow_params"])},
+        **{f"{i}/{name}": value for i, values in moments.items() for name, value in values.items()},
     }
 
 
@@ -237,7 +238,7 @@ def test_a_trained_network_samples_the_class_that_was_asked_for():
     labels = torch.tensor([0, 1] * 8)
     got = sample(model, make_scheduler(1.0), torch.randn(16, 2, 4, 4), labels, model.null_class, steps=20)
     assert (got - (2.0 * labels.view(-1, 1, 1, 1) - 1)).abs().mean() < 0.15
-    unlabelled = sample(model, make_scheduler(1.0), torch.randn(32, 2, 4, 4), torch.zeros(32, dtype=torch.int64), 2,
+    unlabelled = sample(model, make_scheduler(1.0), torch.randn(256, 2, 4, 4), torch.zeros(256, dtype=torch.int64), 2,
                         steps=20, guidance_scale=0.0)  # fmt: skip
     signs = unlabelled.mean((1, 2, 3)).sign()
-    assert 4 < (signs > 0).sum() < 28
+    assert 32 < (signs > 0).sum() < 224, signs.sum()

@@ -40,9 +40,8 @@ def metrics(out):
 
 
 def weights(out, step, name):
-    """Weights of a module at a checkpoint, in the order in which they were prepared."""
-    number = {"encoder": "", "decoder": "_1", "discriminator": "_2"}[name]
-    return load_file(out / "checkpoints" / f"step-{step}" / f"model{number}.safetensors")
+    """Weights of a module at a checkpoint."""
+    return load_file(out / "checkpoints" / f"step-{step}" / f"{name}.safetensors")
 
 
 def equal(a, b):
