@@ -32,8 +32,8 @@ class Means:
         self.accelerator = accelerator
         self._sums: dict[str, Tensor] = {}  # [2]: sum and count, on this rank
 
-    def add(self, name: str, total: Tensor, count: Tensor | float = 1.0) -> None:
-        """`total` is a sum over `count` values (scalars); on every rank the same names."""
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """`total` is a sum over `count` samples of this rank; on every rank the same names."""
         pair = torch.stack([total.detach().float(), torch.as_tensor(count, dtype=torch.float32, device=total.device)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 

@@ -179,7 +179,8 @@ def main() -> None:
         norm = clip_grad_norm_(parameters, optim.clip_grad_norm)
         if guard.step([optimizer], [norm, *(losses.mean() for losses, _ in results)]):
             ema.step(parameters)
-            means.add("grad_norm", norm)
+            share = micro_batch * config.run.accumulation
+            means.add("grad_norm", share * norm, share)
             for losses, sigma in results:
                 _add_losses(means, losses, sigma)
         run.step += 1

@@ -209,11 +209,13 @@ def main() -> None:
             stepping.append(discriminator_optimizer)
         if guard.step(stepping, [*(terms["loss"] for terms, _ in results), *norms.values()]):
             ema.step(parameters)
+            share = micro_batch * config.run.accumulation
+            for name, value in norms.items():
+                means.add(name, share * value, share)
             for terms, indices in results:
                 epoch_usage.update(indices, terms["commitment"])
-            for terms in (norms, *(terms for terms, _ in results)):
                 for name, value in terms.items():
-                    means.add(name, value)
+                    means.add(name, micro_batch * value, micro_batch)
         run.step += 1
         run.samples_seen += config.run.batch_size
         bar.update()

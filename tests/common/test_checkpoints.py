@@ -134,7 +134,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_fills_leaves_the_older_checkpoint_whole_and_no_part_of_the_new_one(small_disk):
     write(small_disk, 1)
     for weights, state in (({"net": {"w": torch.zeros(2**19)}}, {}), ({}, {"w": torch.zeros(2**19)})):
-        with pytest.raises(OSError, match="."):
+        with pytest.raises(OSError, match=r"No space left|file write failed|unexpected pos"):
             checkpoints.write(small_disk / "step-2", weights, state, {})
         assert names(small_disk) == ["step-1"]
         assert checkpoints.newest_good(small_disk)[0].name == "step-1"

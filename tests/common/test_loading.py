@@ -1,10 +1,10 @@
 import os
 import signal
 import sys
-import threading
 import time
 from itertools import islice
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -63,7 +63,7 @@ def test_loading_goes_on_when_every_process_of_the_job_gets_a_signal():
     expected = [batch["index"] for batch in islice(train_batches(config, batch_size=4, seed=0), 30)]
     batches = train_batches(config, batch_size=4, seed=0, workers=2)
     found = [next(batches)["index"]]
-    children = [int(pid) for pid in open(f"/proc/self/task/{threading.get_native_id()}/children").read().split()]
+    children = [process.pid for process in psutil.Process().children()]
     sender = f"import os, signal; [os.kill(p, s) for p in {children} for s in (signal.SIGTERM, signal.SIGINT)]"
     assert len(children) >= 2
     os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", sender])

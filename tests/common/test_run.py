@@ -140,7 +140,8 @@ def test_metrics_that_cannot_be_written_come_with_the_next_line(accelerator, tmp
     assert capsys.readouterr().err.count("cannot write metrics.jsonl") == 2
     advance(run, model, 3)
     run.log({"loss": 1.5})
-    assert [json.loads(line)["loss"] for line in open(tmp_path / "metrics.jsonl")] == [0.5, 1.0, 1.5]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [0.5, 1.0, 1.5]
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resuming(accelerator, tmp_path):
