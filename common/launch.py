@@ -1,6 +1,7 @@
 """How a script starts and ends: errors as one line, exit codes, and as many CPU processes as were asked for."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -25,6 +26,11 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full ({error}): make room, and give the same command again", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

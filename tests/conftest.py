@@ -60,3 +60,15 @@ def run_two_ranks():
         return done.returncode, done.stderr
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB; the test is skipped where none can be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -105,6 +105,9 @@ def main() -> None:
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         ema.to(device)
+        if isinstance(train_split, Stream) and state["layout"] != run.layout:
+            run.warn(f"streamed data is shuffled by (ranks, run.workers), which were {state['layout']} and are now "
+                     f"{run.layout}: it goes on at the same number of samples, in another order")  # fmt: skip
         if schedule.phase != "stage1":
             freeze_encoder()
 

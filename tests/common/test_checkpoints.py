@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -117,18 +116,6 @@ def test_the_newest_stay_and_those_at_intervals(tmp_path):
     assert names(tmp_path) == ["step-10", "step-20", "step-25"]
     checkpoints.prune(tmp_path, keep=1, keep_every=None)
     assert names(tmp_path) == ["step-25"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_disk_that_fills_leaves_the_older_checkpoint_whole_and_no_part_of_the_new_one(small_disk):

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import shutil
@@ -125,6 +126,32 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
     for a, b in zip(metrics(alone), metrics(shared), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert metrics(shared)[-1]["skipped_steps"] == 1
+
+
+def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
+    run_script, arguments, small_disk, monkeypatch, capsys
+):
+    ballast, steps, real = small_disk / "ballast", itertools.count(1), train.flow_loss
+
+    def flow_loss(*inputs):
+        step = next(steps)
+        if step == 3:
+            with contextlib.suppress(OSError), open(ballast, "wb") as file:
+                file.write(bytes(2**20))
+        if step == 6:
+            ballast.unlink()
+        return real(*inputs)
+
+    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    out = small_disk / "out"
+    run_script(main, *arguments, "--out", out, "--run.checkpoint_every", 2, "--run.log_every", 1,
+               "--run.keep_checkpoints", 1, "--model.depth", 1, "--model.width", 16)  # fmt: skip
+    told = capsys.readouterr().err
+    for step in (4, 5):  # as planned, and tried again
+        assert f"warning: no checkpoint at step {step} (" in told
+    assert checkpoints.newest_good(out / "checkpoints")[0].name == "step-8"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-8"]
+    assert [row["step"] for row in metrics(out)] == list(range(1, 9))
 
 
 def test_metrics_are_means_over_the_interval_with_warmup_and_quartiles(run_script, arguments, tmp_path, monkeypatch):
