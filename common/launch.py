@@ -62,6 +62,7 @@ def start_cpu_ranks() -> None:
 def end_with_the_launcher() -> None:
     """Get SIGTERM when the launcher ends, if one started this process: `accelerate launch` does not pass signals on,
     and a run whose launcher was stopped would go on unseen. Linux only."""
-    command = psutil.Process().parent().cmdline()
-    if sys.platform == "linux" and any("accelerate" in word or "torch" in word for word in command[:3]):
+    parent = psutil.Process().parent()
+    words = " ".join(parent.cmdline()[:3]) if parent is not None else ""
+    if sys.platform == "linux" and any(name in words for name in ("accelerate", "torchrun", "torch.distributed")):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

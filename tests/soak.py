@@ -94,7 +94,7 @@ def position(out: Path) -> int:
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return -1
-    return json.loads(lines[-1])[0]
+    return json.loads(lines[-1])[0] if lines else -1
 
 
 def kill(process: subprocess.Popen, out: Path, target: int, while_writing: bool, rng: random.Random) -> bool:

@@ -89,7 +89,7 @@ def main() -> None:
     fixed_images = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))["image"]
     probe = DriftProbe(fixed_images.to(device))
     stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema, "guard": guard,
-                "means": means}  # fmt: skip
+                "means": means, "bad_images": bad_images}  # fmt: skip
 
     def freeze_encoder() -> None:
         """No gradients from here on: None, not zero, or Adam's momentum would go on moving the encoder. Its average
@@ -240,7 +240,8 @@ def main() -> None:
         if last:
             values |= validate()
         if values:
-            values = run.log(values, phase=phase, epoch=schedule.epoch)
+            bad = {"bad_image_ids": ids} if (ids := bad_images.news()) else {}
+            values = run.log(values, phase=phase, epoch=schedule.epoch, **bad)
             show(bar, values, ("l1", "commitment", "utilization", "val_psnr"), phase=phase)
             for alarm in alarms(values, config.quantizer.codebook_size):
                 run.warn(f"step {run.step}: {alarm}")

@@ -116,7 +116,7 @@ def check_early_rows(one, two):
     for a, b in zip(metrics(one)[:4], metrics(two)[:4], strict=True):
         for name in ("replaced_codes", "dead_codes", "utilization"):
             assert a.get(name) == b.get(name), name
-        assert {k: a[k] for k in losses if k in a} == pytest.approx({k: b[k] for k in losses if k in b}, rel=1e-3)
+        assert {k: a[k] for k in losses if k in a} == pytest.approx({k: b[k] for k in losses if k in b}, rel=3e-3)
     assert sum(row.get("replaced_codes", 0) for row in metrics(one)[:4]) > 0
 
 
