@@ -12,7 +12,7 @@ THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: quickstart test format lint clean
+.PHONY: quickstart test soak format lint clean
 
 quickstart: .venv/installed
 	$(LAUNCH) tokenizer/train.py --config $(RECIPE)nsvq.yaml --data "$(DATA)" --out "$(OUT)/nsvq"
@@ -28,6 +28,10 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# Kills both trainers 20 times each and compares with runs that nobody disturbed.
+soak: .venv/installed
+	$(BIN)/python tests/soak.py
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -73,7 +73,7 @@ class TrainingStep:
         sum(weight * terms[term] for term, weight in self.weights.items()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.decoder.quantizer.end_step()
+        self.decoder.quantizer.end_step(True)
 
     def held(self) -> int:
         """Bytes of parameters, buffers and moments, which are there before a step."""

@@ -3,8 +3,9 @@
     for batch in train_batches(config, batch_size=32, seed=0, start=0, rank=0, world_size=1, workers=4): ...
 
 A batch is a dict: image float32 [B, 3, S, S] in [-1, 1], label int64 [B] (-1 where the data has none), index int64 [B]
-(-1 in streams), bad: list[str] of images that did not decode. Their places are taken by others in training; in
-evaluation they are left out. Where images come from is in common/sources.py.
+(-1 in streams), id: list[str] that names them (split[row], or shard:key), bad: list[str] of images that did not decode.
+Their places are taken by others in training; in evaluation they are left out. Where images come from is in
+common/sources.py.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import Field, model_validator
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from common import sources
 from common.config import Config
 from common.errors import UserError
 from common.images import BadImage, center_crop, to_tensor, training_crop
+from common.loading import batches_of, make_loader, restarting
 from common.shards import Sample, Stream, in_order, shuffled
 from common.sources import Images, SyntheticImages
 
@@ -109,18 +112,18 @@ def train_batches(
     Raises `UserError` where images in a row fail to decode, and what `open_split` raises.
     """
     data = open_split(config, "train")
-    if isinstance(data, Stream):
-        dataset = _StreamBatches(data, config, batch_size, seed, start, rank, world_size)
-        return _checked(_loader(dataset, workers, batch_size=None))
-    positions = _positions(len(data), batch_size, seed, start, rank, world_size)
-    return _checked(
-        _loader(
-            _TrainImages(data, config, seed),
-            workers,
-            batch_sampler=positions,
-            collate_fn=partial(_collate, size=config.image_size, full=True),
+
+    def batches_from(done: int) -> Iterator[dict]:
+        place = (batch_size, seed, start + done * batch_size * world_size, rank, world_size)
+        if isinstance(data, Stream):
+            return batches_of(make_loader(_StreamBatches(data, config, *place), workers, batch_size=None))
+        collate = partial(_collate, size=config.image_size, full=True)
+        positions = shuffled_positions(len(data), *place)
+        return batches_of(
+            make_loader(_TrainImages(data, config, seed), workers, batch_sampler=positions, collate_fn=collate)
         )
-    )
+
+    return restarting(batches_from)
 
 
 def eval_batches(
@@ -142,26 +145,28 @@ def eval_batches(
     data = open_split(config, split)
     if isinstance(data, Stream):
         dataset = _StreamEval(data, config, batch_size, rank, world_size, limit)
-        return _checked(_loader(dataset, workers, batch_size=None))
+        return batches_of(make_loader(dataset, workers, batch_size=None))
     order = np.arange(len(data))
     if limit is not None and limit < len(order):
         order = np.random.default_rng(0).permutation(len(data))[:limit]
     mine = order[rank::world_size].tolist()
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     collate = partial(_collate, size=config.image_size)
-    return _checked(_loader(_EvalImages(data, config), workers, batch_sampler=batches, collate_fn=collate))
+    return batches_of(make_loader(_EvalImages(data, config), workers, batch_sampler=batches, collate_fn=collate))
 
 
 class BadImages:
     """Counts images that did not decode, and ends the run when their share passes `limit`.
 
-    `update` each batch on its own rank; `check` on all ranks alike (it reduces).
+    `update` each batch on its own rank; the rest on all ranks alike (it reduces or gathers).
     """
 
     def __init__(self, limit: float, accelerator: Accelerator | None = None, minimum: int = 100):
         self.limit, self.accelerator, self.minimum = limit, accelerator, minimum
         self.seen = 0  # on this rank, bad ones included
-        self.bad: list[str] = []  # on this rank, each once
+        self.bad: list[str] = []  # on this rank
+        self._before = (0, 0)  # bad and seen on all ranks, before a restart; kept by the first rank
+        self._told = 0  # of self.bad
 
     def update(self, batch: dict) -> None:
         """Count a batch of `train_batches` or `eval_batches`."""
@@ -171,10 +176,7 @@ class BadImages:
     def check(self, final: bool = False) -> int:
         """Bad images so far on all ranks. Raises `UserError` on every rank where their share of all images passes the
         limit; looks at no fewer than `minimum` images unless `final`."""
-        counts = torch.tensor([len(self.bad), self.seen])
-        if self.accelerator is not None:
-            counts = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
-        bad, seen = counts.tolist()
+        bad, seen = self._counts()
         if bad > self.limit * seen and (final or seen >= self.minimum):
             some = ", ".join(dict.fromkeys(self.bad[:100])) or "on other ranks"
             some = some if len(some) < 400 else some[:400] + " ..."
@@ -184,6 +186,30 @@ class BadImages:
             )
         return bad
 
+    def news(self) -> list[str]:
+        """Those that `news` has not told yet, on all ranks."""
+        fresh, self._told = list(dict.fromkeys(self.bad[self._told :])), len(self.bad)
+        return gather_object(fresh) if self.accelerator is not None else fresh
+
+    def _counts(self) -> tuple[int, int]:
+        counts = torch.tensor([self._before[0] + len(self.bad), self._before[1] + self.seen])
+        if self.accelerator is not None:
+            counts = self.accelerator.reduce(counts.to(self.accelerator.device), "sum")
+        return tuple(counts.tolist())
+
+    def state_dict(self) -> dict:
+        """Counts over all ranks, and what `news` is still to tell."""
+        untold = self.bad[self._told :]
+        return {"counts": self._counts(), "untold": gather_object(untold) if self.accelerator is not None else untold}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The first rank takes up the counts, so that the total is right."""
+        self.seen, self.bad, self._told, self._before = 0, [], 0, (0, 0)
+        if self.accelerator is None or self.accelerator.is_main_process:
+            bad, seen = state["counts"]
+            self.bad = list(state["untold"])
+            self._before = (bad - len(self.bad), seen)
+
 
 @dataclass
 class _Item:
@@ -192,6 +218,7 @@ class _Item:
     image: Any
     label: int
     index: int
+    id: str
     bad: list[str]
 
 
@@ -204,6 +231,7 @@ def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
         "image": to_tensor([item.image for item in good]) if good else torch.empty(0, 3, size, size),
         "label": torch.tensor([item.label for item in good], dtype=torch.int64),
         "index": torch.tensor([item.index for item in good], dtype=torch.int64),
+        "id": [item.id for item in good],
         "bad": bad,
     }
 
@@ -226,8 +254,9 @@ class _TrainImages(Dataset):
                 index = int(rng.integers(len(self.data)))
                 continue
             rng = np.random.default_rng([self.seed, _AUGMENT, position])
-            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, index, bad)
-        return _Item(None, -1, -1, bad)
+            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, index,
+                         self.data.id(index), bad)  # fmt: skip
+        return _Item(None, -1, -1, "", bad)
 
 
 class _EvalImages(Dataset):
@@ -240,8 +269,8 @@ class _EvalImages(Dataset):
         try:
             image, label = self.data.load(index)
         except BadImage as error:
-            return _Item(None, -1, index, [error.id])
-        return _Item(center_crop(image, self.config.image_size), label, index, [])
+            return _Item(None, -1, index, "", [error.id])
+        return _Item(center_crop(image, self.config.image_size), label, index, self.data.id(index), [])
 
 
 class _StreamBatches(IterableDataset):
@@ -282,8 +311,9 @@ class _StreamBatches(IterableDataset):
                 sample = buffer[int(rng.integers(len(buffer)))]
                 continue
             rng = np.random.default_rng([self.seed, _AUGMENT, share, k])
-            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, -1, bad)
-        return _Item(None, -1, -1, bad)
+            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, -1,
+                         self.stream.id(sample), bad)  # fmt: skip
+        return _Item(None, -1, -1, "", bad)
 
 
 class _StreamEval(IterableDataset):
@@ -306,8 +336,8 @@ class _StreamEval(IterableDataset):
         try:
             image, label = self.stream.load(sample)
         except BadImage as error:
-            return _Item(None, -1, -1, [error.id])
-        return _Item(center_crop(image, self.config.image_size), label, -1, [])
+            return _Item(None, -1, -1, "", [error.id])
+        return _Item(center_crop(image, self.config.image_size), label, -1, self.stream.id(sample), [])
 
 
 def _worker() -> tuple[int, int]:
@@ -315,8 +345,8 @@ def _worker() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
-def _positions(n: int, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Iterator[list]:
-    """Micro-batches of one rank as lists of (position, index)."""
+def shuffled_positions(n: int, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Iterator[list]:
+    """Micro-batches of a rank, lists of (position, index): index = permutation(seed, position // n)[position % n]."""
     epoch, order = None, None
     for m in count():
         first = start + (m * world_size + rank) * batch_size
@@ -326,17 +356,4 @@ def _positions(n: int, batch_size: int, seed: int, start: int, rank: int, world_
                 epoch = position // n
                 order = np.random.default_rng([seed, _ORDER, epoch]).permutation(n)
             batch.append((position, int(order[position % n])))
-        yield batch
-
-
-def _loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
-    # A generator of its own, so that making a loader leaves the random state of training as it is.
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=generator, **how)
-
-
-def _checked(loader: DataLoader) -> Iterator[dict]:
-    for batch in loader:
-        if (failure := batch.pop("failure", None)) is not None:
-            raise UserError(failure)
         yield batch

@@ -97,14 +97,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = _resize_short_side(image, size)
+    image = resize_short_side(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def training_crop(image: Image.Image, size: int, flip: bool, rng: np.random.Generator) -> Image.Image:
     """Short side to `size` (bicubic, antialiased), a random crop, and with `flip` a mirror image half of the time."""
-    image = _resize_short_side(image, size)
+    image = resize_short_side(image, size)
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
     mirror = rng.random() < 0.5
@@ -112,7 +112,8 @@ def training_crop(image: Image.Image, size: int, flip: bool, rng: np.random.Gene
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and mirror else image
 
 
-def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+def resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Short side to `size`, bicubic and antialiased."""
     short = min(image.size)
     if short == size:
         return image

@@ -1,22 +1,36 @@
-"""How a script starts: its errors as one line, and as many CPU processes as were asked for."""
+"""How a script starts and ends: errors as one line, exit codes, and as many CPU processes as were asked for."""
 
+import ctypes
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 import psutil
 
-from common.errors import UsageError, UserError
+from common.errors import Stopped, UsageError, UserError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and its exit code."""
+    """Run a script's `main`; a `UserError` and a `Stopped` become one line on stderr and their exit code."""
     try:
         start_cpu_ranks()
+        end_with_the_launcher()
         main()
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.exit_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full ({error}): make room, and give the same command again", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -43,3 +57,12 @@ def start_cpu_ranks() -> None:
     port = environment["MASTER_PORT"]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", count, "--master_port", port]
     os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def end_with_the_launcher() -> None:
+    """Get SIGTERM when the launcher ends, if one started this process: `accelerate launch` does not pass signals on,
+    and a run whose launcher was stopped would go on unseen. Linux only."""
+    parent = psutil.Process().parent()
+    words = " ".join(parent.cmdline()[:3]) if parent is not None else ""
+    if sys.platform == "linux" and any(name in words for name in ("accelerate", "torchrun", "torch.distributed")):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

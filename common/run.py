@@ -1,33 +1,42 @@
 """A run's folder: resolved config, metrics, checkpoints. The only clock is the number of samples seen.
 
 <out>/config.yaml  <out>/metrics.jsonl  <out>/checkpoints/step-N/  <out>/samples/step-N.png
+<out>/stopped is there while a run that a signal ended waits to be started again.
 """
 
 import contextlib
-import json
-import os
-import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from pydantic import Field
+from torchvision.utils import save_image
 from tqdm import tqdm
 
+from common import checkpoints
 from common import config as configs
-from common.errors import UsageError
+from common.errors import Stopped, UsageError, UserError
+from common.metrics import MetricsLog, surviving, warn, write_atomically
 
 
 class RunConfig(configs.Config):
@@ -40,12 +49,18 @@ class RunConfig(configs.Config):
     batch_size: int = Field(128, ge=1, description="Images per optimizer step, over all ranks and micro-batches.")
     accumulation: int = Field(1, ge=1, description="Micro-batches that each rank splits its share of a batch into.")
     workers: int = Field(
-        4, ge=0, description="Data loading processes per rank, or 0. Keep the number when resuming on streamed data."
+        4, ge=0, description="Data loading processes per rank, or 0. Another number reorders streamed data on resuming."
     )
     log_every: int = Field(100, ge=1, description="Optimizer steps between two lines of metrics.jsonl.")
     sample_every: int = Field(5_000, ge=1, description="Optimizer steps between two pictures in <out>/samples.")
     checkpoint_every: int = Field(5_000, ge=1, description="Optimizer steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_every: int | None = Field(
+        None, ge=1, description="Checkpoints at multiples of this many steps are kept for good; null: none."
+    )
+    skip_limit: int = Field(
+        20, ge=1, description="Steps in a row that may be skipped because loss or gradient is not finite."
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         ["tensorboard"], description="Trackers of accelerate to report to, beside metrics.jsonl; [] for none."
     )
@@ -59,6 +74,8 @@ _FREE_KEYS = (
     "run.sample_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
+    "run.keep_every",
+    "run.skip_limit",
     "run.trackers",
     "run.accumulation",
     "sampling.",
@@ -97,18 +114,32 @@ def micro_batch_size(config: RunConfig, accelerator: Accelerator) -> int:
 class Run:
     """The output folder `out` of a training run, and where in it the run stands.
 
-    Attributes: `step` (optimizer steps done) and `samples_seen` (global, over all ranks).
+    `modules` and `optimizers`, as accelerate prepared them, are what a checkpoint holds beside the trainer's own state.
+    Attributes: `step` (optimizer steps done), `samples_seen` (global, over all ranks) and `layout` (ranks, and loading
+    processes of each: what the order of streamed data depends on).
     Raises `UsageError` where `out` holds a run of another config.
     """
 
-    def __init__(self, accelerator: Accelerator, config: configs.Config, out: Path, name: str):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: configs.Config,
+        out: Path,
+        name: str,
+        modules: dict[str, torch.nn.Module],
+        optimizers: dict[str, AcceleratedOptimizer],
+    ):
         self.accelerator, self.out, self.settings = accelerator, Path(out), config.run
+        self._modules, self._optimizers, self._config = modules, optimizers, configs.to_dict(config)
+        self._checkpoints = self.out / "checkpoints"
         self.step = self.samples_seen = 0
-        self._logged_at, self._logged_samples = time.perf_counter(), 0
+        self.layout = [accelerator.num_processes, max(1, config.run.workers)]
+        self._retry_at: int | None = None
+        self._log = MetricsLog(accelerator, self.out / "metrics.jsonl")
         problem = [None]
         if accelerator.is_main_process:
             try:
-                self._claim(configs.to_dict(config))
+                self._claim()
             except UsageError as error:
                 problem = [str(error)]
         if problem_anywhere := broadcast_object_list(problem)[0]:
@@ -116,113 +147,164 @@ class Run:
         if config.run.trackers:
             accelerator.init_trackers(name)
 
-    def _claim(self, resolved: dict) -> None:
+    def _claim(self) -> None:
         path = self.out / "config.yaml"
         try:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to out = {self.out}: {error.strerror}") from None
-        if path.exists():
-            old = configs.read_yaml(path)
-            changed = [
-                line for line in configs.differences(old.get("config", {}), resolved) if not line.startswith(_FREE_KEYS)
-            ]
-            if changed:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.out / "stopped").unlink(missing_ok=True)
+            if path.exists() and (changed := _changes(configs.read_yaml(path).get("config", {}), self._config)):
                 raise UsageError(
                     f"{self.out} holds a run of another config ({'; '.join(changed[:4])}); "
                     "choose another --out, or delete that folder"
                 )
-        text = yaml.safe_dump(
-            {"nsvq": code_version(), "command": shlex.join(sys.argv), "config": resolved}, sort_keys=False
-        )
-        _write_atomically(path, text)
+            about = {"nsvq": code_version(), "command": shlex.join(sys.argv), "config": self._config}
+            write_atomically(path, yaml.safe_dump(about, sort_keys=False))
+        except OSError as error:
+            raise UsageError(f"cannot write to out = {self.out}: {error.strerror}") from None
 
     # Checkpoints
 
+    def checkpoint_due(self) -> bool:
+        """Whether one is to be written after this step: as planned, or again after a failed write."""
+        return self.step % self.settings.checkpoint_every == 0 or self.step == self._retry_at
+
     def save(self, state: dict) -> None:
-        """Write `checkpoints/step-N` from every rank: models, optimizers and random states through accelerate, and
-        `state` (tensors and plain values) beside them. A failed write leaves the older checkpoints and the run as
-        they were. The folder appears under its name only when it is complete."""
-        folder = self.out / "checkpoints"
-        target, temporary = folder / f"step-{self.step}", folder / f".step-{self.step}.part"
-        failure = None
-        try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-        except OSError as error:
-            failure = error
-        self.accelerator.wait_for_everyone()  # also after a failure, or the other ranks would wait for ever
-        try:
-            if failure is None:
-                self.accelerator.save_state(str(temporary))
-                if self.accelerator.is_main_process:
-                    torch.save({"step": self.step, "samples_seen": self.samples_seen, **state}, temporary / "state.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            failure = error
-        failed = torch.tensor([float(failure is not None)], device=self.accelerator.device)
-        failed = bool(self.accelerator.reduce(failed, "sum").item())
-        if failed:
-            self.accelerator.print(
-                f"warning: no checkpoint at step {self.step} ({failure}); training goes on, "
-                "the next one is tried as planned",
-                file=sys.stderr,
-            )
+        """Write `checkpoints/step-N`: modules, optimizers, and `state` (tensors and plain values; equal on all ranks).
+
+        A failed write leaves the older checkpoints and the run as they were; the next try is due soon."""
+        failure = [None]
         if self.accelerator.is_main_process:
-            if failed:
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                _sync(temporary)
-                shutil.rmtree(target, ignore_errors=True)
-                temporary.rename(target)
-                for old in self.checkpoints()[: -self.settings.keep_checkpoints]:
-                    shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+            try:
+                self._write(self._checkpoints / f"step-{self.step}", state)
+                checkpoints.prune(self._checkpoints, self.settings.keep_checkpoints, self.settings.keep_every)
+            except OSError as error:
+                failure = [str(error)]
+        self._retry_at = None
+        if failure := broadcast_object_list(failure)[0]:
+            self._retry_at = self.step + max(1, self.settings.checkpoint_every // 10)
+            self.warn(f"no checkpoint at step {self.step} ({failure}); training goes on, the next try is at step "
+                      f"{self._retry_at}")  # fmt: skip
+
+    def _write(self, folder: Path, state: dict) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "layout": self.layout,
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
+            "scaler": None if scaler is None else scaler.state_dict(),
+            **state,
+        }
+        weights = {name: self.accelerator.unwrap_model(m).state_dict() for name, m in self._modules.items()}
+        checkpoints.write(folder, weights, state, {"nsvq": code_version(), "config": self._config})
 
     def load(self) -> dict | None:
-        """Restore the newest checkpoint and return the `state` it was saved with; None where there is none.
+        """Restore the newest undamaged checkpoint and return the `state` it was saved with; None where there is none.
 
-        Lines of metrics.jsonl that are later than the checkpoint are dropped: they will be written again."""
-        found = self.checkpoints()
-        if not found:
-            return None
-        self.accelerator.load_state(str(found[-1]))
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self._logged_samples = self.samples_seen
+        Lines of metrics.jsonl that are later than the checkpoint are dropped: they will be written again. Raises
+        `UserError` where every checkpoint is damaged, and where the one to take is another run's, lies outside the
+        run's folder or holds more than data."""
+        answer = [None, None]
         if self.accelerator.is_main_process:
-            metrics = self.out / "metrics.jsonl"
-            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            _write_atomically(metrics, "".join(kept))
+            try:
+                answer = [self._choose(), None]
+            except UserError as error:
+                answer = [None, error]
+        folder, error = broadcast_object_list(answer)
+        if error is not None:
+            raise error
+        if folder is None:
+            return None
+        weights, state = checkpoints.read(folder)
+        for name, module in self._modules.items():
+            self.accelerator.unwrap_model(module).load_state_dict(weights[name])
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self._log.start(self.samples_seen)
+        if self.accelerator.is_main_process:
+            self._log.drop_after(self.step)
         self.accelerator.print(f"resuming {self.out} from step {self.step}")
         return state
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted((self.out / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    def _choose(self) -> Path | None:
+        for part in self._checkpoints.glob(".step-*.part"):  # of a start that was killed while it wrote
+            shutil.rmtree(part)
+        if (found := checkpoints.newest_good(self._checkpoints)) is None:
+            return None
+        folder, manifest, damaged = found
+        for line in damaged:
+            self.warn(f"{line}; going on from {folder.name}")
+        if changed := _changes(manifest["config"], self._config):
+            raise UsageError(f"{folder} is a checkpoint of another config ({'; '.join(changed[:4])}): delete it")
+        return folder
+
+    # The end of a run before its end
+
+    def stop(self, number: signal.Signals) -> None:
+        """Raises `Stopped`; to be called after a checkpoint. <out>/stopped tells where a launcher hides exit codes."""
+        message = f"{number.name} at step {self.step}; the same command goes on from the newest checkpoint"
+        if self.accelerator.is_main_process:
+            with contextlib.suppress(OSError):
+                (self.out / "stopped").write_text(message + "\n")
+        raise Stopped(number, message)
+
+    def give_up(self, state: dict, batches: list[dict], skipped: int) -> None:
+        """Raises `UserError` after `skipped` steps in a row that were not finite. What is needed to look into it goes
+        to <out>/failed: the state like a checkpoint, and the micro-batches of each rank."""
+        folder, rank = self.out / "failed", self.accelerator.process_index
+        failure = None
+        try:
+            folder.mkdir(exist_ok=True)
+            torch.save(batches, folder / f"step-{self.step}-batches-{rank}.pt")
+            if self.accelerator.is_main_process:
+                self._write(folder / f"step-{self.step}", state)
+        except (OSError, RuntimeError) as error:
+            failure = error
+        ids = gather_object([id for batch in batches for id in batch["id"]])
+        kept = f"state and batches are in {folder}" if failure is None else f"{folder} could not be written ({failure})"
+        raise UserError(
+            f"loss or gradient was not finite in {skipped} steps in a row, up to step {self.step}; {kept}. The last "
+            f"batch held {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}. Look at these images, or go on from "
+            f"an older checkpoint in {self._checkpoints} with a lower learning rate (a new --out)"
+        )
+
+    # Randomness
+
+    def seed_micro_batch(self, number: int, size: int) -> None:
+        """Make what the networks draw (dropout, noise) a function of the seed and of the samples seen: of the global
+        position at which micro-batch `number` of this rank's `size` images begins."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        position = self.samples_seen + (number * ranks + rank) * size
+        torch.manual_seed(int(np.random.SeedSequence([self.settings.seed, position]).generate_state(1, np.uint64)[0]))
 
     # Metrics
 
-    def log(self, values: dict[str, float], **extra: object) -> None:
-        """Append one object to metrics.jsonl and report it to the trackers; `values` must be equal on all ranks or
-        reduced. Adds images a second since the last call, and peak memory (of the GPU; else of the process)."""
-        now = time.perf_counter()
-        values = dict(values)
-        if (seen := self.samples_seen - self._logged_samples) > 0:
-            values["images_per_second"] = seen / (now - self._logged_at)
-        values["memory_gib"] = _peak_memory(self.accelerator.device) / 2**30
-        self._logged_at, self._logged_samples = now, self.samples_seen
-        if self.accelerator.is_main_process:
-            record = {"step": self.step, "samples_seen": self.samples_seen, **extra, **values}
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-        self.accelerator.log(values, step=self.step)
+    def log(self, values: dict[str, float], **extra: object) -> dict[str, float]:
+        """One line of metrics; `values` must be equal on all ranks or reduced. Returns them with what the log adds."""
+        return self._log.write(self.step, self.samples_seen, values, **extra)
 
-    def image_path(self) -> Path:
-        """Where this step's picture goes."""
-        (self.out / "samples").mkdir(exist_ok=True)
-        return self.out / "samples" / f"step-{self.step}.png"
+    def counting_flops(self, kind: str, images: int) -> contextlib.AbstractContextManager:
+        """See `MetricsLog.counting_flops`."""
+        return self._log.counting_flops(kind, images)
+
+    def save_picture(self, images: torch.Tensor, per_row: int) -> None:
+        """samples/step-N.png of images [B, 3, H, W] in [-1, 1], `per_row` in a row."""
+        path = self.out / "samples" / f"step-{self.step}.png"
+        with surviving(f"samples/{path.name}"):
+            path.parent.mkdir(exist_ok=True)
+            try:
+                save_image(images, path, nrow=per_row, normalize=True, value_range=(-1, 1))
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+
+    def warn(self, text: str) -> None:
+        """A warning, from the main process."""
+        if self.accelerator.is_main_process:
+            warn(text)
 
 
 @contextlib.contextmanager
@@ -255,23 +337,6 @@ def code_version() -> str:
     return metadata.version("nsvq") + (f"+{git.stdout.strip()}" if git.returncode == 0 else "")
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    """Have every file below `folder` on the disk before it takes its final name."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+def _changes(old: dict, new: dict) -> list[str]:
+    """Where two resolved configs differ in keys that change a run's weights."""
+    return [line for line in configs.differences(old, new) if not line.startswith(_FREE_KEYS)]

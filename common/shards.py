@@ -107,12 +107,16 @@ class Stream:
     def load(self, sample: Sample) -> tuple[Image.Image, int]:
         """The image as upright RGB, and its label (-1: none). Raises `BadImage` where it does not decode, `UserError`
         where its label is none of the classes."""
-        id = f"{Path(sample.shard).name}:{sample.key}"
+        id = self.id(sample)
         label = self._label(sample, id)
         if sample.image is None:
             raise BadImage(id, f"no field {self._image_field}")
         data = _read(sample.shard, sample.image) if isinstance(sample.image, tuple) else sample.image
         return decode(data, id), label
+
+    def id(self, sample: Sample) -> str:
+        """What names a sample: shard:key."""
+        return f"{Path(sample.shard).name}:{sample.key}"
 
     def _label(self, sample: Sample, id: str) -> int:
         if sample.label is None:

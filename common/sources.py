@@ -62,6 +62,10 @@ class Images:
             path = (self._table[row][self._image] or {}).get("path")
             raise BadImage(f"{error.id} ({path})" if path else error.id, error.reason) from None
 
+    def id(self, i: int) -> str:
+        """What names image i: split[row]."""
+        return self._id(int(self._rows[i]))
+
     def _id(self, row: int) -> str:
         return f"{self._name}[{row}]"
 
@@ -93,6 +97,9 @@ class SyntheticImages:
 
     def load(self, i: int) -> tuple[Image.Image, int]:
         return synthetic.render(self._split, i, self._size), synthetic.label(i)
+
+    def id(self, i: int) -> str:
+        return f"{self._split}[{i}]"
 
 
 def open_split(config: "DataConfig", split: str) -> Images | SyntheticImages | Stream:

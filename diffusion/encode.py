@@ -15,12 +15,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.data import BadImage, DataConfig, Images, Stream, eval_batches, open_split
 from common.errors import UsageError, UserError
 from common.images import center_crop, to_tensor
+from common.loading import batches_of, make_loader
 from diffusion.latents import LatentCache
 from tokenizer import Tokenizer
 
@@ -153,7 +154,7 @@ def _image_jobs(folder, data, images, accelerator, limit, workers) -> tuple[int,
         for i in mine:
             rows = [parts[i][k : k + BATCH_IMAGES] for k in range(0, len(parts[i]), BATCH_IMAGES)]
             crops = _Crops(images, data.image_size)
-            yield names[i], DataLoader(crops, batch_sampler=rows, num_workers=workers, collate_fn=_collate)
+            yield names[i], batches_of(make_loader(crops, workers, batch_sampler=rows, collate_fn=_collate))
 
     return len(order), jobs()
 

@@ -6,7 +6,6 @@
 Shards are read through memory maps. Flip 0 is the image, flip 1 its mirror image.
 """
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from common.data import shuffled_positions
 from common.errors import UserError
+from common.loading import batches_of, make_loader, restarting
 
 
 class LatentCache:
@@ -69,30 +70,21 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches without end: latents float32 [B, C, H, W], labels int64 [B], and each sample's own draws: noise float32
+    """Batches without end: latents float32 [B, C, H, W], labels int64 [B], id: list[str] of names in the cache, and
+    each sample's own draws: noise float32
     [B, C, H, W] and time_normal [B] (standard normal), drop_uniform [B] in [0, 1).
 
     Position p of the sequence holds image permutation(seed, p // n)[p % n]; its flip and its draws come from (seed, p).
     So neither the number of ranks, nor of micro-batches, nor of workers changes a sample. Micro-batch m on rank r holds
     the positions start + (m * world_size + r) * batch_size + [0, batch_size).
     """
-    places = _places(len(cache), batch_size, seed, start, rank, world_size)
-    pin = torch.cuda.is_available()
-    yield from DataLoader(_Samples(cache, seed), batch_sampler=places, num_workers=workers, pin_memory=pin)
 
+    def batches_from(done: int) -> Iterator[dict]:
+        first = start + done * batch_size * world_size
+        places = shuffled_positions(len(cache), batch_size, seed, first, rank, world_size)
+        return batches_of(make_loader(_Samples(cache, seed), workers, batch_sampler=places))
 
-def _places(n: int, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Iterator[list]:
-    """Micro-batches of one rank as lists of (position, index)."""
-    epoch, order = None, None
-    for m in itertools.count():
-        first = start + (m * world_size + rank) * batch_size
-        batch = []
-        for position in range(first, first + batch_size):
-            if position // n != epoch:
-                epoch = position // n
-                order = np.random.default_rng([seed, 0, epoch]).permutation(n)
-            batch.append((position, int(order[position % n])))
-        yield batch
+    return restarting(batches_from)
 
 
 class _Samples(Dataset):
@@ -108,6 +100,7 @@ class _Samples(Dataset):
         return {
             "latents": latents.float(),
             "labels": label,
+            "id": f"latents[{index}]",
             "time_normal": rng.standard_normal(dtype=np.float32),
             "drop_uniform": rng.random(dtype=np.float32),
             "noise": torch.from_numpy(rng.standard_normal(self.cache.shape, dtype=np.float32)),

@@ -8,7 +8,6 @@ The same command goes on from the newest checkpoint; the finished pipeline is in
 
 import math
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -16,14 +15,24 @@ import torch
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from pydantic import Field
-from torchvision.utils import save_image
+from torch.nn.utils import clip_grad_norm_
 
 from common import config as configs
 from common import launch
 from common.config import Config
 from common.data import DataConfig
 from common.errors import UsageError, UserError
-from common.run import Run, RunConfig, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
+from common.guard import Guard
+from common.metrics import Means, show
+from common.run import (
+    Run,
+    RunConfig,
+    averaged_weights,
+    code_version,
+    make_accelerator,
+    micro_batch_size,
+    progress_bar,
+)
 from diffusion.encode import open_cache
 from diffusion.flow import (
     FlowConfig,
@@ -116,11 +125,17 @@ def main() -> None:
     ema = EMAModel(parameters, decay=optim.ema_decay, foreach=True)
 
     # State
-    run = Run(accelerator, config, config.out, "diffusion")
+    run = Run(accelerator, config, config.out, "diffusion", {"model": network}, {"model": optimizer})
+    guard, means = Guard(accelerator), Means(accelerator)
+    stateful = {"ema": ema, "guard": guard, "means": means}
     state = run.load()
     if state is not None:
-        ema.load_state_dict(state["ema"])
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
         ema.to(device)
+
+    def states() -> dict:
+        return {name: part.state_dict() for name, part in stateful.items()}
 
     @torch.no_grad()
     def draw() -> None:
@@ -137,7 +152,7 @@ def main() -> None:
             )  # fmt: skip
         latents = latents / tokenizer.model.config.scaling_factor
         images = torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
-        save_image(images, run.image_path(), nrow=math.isqrt(count - 1) + 1, normalize=True, value_range=(-1, 1))
+        run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
 
     # Training
     batches = train_batches(
@@ -145,42 +160,46 @@ def main() -> None:
         world_size=accelerator.num_processes, workers=config.run.workers,
     )  # fmt: skip
     bar = progress_bar(accelerator, config.steps, run.step)
-    interval = Interval(device)
-    started, first_sample = time.perf_counter(), run.samples_seen
-    while run.step < config.steps:
+    for _ in guard.until(lambda: run.step == config.steps):
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * min(1.0, (run.step + 1) / max(1, optim.warmup_steps))
-        for _ in range(config.run.accumulation):
-            batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+        micro_batches, results = [], []
+        for number in range(config.run.accumulation):
+            loaded = next(batches)
+            micro_batches.append(loaded)
+            batch = {name: loaded[name].to(device, non_blocking=True) for name in loaded if name != "id"}
+            run.seed_micro_batch(number, micro_batch)
             sigma = training_sigma(batch["time_normal"], config.flow, shift)
             labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.class_dropout, model.null_class)
-            with accelerator.accumulate(network):
+            with accelerator.accumulate(network), run.counting_flops("step", micro_batch):
                 losses = flow_loss(network, batch["latents"], batch["noise"], sigma, labels)
                 accelerator.backward(losses.mean())
-                if accelerator.sync_gradients:
-                    interval.add_norm(accelerator.clip_grad_norm_(parameters, optim.clip_grad_norm))
-                optimizer.step()
-                optimizer.zero_grad()
-            interval.add(losses.detach(), sigma)
-        ema.step(parameters)
+            results.append((losses.detach(), sigma))
+        accelerator.unscale_gradients()
+        norm = clip_grad_norm_(parameters, optim.clip_grad_norm)
+        if guard.step([optimizer], [norm, *(losses.mean() for losses, _ in results)]):
+            ema.step(parameters)
+            share = micro_batch * config.run.accumulation
+            means.add("grad_norm", share * norm, share)
+            for losses, sigma in results:
+                _add_losses(means, losses, sigma)
         run.step += 1
         run.samples_seen += config.run.batch_size
         bar.update()
+        if guard.in_a_row >= config.run.skip_limit:
+            run.give_up(states(), micro_batches, guard.in_a_row)
 
         last = run.step == config.steps
-        saves = run.step % config.run.checkpoint_every == 0 or last
-        if run.step % config.run.log_every == 0 or saves:
-            values = interval.means(accelerator)
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"the loss is not finite at step {run.step}: start again with a lower --optim.lr and "
-                                f"another --out; the last good checkpoint is in {config.out}/checkpoints")  # fmt: skip
-            run.log(values | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value})
-            speed = (run.samples_seen - first_sample) / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss={values['loss']:.4f}, {speed:.0f} img/s")
+        if run.step % config.run.log_every == 0 or last:
+            values = means.take() | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value}
+            values = run.log(values | {"skipped_steps": guard.skipped})
+            show(bar, values, ("loss", "grad_norm"))
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw()
-        if saves:
-            run.save({"ema": ema.state_dict()})
+        if run.checkpoint_due() or last or guard.stop:
+            run.save(states())
+        if guard.stop:
+            run.stop(guard.stop)
     bar.close()
 
     # Export, with EMA weights
@@ -205,32 +224,13 @@ def main() -> None:
     accelerator.end_training()
 
 
-class Interval:
-    """Sums since the last line of metrics, kept on the device; `means` reduces them over ranks and starts anew."""
-
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros(
-            2, _QUARTILES, dtype=torch.float32, device=device
-        )  # sums and counts by quartile of sigma
-        self.norm = torch.zeros(2, device=device)
-
-    def add(self, losses: torch.Tensor, sigma: torch.Tensor) -> None:
-        """losses [B] at noise levels sigma [B]."""
-        quartile = (sigma * _QUARTILES).long().clamp(max=_QUARTILES - 1)
-        self.loss.index_add_(1, quartile, torch.stack([losses, torch.ones_like(losses)]))
-
-    def add_norm(self, norm: torch.Tensor) -> None:
-        self.norm += torch.stack([norm.detach(), torch.ones_like(norm)])
-
-    def means(self, accelerator) -> dict[str, float]:
-        """Mean loss, in all and by quartile of sigma where there were samples; mean gradient norm."""
-        totals = accelerator.reduce(torch.cat([self.loss.flatten(), self.norm]), "sum").double().tolist()
-        self.loss.zero_()
-        self.norm.zero_()
-        sums, counts = totals[:_QUARTILES], totals[_QUARTILES : 2 * _QUARTILES]
-        values = {"loss": sum(sums) / sum(counts), "grad_norm": totals[-2] / totals[-1]}
-        parts = enumerate(zip(sums, counts, strict=True), 1)
-        return values | {f"loss_sigma_q{i}": total / count for i, (total, count) in parts if count}
+def _add_losses(means: Means, losses: torch.Tensor, sigma: torch.Tensor) -> None:
+    """Losses [B] at noise levels sigma [B], in all and by quartile of sigma."""
+    means.add("loss", losses.sum(), len(losses))
+    quartile = (sigma * _QUARTILES).long().clamp(max=_QUARTILES - 1)
+    for q in range(_QUARTILES):
+        inside = (quartile == q).float()
+        means.add(f"loss_sigma_q{q + 1}", (losses * inside).sum(), inside.sum())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))  # for tests/instrumented.py and tests/soak.py
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +29,46 @@ def run_script(monkeypatch):
         main()
 
     return run
+
+
+@pytest.fixture
+def run_instrumented(monkeypatch, run_script):
+    """The same for a trainer module under tests/instrumented.py, with the keys of its SPEC."""
+    from instrumented import instrument
+
+    def run(train, *arguments, **spec):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_batches", train.train_batches)  # comes back at the end
+            instrument(train, **{name: str(v) if name == "record" else v for name, v in spec.items()})
+            run_script(train.main, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def run_two_ranks():
+    """The same on two ranks, by `accelerate launch`; returns the launcher's exit code and stderr."""
+
+    def run(stage, *arguments, **spec):
+        options = "--quiet --cpu --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no"
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
+        command += [str(ROOT / "tests" / "instrumented.py"), json.dumps({"stage": stage, **spec}, default=str)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, *map(str, arguments)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+        return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB; the test is skipped where none can be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -27,6 +27,20 @@ def near_duplicates(codebook: Tensor) -> int:
     return int((distance < 0.1 * distance.median()).sum())
 
 
+def alarms(values: dict[str, float], codebook_size: int) -> list[str]:
+    """What a line of metrics says about a codebook that collapses or a GAN that diverges (see docs/watching.md)."""
+    found = []
+    if values.get("utilization", 1.0) < 0.25:
+        found.append(f"the codebook collapses: {values['utilization']:.1%} of {codebook_size} codes were used in the "
+                     f"epoch, perplexity {values['perplexity']:.1f}")  # fmt: skip
+    if "discriminator" in values:
+        loss, real, fake = (values[name] for name in ("discriminator", "real_logits", "fake_logits"))
+        if loss < 0.05 or max(abs(real), abs(fake)) > 20:
+            found.append(f"the GAN diverges: discriminator loss {loss:.3f} (1 is a draw), mean logits {real:.2f} on "
+                         f"real and {fake:.2f} on reconstructed images")  # fmt: skip
+    return found
+
+
 class EpochUsage:
     """Counts of each code, and the mean raw commitment loss, over an epoch and over all ranks."""
 

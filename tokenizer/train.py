@@ -8,23 +8,24 @@ The same command goes on from the newest checkpoint; the finished tokenizer is i
 
 import math
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from torchvision.utils import save_image
+from torch.nn.utils import clip_grad_norm_
 
 from common import config as configs
 from common import launch
 from common.data import BadImages, Stream, eval_batches, open_split, train_batches
-from common.errors import UsageError, UserError
+from common.errors import UsageError
+from common.guard import Guard
 from common.image_metrics import psnr, to_uint8
+from common.metrics import Means, show
 from common.run import Run, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
 from tokenizer.config import TrainConfig
 from tokenizer.discriminator import PatchDiscriminator
 from tokenizer.export import latent_statistics, save, to_vqmodel
-from tokenizer.health import DriftProbe, EpochUsage, near_duplicates, usage
+from tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
 from tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
 from tokenizer.model import QuantizedDecoder, make_encoder
 from tokenizer.quantizers import make_quantizer
@@ -79,12 +80,16 @@ def main() -> None:
     ema = EMAModel(parameters, decay=optim.ema_decay)
 
     # State
-    run = Run(accelerator, config, config.out, "tokenizer")
+    modules = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator}
+    optimizers = {"generator": generator_optimizer, "discriminator": discriminator_optimizer}
+    run = Run(accelerator, config, config.out, "tokenizer", modules, optimizers)
+    guard, means = Guard(accelerator), Means(accelerator)
     schedule = Schedule(config.schedule, epoch_samples)
     epoch_usage = EpochUsage(quantizer.codebook_size, accelerator)
     fixed_images = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))["image"]
     probe = DriftProbe(fixed_images.to(device))
-    stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema}
+    stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema, "guard": guard,
+                "means": means, "bad_images": bad_images}  # fmt: skip
 
     def freeze_encoder() -> None:
         """No gradients from here on: None, not zero, or Adam's momentum would go on moving the encoder. Its average
@@ -100,11 +105,14 @@ def main() -> None:
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         ema.to(device)
+        if isinstance(train_split, Stream) and state["layout"] != run.layout:
+            run.warn(f"streamed data is shuffled by (ranks, run.workers), which were {state['layout']} and are now "
+                     f"{run.layout}: it goes on at the same number of samples, in another order")  # fmt: skip
         if schedule.phase != "stage1":
             freeze_encoder()
 
-    def checkpoint() -> None:
-        run.save({name: part.state_dict() for name, part in stateful.items()})
+    def states() -> dict:
+        return {name: part.state_dict() for name, part in stateful.items()}
 
     def reconstruct(images: torch.Tensor) -> tuple:
         live_decoder.eval()
@@ -139,8 +147,7 @@ def main() -> None:
         images = probe.images[:8]
         with averaged_weights(ema, parameters):
             output, _ = reconstruct(images)
-        rows = torch.cat([images, output.float()])
-        save_image(rows, run.image_path(), nrow=len(images), normalize=True, value_range=(-1, 1))
+        run.save_picture(torch.cat([images, output.float()]), per_row=len(images))
 
     def fit_codes() -> None:
         """Codes for a method that trains without, from what the averaged encoder makes of training images."""
@@ -185,8 +192,7 @@ def main() -> None:
     total_steps = math.ceil(schedule.total_samples / config.run.batch_size)
     batches = iter(train_batches(config.data, seed=config.run.seed, start=run.samples_seen, **loading))
     bar = progress_bar(accelerator, total_steps, run.step)
-    interval: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-    while run.step < total_steps:
+    for _ in guard.until(lambda: run.step == total_steps):
         phase, frozen = schedule.phase, schedule.phase != "stage1"
         weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen), quantizer)
         if run.samples_seen < config.schedule.adversarial_after * epoch_samples:
@@ -199,11 +205,14 @@ def main() -> None:
         ):
             group["lr"] = lr * factor
         temperature = loss_config.temperature if "nonstationary" in weights else None
-        for _ in range(config.run.accumulation):
+        micro_batches, results = [], []
+        for number in range(config.run.accumulation):
             batch = next(batches)
+            micro_batches.append(batch)
             bad_images.update(batch)
+            run.seed_micro_batch(number, micro_batch)
             images = batch["image"].to(device, non_blocking=True)
-            with accelerator.accumulate(encoder, decoder, discriminator):
+            with accelerator.accumulate(encoder, decoder, discriminator), run.counting_flops(phase, micro_batch):
                 with torch.set_grad_enabled(not frozen):
                     z = encoder(images)
                 output, quantized = decoder(z, temperature)
@@ -217,43 +226,46 @@ def main() -> None:
                     with accelerator.autocast():
                         terms["adversarial"] = generator_adversarial(live_discriminator(output).float())
                     live_discriminator.requires_grad_(True)
-                loss = sum(weight * terms[name] for name, weight in weights.items())
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and optim.clip_grad_norm is not None:
-                    terms["grad_norm"] = accelerator.clip_grad_norm_(parameters, optim.clip_grad_norm)
-                generator_optimizer.step()
-                generator_optimizer.zero_grad(set_to_none=True)
-
+                terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
+                accelerator.backward(terms["loss"])
                 if "adversarial" in weights:
                     real, fake = discriminator(torch.cat([images, output.detach()])).float().chunk(2)
                     terms["discriminator"] = discriminator_hinge(real, fake)
                     terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
                     accelerator.backward(terms["discriminator"])
-                    discriminator_optimizer.step()
-                    discriminator_optimizer.zero_grad(set_to_none=True)
-            epoch_usage.update(quantized.indices, quantized.losses["commitment"], len(images))
-            for name, value in {"loss": loss, **terms, **quantized.stats}.items():
-                interval[name] += value.detach()
-                interval[f"{name}/n"] += 1
-        quantizer.end_step()
-        ema.step(parameters)
+            terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
+            results.append((terms, quantized.indices))
+        accelerator.unscale_gradients()
+        norms = {"grad_norm": clip_grad_norm_(parameters, optim.clip_grad_norm or math.inf)}
+        stepping = [generator_optimizer]
+        if "adversarial" in weights:
+            norms["discriminator_grad_norm"] = clip_grad_norm_(live_discriminator.parameters(), math.inf)
+            stepping.append(discriminator_optimizer)
+        stepped = guard.step(stepping, [*(terms["loss"] for terms, _ in results), *norms.values()])
+        quantizer.end_step(stepped)
+        if stepped:
+            ema.step(parameters)
+            share = micro_batch * config.run.accumulation
+            for name, value in norms.items():
+                means.add(name, share * value, share)
+            for terms, indices in results:
+                epoch_usage.update(indices, terms["commitment"], micro_batch)
+                for name, value in terms.items():
+                    means.add(name, micro_batch * value, micro_batch)
         run.step += 1
         run.samples_seen += config.run.batch_size
         bar.update()
+        if guard.in_a_row >= config.run.skip_limit:
+            run.give_up(states(), micro_batches, guard.in_a_row)
 
         values, last = {}, run.step == total_steps
         if run.step % config.run.log_every == 0 or last:
-            values |= _means(interval, accelerator)
-            interval.clear()
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"the loss is not finite at step {run.step} ({phase}); the last good checkpoint is in "
-                                f"{config.out}/checkpoints: start again from it with a lower --optim.lr")  # fmt: skip
+            values |= means.take()
             if accelerator.is_main_process:
                 with accelerator.autocast():
                     values |= probe.measure(live_encoder, quantizer, loss_config.temperature)
-            values |= {"adversarial_weight": weights.get("adversarial", 0.0), "bad_images": bad_images.check()}
-            shown = {name: f"{values[name]:.4f}" for name in ("l1", "commitment")}
-            bar.set_postfix(phase=phase, **shown, refresh=False)
+            values |= {"adversarial_weight": weights.get("adversarial", 0.0), "bad_images": bad_images.check(),
+                       "skipped_steps": guard.skipped}  # fmt: skip
         if schedule.epoch_ended(run.samples_seen):
             values |= end_epoch()
             if schedule.epoch % config.validation.every == 0 and not last:
@@ -262,11 +274,17 @@ def main() -> None:
             fit_codes()
             values |= validate()
         if values:
-            run.log(values, phase=phase, epoch=schedule.epoch)
+            bad = {"bad_image_ids": ids} if (ids := bad_images.news()) else {}
+            values = run.log(values, phase=phase, epoch=schedule.epoch, **bad)
+            show(bar, values, ("l1", "commitment", "utilization", "val_psnr"), phase=phase)
+            for alarm in alarms(values, config.quantizer.codebook_size):
+                run.warn(f"step {run.step}: {alarm}")
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw()
-        if run.step % config.run.checkpoint_every == 0 or last:
-            checkpoint()
+        if run.checkpoint_due() or last or guard.stop:
+            run.save(states())
+        if guard.stop:
+            run.stop(guard.stop)
     bar.close()
 
     # Export, with EMA weights
@@ -299,13 +317,6 @@ def _first_latents(encoder, batches, count: int, accelerator) -> torch.Tensor:
     latents = torch.cat(found)[:needed].permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
     chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:count]
     return latents[chosen.to(latents.device)]
-
-
-def _means(interval: dict[str, torch.Tensor], accelerator) -> dict[str, float]:
-    """Means over the interval and over ranks, of terms that may not have been there at every step."""
-    names = sorted(interval)
-    sums = dict(zip(names, accelerator.reduce(torch.stack([interval[n] for n in names]), "sum").tolist(), strict=True))
-    return {name: sums[name] / sums[f"{name}/n"] for name in names if not name.endswith("/n")}
 
 
 if __name__ == "__main__":

@@ -145,6 +145,21 @@ def test_the_run_ends_when_the_share_of_bad_images_passes_the_limit(folder):
         few.check(final=True)
 
 
+def test_counts_of_bad_images_survive_a_restart_and_each_is_told_once():
+    one = BadImages(0.5)
+    one.update({"label": [0, 1, 2], "bad": ["a"]})
+    assert one.news() == ["a"]
+    one.update({"label": [3], "bad": ["b", "b"]})
+    two = BadImages(0.5)
+    two.load_state_dict(one.state_dict())
+    two.update({"label": [4], "bad": ["c"]})
+    one.update({"label": [4], "bad": ["c"]})
+    assert one.check() == two.check() == 4
+    assert one._counts() == two._counts() == (4, 9)
+    assert one.news() == two.news() == ["b", "c"]
+    assert two.news() == []
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_image_is_evaluated_exactly_once_over_ranks(folder, workers):
     config = folder(11, damaged=(6,))

@@ -1,4 +1,6 @@
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 
+from common import checkpoints, metrics
 from common.config import Config
 from common.errors import UsageError
 from common.run import Run, RunConfig, micro_batch_size
@@ -24,7 +27,7 @@ def accelerator():
 def make(accelerator, out, **values):
     accelerator._models, accelerator._optimizers = [], []
     model = accelerator.prepare(torch.nn.Linear(3, 2))
-    return Run(accelerator, Settings(**values), out, "test"), model
+    return Run(accelerator, Settings(**values), out, "test", {"net": model}, {}), model
 
 
 def advance(run, model, value):
@@ -45,36 +48,100 @@ def test_a_checkpoint_brings_back_step_samples_weights_and_state(accelerator, tm
     assert (other.weight == 5).all()
 
 
+def saved(out):
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
 def test_the_newest_complete_checkpoint_is_taken_and_old_ones_go(accelerator, tmp_path):
     run, model = make(accelerator, tmp_path)
     for step in (9, 10, 100):
         advance(run, model, step)
         run.save({})
-    assert [path.name for path in run.checkpoints()] == ["step-10", "step-100"]
+    assert saved(tmp_path) == ["step-10", "step-100"]
     (tmp_path / "checkpoints" / ".step-200.part").mkdir()  # what a kill in the middle of writing leaves
     again, other = make(accelerator, tmp_path)
     again.load()
     assert again.step == 100
     assert (other.weight == 100).all()
+    assert saved(tmp_path) == ["step-10", "step-100"]
 
 
-@pytest.mark.parametrize(("owner", "name"), [(torch, "save"), (Path, "mkdir")])
-def test_a_failed_write_keeps_the_run_and_its_last_checkpoint(accelerator, tmp_path, monkeypatch, capsys, owner, name):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_taken(accelerator, tmp_path, capsys):
     run, model = make(accelerator, tmp_path)
-    advance(run, model, 1)
+    for step in (1, 2):
+        advance(run, model, step)
+        run.save({})
+    path = tmp_path / "checkpoints" / "step-2" / "net.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    again, other = make(accelerator, tmp_path)
+    again.load()
+    assert again.step == 1
+    assert (other.weight == 1).all()
+    assert "warning: step-2 is damaged: net.safetensors" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_config_is_refused(accelerator, tmp_path):
+    for out, rate in (("mine", 0.1), ("other", 0.2)):
+        run, model = make(accelerator, tmp_path / out, rate=rate)
+        advance(run, model, 3)
+        run.save({})
+    shutil.rmtree(tmp_path / "mine" / "checkpoints" / "step-3")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-3", tmp_path / "mine" / "checkpoints" / "step-3")
+    again, _ = make(accelerator, tmp_path / "mine")
+    with pytest.raises(UsageError, match=r"step-3 is a checkpoint of another config \(rate: 0\.2 -> 0\.1\)"):
+        again.load()
+
+
+@pytest.mark.parametrize(("owner", "name"), [(torch, "save"), (checkpoints, "save_file"), (Path, "mkdir")])
+def test_a_failed_write_keeps_the_run_and_is_tried_again(accelerator, tmp_path, monkeypatch, capsys, owner, name):
+    run, model = make(accelerator, tmp_path, run=RunConfig(trackers=[], checkpoint_every=100))
+    advance(run, model, 100)
     run.save({})
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    advance(run, model, 2)
+    advance(run, model, 200)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
         run.save({"counts": torch.zeros(3)})
-    assert "No space left" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
-    run.save({})
-    assert [path.name for path in run.checkpoints()] == ["step-1", "step-2"]
+    assert "no checkpoint at step 200 ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert saved(tmp_path) == ["step-100"]
+    due = []
+    for step in range(201, 301):
+        advance(run, model, step)
+        if run.checkpoint_due():
+            due.append(step)
+            run.save({})
+    assert due == [210, 300]
+    assert saved(tmp_path) == ["step-210", "step-300"]
+
+
+def test_metrics_that_cannot_be_written_come_with_the_next_line(accelerator, tmp_path, monkeypatch, capsys):
+    run, model = make(accelerator, tmp_path)
+    room = [10]
+
+    class Full(io.FileIO):
+        """A file on a disk with room for some bytes."""
+
+        def write(self, data):
+            count = min(room[0], len(data))
+            if not count:
+                raise OSError(28, "No space left on device")
+            room[0] -= count
+            return super().write(data[:count])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "open", lambda path, mode, buffering: Full(path, "a"), raising=False)
+        for step in (1, 2):
+            advance(run, model, step)
+            run.log({"loss": step / 2})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert capsys.readouterr().err.count("cannot write metrics.jsonl") == 2
+    advance(run, model, 3)
+    run.log({"loss": 1.5})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [0.5, 1.0, 1.5]
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resuming(accelerator, tmp_path):

@@ -236,7 +236,7 @@ def take(cache, count, **options):
 
 
 def join(batches):
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name != "id"}
 
 
 def same(a, b):

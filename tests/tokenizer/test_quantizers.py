@@ -92,7 +92,7 @@ def test_after_save_and_load_training_goes_on_as_if_undisturbed(make, name):
                 optimizer.zero_grad()
                 sum(w * out.losses[n] for n, w in weights.items()).backward()
                 optimizer.step()
-            quantizer.end_step()
+            quantizer.end_step(True)
             quantizer.end_epoch()
             outputs.append(out.z_q.detach())
         return outputs
@@ -210,7 +210,7 @@ def run_all(rank, ranks):
             loss = sum(w * out.losses[n] for n, w in quantizer.loss_weights().items()) + out.z_q.square().mean()
             loss.backward()
             gradients = [z.grad / ranks, *(p.grad for p in quantizer.parameters())]
-            quantizer.end_step()
+            quantizer.end_step(True)
         result[name] = {
             "z_q": out.z_q.detach(),
             "gradients": gradients,

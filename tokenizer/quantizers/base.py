@@ -115,8 +115,9 @@ class Quantizer(nn.Module):
     def initialize(self, latents: Tensor) -> None:
         """Start from encoder outputs [count, d]."""
 
-    def end_step(self) -> None:
-        """After an optimizer step: updates that are no gradients. A collective call."""
+    def end_step(self, stepped: bool) -> None:
+        """After an optimizer step: updates that are no gradients. Where the optimizers did not step, because the batch
+        gave a loss that is not finite, what it left here is thrown away. A collective call."""
 
     def end_epoch(self) -> None:
         """After an epoch."""

@@ -52,10 +52,13 @@ class EMAQuantizer(TableQuantizer):
         return z_q, indices, losses, stats
 
     @torch.no_grad()
-    def end_step(self) -> None:
+    def end_step(self, stepped: bool) -> None:
         for average, step in ((self.counts, self.step_counts), (self.sums, self.step_sums)):
-            average.lerp_(ranks.total(step), 1 - self.config.decay)
+            if stepped:
+                average.lerp_(ranks.total(step), 1 - self.config.decay)
             step.zero_()
+        if not stepped:
+            return
         n, k = self.counts.sum(), self.codebook_size
         smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
         self.weight.copy_(self.sums / smoothed[:, None])

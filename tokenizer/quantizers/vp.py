@@ -102,9 +102,9 @@ class VP(Quantizer):
         return density, radius
 
     @torch.no_grad()
-    def end_step(self) -> None:
+    def end_step(self, stepped: bool) -> None:
         """Save what was drawn; build the tree again when it is old."""
-        for tokens in self._pending:
+        for tokens in self._pending if stepped else []:
             tokens = tokens[-len(self.queue) :]
             places = (self.position + torch.arange(len(tokens), device=tokens.device)) % len(self.queue)
             self.queue[places] = tokens

@@ -3,7 +3,7 @@ import torch
 
 def step(quantizer, z):
     out = quantizer(z)
-    quantizer.end_step()
+    quantizer.end_step(True)
     return out
 
 
@@ -35,11 +35,11 @@ def test_micro_batches_make_one_update_and_evaluation_none(make):
     step(one, z)
     for part in z.split(1):
         two(part)
-    two.end_step()
+    two.end_step(True)
     torch.testing.assert_close(one.weight, two.weight, rtol=1e-5, atol=1e-6)
     before = two.weight.clone()
     two.eval()(10 * z)
-    two.train().end_step()
+    two.train().end_step(True)
     torch.testing.assert_close(two.counts, 0.99 * one.counts)  # an empty step: counts fade, codes stay
     torch.testing.assert_close(two.weight, before, rtol=1e-3, atol=1e-5)
 

@@ -81,10 +81,10 @@ def test_the_queue_takes_the_drawn_share_in_order_and_evaluation_takes_none(make
     size, before = len(quantizer.queue), quantizer.queue.clone()
     tokens = 7 + torch.randn(400, 3)
     quantizer.eval()(image(tokens))
-    quantizer.end_step()
+    quantizer.end_step(True)
     assert torch.equal(quantizer.queue, before)
     quantizer.train()(image(tokens))
-    quantizer.end_step()
+    quantizer.end_step(True)
     count = int(quantizer.position)
     assert 60 <= count <= 140
     pushed = quantizer.queue[:count]
@@ -92,11 +92,11 @@ def test_the_queue_takes_the_drawn_share_in_order_and_evaluation_takes_none(make
     assert torch.equal(quantizer.queue[count:], before[count:])
     assert torch.equal(quantizer.searched, before)  # the tree is built again after `refresh` micro-batches
     quantizer(image(tokens))
-    quantizer.end_step()
+    quantizer.end_step(True)
     assert torch.equal(quantizer.searched, quantizer.queue)
     for _ in range(20):
         quantizer(image(tokens))
-        quantizer.end_step()
+        quantizer.end_step(True)
     assert len(quantizer.queue) == size
     assert (quantizer.queue > 1).all()
 

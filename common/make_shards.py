@@ -1,0 +1,163 @@
+"""Turn a data set into webdataset shards of images that are resized once, for training that decodes less.
+
+python common/make_shards.py --data SOURCE --data.image_size 256 --output DIR [--workers 16]
+accelerate launch tokenizer/train.py --data DIR --data.class_names DIR/classes.txt
+
+DIR/{train,test}-*.tar   an image and its class a sample, in shuffled order; training images are resized (short side =
+                         image_size, for random crops), test images are cropped as evaluation crops them
+DIR/classes.txt          class names in label order, where the data has classes
+DIR/bad-images.txt       the images that did not decode
+DIR/manifest.json        what the shards were made of
+
+The same command goes on after an interruption: shards that are complete stay.
+"""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common import config as configs
+from common import launch
+from common.config import Config
+from common.data import BadImages, DataConfig, Stream, open_split
+from common.errors import UserError
+from common.images import BadImage, center_crop, resize_short_side
+from common.loading import batches_of, make_loader
+from common.metrics import write_atomically
+
+_LOADED_AT_ONCE = 16
+
+
+class ShardConfig(Config):
+    """Write a data set as shards of resized images."""
+
+    output: Path = Field(description="Folder of the shards.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    format: Literal["jpg", "png"] = Field("jpg", description="Of the resized images; png keeps every value.")
+    quality: int = Field(95, ge=1, le=100, description="JPEG quality.")
+    shard_images: int = Field(1_000, ge=1, description="Images in a shard; a data set in shards keeps its own.")
+    workers: int = Field(4, ge=0, description="Decoding processes.")
+
+
+def main() -> None:
+    config = configs.parse(ShardConfig, sys.argv[1:])
+    counts = make_shards(config)
+    print(f"{config.output}: {counts['train']} training and {counts['test']} test images, {counts['bad']} bad ones")
+
+
+def make_shards(config: ShardConfig) -> dict[str, int]:
+    """Write what is missing; returns the numbers of "train", "test" and "bad" images.
+
+    Raises `UserError` where the folder holds shards of something else, the disk is full, or too many images are bad.
+    """
+    splits = {name: open_split(config.data, name) for name in ("train", "test")}
+    about = {
+        "data": {name: split.fingerprint for name, split in splits.items()},
+        "image_size": config.data.image_size,
+        "format": config.format,
+        "quality": config.quality,
+        "shard_images": config.shard_images,
+    }
+    bad = BadImages(config.data.max_bad_fraction)
+    counts = dict.fromkeys(splits, 0)
+    try:
+        _claim(config.output, about)
+        for name, split in splits.items():
+            for shard, items in tqdm(list(_shards(name, split, config.shard_images)), desc=name, unit="shard"):
+                done = config.output / f".{shard}.json"
+                if not done.exists():
+                    resize = resize_short_side if name == "train" else center_crop
+                    found = _write_shard(config.output / shard, split, items, resize, config)
+                    write_atomically(done, json.dumps(found))
+                found = json.loads(done.read_text())
+                counts[name] += found["images"]
+                bad.update({"label": [None] * found["images"], "bad": found["bad"]})
+                bad.check()
+        if splits["train"].classes:
+            write_atomically(config.output / "classes.txt", "\n".join(splits["train"].classes) + "\n")
+        write_atomically(config.output / "bad-images.txt", "".join(f"{id}\n" for id in bad.bad))
+    except OSError as error:
+        raise UserError(f"cannot write to {config.output} ({error}); the same command goes on from here") from None
+    return counts | {"bad": bad.check(final=True)}
+
+
+def _claim(folder: Path, about: dict) -> None:
+    path = folder / "manifest.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (changed := configs.differences(json.loads(path.read_text()), about)):
+        raise UserError(f"{folder} holds other shards ({'; '.join(changed[:3])}): delete it, or give another --output")
+    write_atomically(path, json.dumps(about, indent=2))
+
+
+def _shards(name: str, split, shard_images: int) -> Iterator[tuple[str, list]]:
+    """(file name, what `split.load` takes) of each shard to be."""
+    if isinstance(split, Stream):
+        for i, shard in enumerate(split.shards):
+            yield f"{name}-{i:06d}.tar", [shard]
+        return
+    order = np.random.default_rng(0).permutation(len(split))
+    for i, first in enumerate(range(0, len(order), shard_images)):
+        yield f"{name}-{i:06d}.tar", order[first : first + shard_images].tolist()
+
+
+def _write_shard(path: Path, split, items: list, resize: Callable, config: ShardConfig) -> dict:
+    """How many images it holds, and the ids of those that did not decode. The file takes its name when it is whole."""
+    if isinstance(split, Stream):
+        items = list(split.samples(items[0]))
+    part, bad, images = path.with_name(f".{path.name}.part"), [], 0
+    loader = make_loader(
+        _Encoded(split, items, resize, config), config.workers, batch_size=_LOADED_AT_ONCE, collate_fn=list
+    )
+    prefix = hashlib.sha256(path.name.encode()).hexdigest()[:6]  # keys differ between shards
+    try:
+        with tarfile.open(part, "w") as tar:
+            for batch in batches_of(loader):
+                for id, image, label in batch:
+                    if image is None:
+                        bad.append(id)
+                        continue
+                    fields = {config.format: image} | ({"cls": str(label).encode()} if split.classes else {})
+                    for field, data in fields.items():
+                        member = tarfile.TarInfo(f"{prefix}{images:06d}.{field}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                    images += 1
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    return {"images": images, "bad": bad}
+
+
+class _Encoded(Dataset):
+    """i -> (id, encoded image or None, label) of item i."""
+
+    def __init__(self, split, items: list, resize: Callable, config: ShardConfig):
+        self.split, self.items, self.resize, self.config = split, items, resize, config
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[str, bytes | None, int]:
+        try:
+            image, label = self.split.load(self.items[i])
+        except BadImage as error:
+            return error.id, None, -1
+        buffer = io.BytesIO()
+        image = self.resize(image, self.config.data.image_size)
+        image.save(buffer, "JPEG" if self.config.format == "jpg" else "PNG", quality=self.config.quality)
+        return self.split.id(self.items[i]), buffer.getvalue(), label
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,169 @@
+"""The numbers of a run: means over an interval, metrics.jsonl, trackers, throughput, memory model-FLOPs utilization.
+
+docs/watching.md says what each of them means.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+# Dense bfloat16 and float16 FLOP/s of a GPU, from NVIDIA's data sheets, by a word of its name.
+_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+               "L4": 121e12, "A10": 125e12}  # fmt: skip
+
+
+class Means:
+    """Means since the last line of metrics, summed on the device."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}  # [2]: sum and count, on this rank
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """`total` is a sum over `count` samples of this rank; on every rank the same names."""
+        pair = torch.stack([total.detach().float(), torch.as_tensor(count, dtype=torch.float32, device=total.device)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def take(self) -> dict[str, float]:
+        """The means over all ranks, without names that counted nothing; starts anew."""
+        sums = self.state_dict()
+        self._sums = {}
+        return {name: pair[0].item() / pair[1].item() for name, pair in sums.items() if pair[1] > 0}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums over all ranks; a collective call."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").double().cpu()
+        return dict(zip(names, sums.unbind(), strict=True))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The first rank takes up the sums, the others start from nothing, so that the total is right."""
+        share = 1.0 if self.accelerator.is_main_process else 0.0
+        self._sums = {name: (share * pair).float().to(self.accelerator.device) for name, pair in state.items()}
+
+
+class MetricsLog:
+    """metrics.jsonl and the trackers. Adds images a second since the last line, peak memory (of the GPU; else of the
+    process) and, where it is known, model-FLOPs utilization."""
+
+    def __init__(self, accelerator: Accelerator, path: Path):
+        self.accelerator, self.path = accelerator, path
+        self._unwritten = ""  # lines that did not get onto the disk
+        self._flops: list[tuple[str, float]] = []  # (what was counted, FLOPs an image), the latest last
+        self.start(0)
+
+    def start(self, samples_seen: int) -> None:
+        """Throughput is measured from here on."""
+        self._time, self._samples = time.perf_counter(), samples_seen
+
+    def drop_after(self, step: int) -> None:
+        """Delete lines that are later than `step`, and what a kill left of one."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(self.path, "".join(kept))
+
+    def write(self, step: int, samples_seen: int, values: dict[str, float], **extra: object) -> dict[str, float]:
+        """Append one object; returns `values` with what was added. What cannot be written goes with the next line."""
+        now, values = time.perf_counter(), dict(values)
+        if (seen := samples_seen - self._samples) > 0:
+            values["images_per_second"] = seen / (now - self._time)
+            if self._flops and (peak := peak_flops(self.accelerator)):
+                values["mfu"] = self._flops[-1][1] * values["images_per_second"] / peak
+        values["memory_gib"] = _peak_memory(self.accelerator.device) / 2**30
+        self._time, self._samples = now, samples_seen
+        if self.accelerator.is_main_process:
+            self._unwritten += json.dumps({"step": step, "samples_seen": samples_seen, **extra, **values}) + "\n"
+            with surviving("metrics.jsonl"):
+                _append(self.path, self._unwritten)
+                self._unwritten = ""
+        with surviving("to a tracker"):
+            self.accelerator.log(values, step=step)
+        return values
+
+    @contextlib.contextmanager
+    def counting_flops(self, kind: str, images: int) -> Iterator[None]:
+        """Counts the FLOPs of what is done with `images` images inside, on a GPU and where `kind` is another one than
+        the last time."""
+        if self.accelerator.device.type != "cuda" or (self._flops and self._flops[-1][0] == kind):
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._flops.append((kind, counter.get_total_flops() / images))
+
+
+def peak_flops(accelerator: Accelerator) -> float | None:
+    """FLOP/s that the data sheet promises for all ranks together; None on unknown GPUs and without autocast."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision == "no":
+        return None
+    words = re.split("[ -]", torch.cuda.get_device_name(accelerator.device))
+    if "H100" in words and "PCIe" in words:
+        return 756e12 * accelerator.num_processes
+    return next((_PEAK_FLOPS[word] * accelerator.num_processes for word in words if word in _PEAK_FLOPS), None)
+
+
+def show(bar: tqdm, values: dict[str, float], names: tuple[str, ...], **more: str) -> None:
+    """Beside the bar's rate and remaining time: speed, memory, and those of `names` that `values` has."""
+    names = (*names, "images_per_second", "memory_gib", "mfu")
+    bar.set_postfix({**more, **{name: f"{values[name]:.4g}" for name in names if name in values}}, refresh=False)
+
+
+@contextlib.contextmanager
+def surviving(what: str) -> Iterator[None]:
+    """A failed write inside becomes a warning."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"cannot write {what} ({error}); training goes on")
+
+
+def warn(text: str) -> None:
+    """A line on stderr, above the progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file, or leave it as it was and raise `OSError`."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _append(path: Path, text: str) -> None:
+    """Append all of `text`, or nothing of it and raise `OSError`."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(text.encode()) < len(text.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,70 @@
+"""python tests/instrumented.py SPEC [arguments of the trainer]: a trainer that records each sample it trains on.
+
+SPEC is JSON: {"stage": "tokenizer" or "diffusion", "record": FILE, "signal_at": position, "nan_at": [positions]}.
+FILE-rank gets a line [start] for each time that the rank begins to read, and [position, ids] for each micro-batch. The
+rank that loads the sample at `signal_at` gets SIGTERM; the samples at `nan_at` are not numbers.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from common import launch
+
+
+def instrument(train, record: str, signal_at: int = -1, nan_at: Sequence[int] = ()) -> None:
+    """Wrap `train.train_batches` of the trainer `train`."""
+    original = train.train_batches
+
+    def recorded(*args, batch_size, start=0, rank=0, world_size=1, **more):
+        def write(line: list) -> None:
+            with open(f"{record}-{rank}", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+        write([start])
+        position = start + rank * batch_size
+        how = {"batch_size": batch_size, "start": start, "rank": rank, "world_size": world_size, **more}
+        for batch in original(*args, **how):
+            write([position, batch["id"]])
+            here = range(position, position + batch_size)
+            for bad in set(nan_at).intersection(here):
+                batch["image" if "image" in batch else "latents"][bad - position] = float("nan")
+            if signal_at in here:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+            position += batch_size * world_size
+
+    train.train_batches = recorded
+
+
+def attempts(record: str, rank: int = 0) -> list[tuple[int, list[tuple[int, str]]]]:
+    """For each time that a rank began to read: its start, and (position, id) of each sample that it loaded."""
+    found = []
+    for line in map(json.loads, Path(f"{record}-{rank}").read_text().splitlines()):
+        if len(line) == 1:
+            found.append((line[0], []))
+        else:
+            found[-1][1].extend((line[0] + i, id) for i, id in enumerate(line[1]))
+    return found
+
+
+def samples(record: str) -> dict[int, str]:
+    """The id at each position over all ranks. Raises `AssertionError` where two attempts disagree."""
+    ids: dict[int, str] = {}
+    for file in sorted(Path(record).parent.glob(Path(record).name + "-*")):
+        for _, seen in attempts(record, int(file.name.rpartition("-")[2])):
+            for position, id in seen:
+                assert ids.setdefault(position, id) == id, f"position {position} was {ids[position]} and then {id}"
+    return ids
+
+
+if __name__ == "__main__":
+    launch.start_cpu_ranks()  # while the arguments are as they came
+    spec = json.loads(sys.argv.pop(1))
+    module = import_module(f"{spec.pop('stage')}.train")
+    instrument(module, **spec)
+    launch.run(module.main)
