@@ -110,6 +110,24 @@ def test_after_save_and_load_training_goes_on_as_if_undisturbed(make, name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_batch_that_is_not_finite_leaves_no_trace_where_the_step_is_skipped(make, name):
+    quantizer = make(name).train()
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    for bad in (torch.nan, torch.inf):
+        quantizer(torch.full((2, quantizer.dim, 4, 4), bad))
+        quantizer.end_step(False)
+    z = torch.randn(2, quantizer.dim, 4, 4)
+    quantizer(z)
+    quantizer.end_step(False)
+    for key, value in quantizer.state_dict().items():
+        if key != "draws.state":  # how often was drawn, whatever became of it
+            assert torch.equal(value, before[key]), key
+    quantizer(z)
+    quantizer.end_step(True)
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_quantization_is_float32_under_autocast(make, name):
     quantizer = make(name).eval()
     z = torch.randn(1, quantizer.dim, 8, 8)
