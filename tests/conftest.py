@@ -19,7 +19,10 @@ def _seeded():
 
 @pytest.fixture
 def run_script(monkeypatch):
-    """Call a script's `main` in this process with arguments, as one rank of its own."""
+    """Call a script's `main` in this process with arguments, as one rank of its own, on one thread: the networks are
+    tiny, and a sum's bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def run(main, *arguments):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -28,7 +31,8 @@ def run_script(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
         main()
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
