@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_BLOCK = 32  # codes reduced to their best score by one vectorised maximum, before the best of them is looked for
-_CODES = 1024  # codes in a tile of the search: with _LATENTS_PER_THREAD it stays in a core's second-level cache
-_LATENTS_PER_THREAD = 256
+_BLOCK = 64  # codes reduced to their best score by one vectorised maximum, before the best of them is looked for
+_CODES = 2048  # codes in a tile of the search: with _LATENTS_PER_THREAD it stays in a core's second-level cache
+_LATENTS_PER_THREAD = 128
 _MAX_LATENTS = 2048  # in a tile of the search, whatever the number of threads
 _LOGITS = 2**24  # float32 elements of a tile of the NS loss, which needs whole rows: 64 MiB
 _MIN_ROWS = 64  # latents in such a tile at least: fewer make the matrix products slow
