@@ -31,7 +31,7 @@ test: .venv/installed
 
 # Kills both trainers 20 times each and compares with runs that nobody disturbed.
 soak: .venv/installed
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/harness/soak.py
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

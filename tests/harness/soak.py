@@ -1,6 +1,6 @@
 """Kill both trainers with SIGKILL again and again, and compare with a run that nobody disturbed.
 
-python tests/soak.py [--kills 20] [--folder /tmp/soak]         (`make soak`; some minutes on two cores)
+python tests/harness/soak.py [--kills 20] [--folder /tmp/soak]         (`make soak`; some minutes on two cores)
 
 Kills fall on random moments of a run, every other one into the writing of a checkpoint. Each time the same command goes
 on. At the end the weights, the state and the metrics of both runs must be equal to the bit, and of the samples that
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from common import checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IMAGES, BATCH = 46, 8  # of these, 44 are trained on: epochs end within batches
 RUN = {"batch_size": BATCH, "accumulation": 2, "workers": 1, "log_every": 5, "sample_every": 1000,
        "checkpoint_every": 3, "keep_checkpoints": 2, "trackers": [], "mixed_precision": "no"}  # fmt: skip
@@ -75,7 +75,7 @@ def prepare(folder: Path) -> dict[str, list[str]]:
 
 def start(stage: str, arguments: list[str], out: Path) -> subprocess.Popen:
     spec = json.dumps({"stage": stage, "record": str(out) + "-record"})
-    command = [sys.executable, str(ROOT / "tests" / "instrumented.py"), spec, *arguments, "--out", str(out)]
+    command = [sys.executable, str(ROOT / "tests" / "harness" / "instrumented.py"), spec, *arguments, "--out", str(out)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
