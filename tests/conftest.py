@@ -9,7 +9,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "harness"))  # not tests itself, whose folders are named as the packages are
+HARNESS = ROOT / "tests" / "harness"
+sys.path.append(str(HARNESS))  # not tests itself, whose folders are named as the packages are
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def run_two_ranks():
     def run(stage, *arguments, **spec):
         options = "--quiet --cpu --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no"
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
-        command += [str(ROOT / "tests" / "harness" / "instrumented.py"), json.dumps({"stage": stage, **spec}, default=str)]
+        command += [str(HARNESS / "instrumented.py"), json.dumps({"stage": stage, **spec}, default=str)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, *map(str, arguments)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=300

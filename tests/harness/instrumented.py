@@ -1,4 +1,4 @@
-"""python tests/harness/instrumented.py SPEC [arguments of the trainer]: a trainer that records each sample it trains on.
+"""python tests/harness/instrumented.py SPEC [arguments of the trainer]: records each sample that it trains on.
 
 SPEC is JSON: {"stage": "tokenizer" or "diffusion", "record": FILE, "signal_at": position, "nan_at": [positions]}.
 FILE-rank gets a line [start] for each time that the rank begins to read, and [position, ids] for each micro-batch. The
