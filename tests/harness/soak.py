@@ -111,7 +111,7 @@ def kill(process: subprocess.Popen, out: Path, target: int, while_writing: bool,
     if while_writing:
         while not parts() and process.poll() is None:
             pass
-        time.sleep(rng.uniform(0, 0.01))
+        time.sleep(rng.uniform(0, 0.002))
     else:
         time.sleep(rng.uniform(0, 0.1))
     os.killpg(process.pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -157,7 +158,8 @@ def test_a_run_whose_launcher_is_stopped_writes_a_checkpoint_and_goes_on(run_scr
     options = "--quiet --cpu --num_machines 1 --num_processes 1 --mixed_precision no --dynamo_backend no"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
     command += ["tokenizer/train.py", "--config", str(tiny), "--out", str(out)]
-    launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     while not (out / "checkpoints" / "step-2").exists():
         assert launcher.poll() is None
         time.sleep(0.01)
