@@ -189,6 +189,8 @@ def main() -> None:
             began, whole = time.monotonic(), whole_run(stage, folder)
             finish(start(stage, arguments, whole), whole)
             landed = disturb(stage, arguments, folder, options.kills)
+            if landed == 0:
+                sys.exit(f"{stage}: no kill fell into the writing of a checkpoint; give more --kills")
             print(f"{stage}: {options.kills} kills, {landed} of them in the writing of a checkpoint; weights, "
                   "state, metrics and samples equal those of an undisturbed run; "
                   f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
