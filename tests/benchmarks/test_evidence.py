@@ -1,5 +1,8 @@
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,3 +87,21 @@ def test_drift_is_taken_from_stage_1_and_utilization_from_its_lowest_epoch():
 def test_a_script_that_fails_is_told_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"vq: false .*tokenizer/train\.py .* ended with 1; see .*\.log"):
         evidence.train_and_measure("vq", {"data": {"source": "synthetic"}}, tmp_path / "run", [], "false", {})
+
+
+def test_unprotected_vq_collapses_where_nsvq_does_not_and_a_finished_study_is_not_run_again(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "evidence.py", "--study", "configs/evidence/short.yaml"]
+    command += ["--data", "synthetic", "--limit", 256, "--out", tmp_path / "runs", "--pages", tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for jobs in (2, 0):
+        subprocess.run([*map(str, command), "--jobs", str(jobs)], cwd=ROOT, env=environment, check=True)
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    used = {record["name"]: record["metrics"]["utilization"] for record in records}
+    assert used.keys() == {"vq", "nsvq"}
+    assert used["vq"] < 0.25
+    assert used["nsvq"] > 0.8
+    page = (tmp_path / "short.md").read_text()
+    assert f"{used['nsvq']:.1%}" in page
+    assert "not run yet" not in page.lower()
+    assert "<svg" in (tmp_path / "short.svg").read_text()
