@@ -76,6 +76,11 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
 # The result
 
 
+def no_numbers() -> dict[str, dict | list]:
+    """The part of a result that measuring fills: {name: number}, {name: what it is}, {name: why not}, warnings."""
+    return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
+
+
 def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
     """What made a number, beside its inputs: command, config, machine and versions."""
     packages = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "lpips", "numpy", "pillow")

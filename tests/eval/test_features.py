@@ -1,20 +1,9 @@
 import pytest
 import torch
-from accelerate import Accelerator
 
 from common.errors import UsageError, UserError
 from eval import features
 from eval.features import Collector, Unavailable, load_extractor, metric_name
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_extractor, accelerator):
-    return load_extractor(tiny_extractor, None, accelerator)
 
 
 def test_only_inception_gives_the_plain_names():

@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_fidelity
-from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from scipy import linalg
 from torch.utils.data import Dataset
@@ -30,16 +29,6 @@ def random_images(n, seed, contrast=1.0, size=16):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand((n, 3, 4, 4), generator=generator) * contrast
     return (255 * F.interpolate(coarse, (size, size), mode="bilinear")).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_extractor, accelerator):
-    return load_extractor(tiny_extractor, None, accelerator)
 
 
 def collect(extractor, images, accelerator, batch_size=103):
