@@ -28,8 +28,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from common.errors import UsageError, UserError
+from eval.feature_statistics import FeatureSet, InceptionScore, Moments
 from eval.ranks import build_in_turn, gather_by_index, in_groups
-from eval.statistics import FeatureSet, InceptionScore, Moments
 
 INCEPTION = "inception-v3-compat"
 DINOV2 = "dinov2-vit-l-14"

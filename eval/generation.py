@@ -27,13 +27,13 @@ from common.data import DataConfig, Images, Stream, open_split
 from common.errors import UsageError
 from eval import class_accuracy, report
 from eval.classifier import Classifier
+from eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
 from eval.features import DINOV2, INCEPTION, Collector, Extractor, file_hash, resolve
 from eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
 from eval.pictures import Grid
 from eval.ranks import build_in_turn
 from eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
-from eval.statistics import FeatureSet, InceptionScore, isc_splits
 
 IMAGENET = "ILSVRC/imagenet-1k"
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split

@@ -5,10 +5,18 @@ What cannot be computed is skipped, and the result says why.
 
 import math
 
+from eval.feature_statistics import (
+    ISC_SPLITS,
+    KID_SUBSET,
+    NEIGHBOURS,
+    FeatureSet,
+    frechet_distance,
+    kid,
+    precision_recall,
+)
 from eval.features import Extractor, metric_name
 from eval.reference import ADM_ROWS
 from eval.report import rank_warnings
-from eval.statistics import ISC_SPLITS, KID_SUBSET, NEIGHBOURS, FeatureSet, frechet_distance, kid, precision_recall
 
 METRICS = ("fid", "sfid", "isc", "kid", "prc")
 _NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from common.data import BadImages, DataConfig, Images, Stream, eval_batches
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
+from eval.feature_statistics import FeatureSet, Gaussian
 from eval.features import Collector, Extractor
 from eval.ranks import GROUP, build_in_turn
-from eval.statistics import FeatureSet, Gaussian
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "nsvq" / "references"
 ADM_ROWS = 10_000  # real images that ADM's precision and recall compare with

@@ -20,10 +20,10 @@ from common import config as configs
 from common.data import DataConfig, Images, Stream
 from common.errors import UsageError, UserError
 from common.run import code_version
+from eval.feature_statistics import FeatureSet
 from eval.features import INCEPTION, Extractor, Unavailable, file_hash, load_extractor
 from eval.ranks import GROUP
 from eval.reference import DEFAULT_CACHE
-from eval.statistics import FeatureSet
 
 
 class EvaluationConfig(configs.Config):

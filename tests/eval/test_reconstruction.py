@@ -11,7 +11,7 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
-from eval import reconstruction
+from eval import autoencoders, reconstruction, reconstruction_metrics
 from eval.features import Collector
 from eval.reconstruction import main
 
@@ -230,7 +230,7 @@ def test_an_autoencoder_without_a_codebook_is_measured_too(measure, tmp_path, to
     x = torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         expected = to_uint8(model.decode(model.encode(x).latent_dist.mode()).sample)
-        ours = to_uint8(reconstruction.reconstruct(reconstruction.open_tokenizer(tmp_path / "kl"), x)["image"])
+        ours = to_uint8(autoencoders.reconstruct(autoencoders.open_tokenizer(tmp_path / "kl"), x)["image"])
     assert (ours != expected).float().mean() < 1e-2
     with pytest.raises(UsageError, match="must both have a codebook"):
         measure("--compare", tmp_path / "kl")
@@ -245,11 +245,11 @@ def test_the_pictures_show_the_worst_and_the_best_originals_above_reconstruction
 ):
     result = measure()
     scores = {}
-    tokenizer = reconstruction.open_tokenizer(tokenizer_folder)
+    tokenizer = autoencoders.open_tokenizer(tokenizer_folder)
     for file in image_files(image_folder):
         original = np.asarray(Image.open(file))
         x = torch.tensor(original).permute(2, 0, 1)[None].float() / 127.5 - 1
-        made = to_uint8(reconstruction.reconstruct(tokenizer, x)["image"])[0].permute(1, 2, 0).numpy()
+        made = to_uint8(autoencoders.reconstruct(tokenizer, x)["image"])[0].permute(1, 2, 0).numpy()
         scores[file] = mean_squared_error(original, made)
     order = sorted(scores, key=scores.get)
     for name, expected in (("best", order[:8]), ("worst", order[::-1][:8])):
@@ -260,7 +260,7 @@ def test_the_pictures_show_the_worst_and_the_best_originals_above_reconstruction
 
 
 def test_protocol_simvq_cuts_levels_takes_psnr_of_batches_and_shows_floats_to_the_networks(measure, monkeypatch):
-    monkeypatch.setattr(reconstruction, "BATCH", 10)
+    monkeypatch.setattr(reconstruction_metrics, "BATCH", 10)
     made = {}
 
     def slightly_wrong(tokenizer, images):

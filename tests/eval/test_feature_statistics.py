@@ -10,8 +10,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+from eval.feature_statistics import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    isc_splits,
+    kid,
+    precision_recall,
+)
 from eval.features import INCEPTION, Collector, PytorchFidInception, load_extractor
-from eval.statistics import Gaussian, InceptionScore, Moments, frechet_distance, isc_splits, kid, precision_recall
 
 
 class Images(Dataset):
