@@ -25,10 +25,11 @@ from common import config as configs
 from common import launch
 from common.data import DataConfig, Images, Stream, open_split
 from common.errors import UsageError
+from common.hashes import file_hash
 from eval import class_accuracy, report
 from eval.classifier import Classifier
 from eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
-from eval.features import DINOV2, INCEPTION, Collector, Extractor, file_hash, resolve
+from eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
 from eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
 from eval.pictures import Grid
 from eval.ranks import build_in_turn

@@ -28,11 +28,11 @@ from eval import report
 from eval.autoencoders import open_tokenizer, reconstruct
 from eval.drift import Drift
 from eval.features import INCEPTION, Collector, Extractor, PytorchFidInception, metric_name
+from eval.perceptual import load_networks
 from eval.pictures import Examples
-from eval.ranks import build_in_turn, gather_by_index, in_groups
+from eval.ranks import gather_by_index, in_groups
 from eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
 from eval.reference import Cache, bad_images, key_of
-from tokenizer.losses import load_lpips
 from tokenizer.pretrained import Tokenizer
 
 
@@ -73,6 +73,11 @@ class Measurement:
         size = max(1, tokenizer.codebook_size)
         self.counts = torch.zeros(size, dtype=torch.int64, device=tokenizer.device)
 
+    @property
+    def ranked_by(self) -> str:
+        """The row that tells the worst and the best images."""
+        return f"lpips_{next(iter(self.lpips))}" if self.lpips else "mse"
+
     def run(self, batches: Iterable[dict], bad: BadImages) -> dict[str, list[Tensor]]:
         """Measure `batches` of `common.data.eval_batches`; returns one row an image, for `gather_by_index`."""
         names = ["index", "mse", "ssim", *(f"lpips_{net}" for net in self.lpips)]
@@ -109,7 +114,7 @@ class Measurement:
         for collectors, images in ((self.real, shown[0]), (self.made, shown[1])):
             for collector in collectors.values():
                 collector.add(images, index)
-        worse = values[f"lpips_{next(iter(self.lpips))}"] if self.lpips else values["mse"]
+        worse = values[self.ranked_by]
         pairs = torch.stack([real, made], 1).cpu()
         for name, score in {"worst": worse, "best": -worse, "random": _shuffled(index)}.items():
             self.examples[name].add(score, index, pairs)
@@ -142,7 +147,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         warning = f"images of {data.image_size} pixels, for a tokenizer of {tokenizer.image_size}"
         result["warnings"].append(warning)
     measurement = Measurement(config, tokenizer, drift)
-    measurement.lpips = _load_lpips(config, accelerator, result["skipped"])
+    measurement.lpips, about_lpips = load_networks(config.lpips, config.lpips_weights, accelerator, result)
     extractors = _load_extractors(config, accelerator, result)
     cache = Cache(config.cache, config.cache_features, accelerator)
     references, keys = {}, {}
@@ -195,12 +200,9 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         "references": {
             name: "kept from an earlier run" if name not in measurement.real else "made" for name in extractors
         },
-        "lpips": {
-            net: str(config.lpips_weights[i]) if config.lpips_weights else "downloaded"
-            for i, net in enumerate(config.lpips)
-            if net in measurement.lpips
-        },
+        "lpips": about_lpips,
         "pictures": {name: str(path) for name, path in pictures.items()},
+        "ranked_by": measurement.ranked_by,
         "precision": "float32",
         **report.provenance(accelerator, config.model_copy(update={"data": data})),
     }
@@ -228,23 +230,6 @@ def _load_extractors(config: ReconstructionConfig, accelerator: Accelerator, res
     if config.protocol == "simvq":
         extractors = {name: PytorchFidInception(extractor) for name, extractor in extractors.items()}
     return extractors
-
-
-def _load_lpips(config: ReconstructionConfig, accelerator: Accelerator, skipped: dict) -> dict[str, nn.Module]:
-    loaded = {}
-    for i, net in enumerate(net for net in config.lpips if net != "none"):
-        weights = config.lpips_weights[i] if config.lpips_weights else None
-        try:
-            module = build_in_turn(accelerator, lambda net=net, weights=weights: load_lpips(net, weights))
-            loaded[net] = module.to(accelerator.device)
-        except UserError:
-            if weights is not None:
-                raise
-            skipped[f"lpips_{net}"] = (
-                f"the {net} backbone's weights cannot be downloaded; give torchvision's file of them with "
-                "--lpips_weights FILE, or choose another --lpips"
-            )
-    return loaded
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from fakes import FakePipeline
 
 from common.errors import UsageError, UserError
 from eval import generation
-from eval.ranks import GROUP
-from eval.samples import Sampling, draw, groups, image_size, load_pipeline
+from eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
 from pipelines.export import save_pipeline
 
 
