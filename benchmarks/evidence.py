@@ -63,7 +63,8 @@ class Study(configs.Config):
 
     title: str = Field(description="Heading of its page.")
     question: str = Field(description="What it asks, and what is equal for all of its runs: the page's first lines.")
-    base: Path = Field(description="Training config of what all runs have in common.")
+    base: Path = Field(description="Training config of what all runs have in common,")
+    common: dict[str, Any] = Field({}, description="and what the study changes in it for all of them.")
     seeds: list[int] = Field([0], min_length=1, description="One training of each run for each.")
     runs: dict[str, dict[str, Any]] = Field(min_length=1, description="Name: what sets it apart, as a training config.")
     against: str | None = Field(None, description="Run that the others are compared with, seed by seed.")
@@ -92,8 +93,10 @@ class EvidenceConfig(configs.Config):
     jobs: int = Field(1, ge=0, description="Runs at once, on as many GPUs if there are; 0 only writes the page.")
     limit: int | None = Field(None, ge=1, description="Test images to measure; null is all of them.")
     features: str = Field("none", description="As --features of eval/reconstruction.py.")
-    lpips: str = Field("none", description="As --lpips of eval/reconstruction.py, and its weights:")
-    lpips_weights: Path | None = Field(None, description="a file; null downloads them.")
+    lpips: str = Field("none", description="As --lpips of eval/reconstruction.py.")
+    lpips_weights: Path | None = Field(
+        None, description="Weights of LPIPS, for measuring and for training with it; null downloads them."
+    )
     launcher: str = Field("", description="What starts a script, such as 'accelerate launch --num_processes 4'.")
 
 
@@ -107,11 +110,13 @@ def merged(base: dict, changes: dict) -> dict:
     return result
 
 
-def training_config(study: Study, name: str, seed: int, data: DataConfig) -> dict:
+def training_config(study: Study, name: str, seed: int, data: DataConfig, lpips_weights: Path | None = None) -> dict:
     """The training config of one run, as written: no defaults in it, and no `out`."""
-    values = merged(configs.read_yaml(study.base), study.runs[name])
+    values = merged(merged(configs.read_yaml(study.base), study.common), study.runs[name])
     values = merged(values, {"data": configs.to_dict(data) | {"image_size": values["data"]["image_size"]}})
     values = merged(values, {"run": {"seed": seed}})
+    if lpips_weights is not None and values.get("loss", {}).get("perceptual", "vgg") != "none":
+        values = merged(values, {"loss": {"perceptual_weights": str(lpips_weights)}})
     configs.validate(TrainConfig, values, source=f"run {name!r}")
     return values
 
@@ -256,7 +261,8 @@ def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int
             parts.append(comparison(by_seed, study.against))
         parts.append(f"![dots and curves]({page.stem}.svg)")
         parts.append("Runs: " + "; ".join(f"`{name}` {_flat(study.runs[name])}" for name in records) + ".")
-        parts.append(f"Base: `{study.base}`. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
+        common = f" with {_flat(study.common)}" if study.common else ""
+        parts.append(f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
                      f"{'; '.join(sorted({r['machine'] for r in found}))}.")  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n")
@@ -288,13 +294,14 @@ def main() -> None:
     fingerprint = open_split(config.data, "train").fingerprint
     measured = ["--features", config.features, "--lpips", config.lpips]
     measured += ["--limit", str(config.limit)] if config.limit else []
-    measured += ["--lpips_weights", str(config.lpips_weights)] if config.lpips_weights else []
+    if config.lpips != "none" and config.lpips_weights:
+        measured += ["--lpips_weights", str(config.lpips_weights)]
 
     records: dict[str, dict[int, dict]] = {name: {} for name in study.runs}
     waiting = []
     for seed in study.seeds:  # all runs of one seed before the next
         for name in study.runs:
-            values = training_config(study, name, seed, config.data)
+            values = training_config(study, name, seed, config.data, config.lpips_weights)
             file = config.pages / "records" / f"{record_key(values, fingerprint, measured)}.json"
             if file.exists():
                 records[name][seed] = json.loads(file.read_text())
