@@ -52,7 +52,6 @@ COLUMNS = {  # of the table: metric (or its start), heading, format
     "step_ms": ("step, ms", "{:.0f}"),
     "memory_gib": ("memory, GiB", "{:.2f}"),
 }
-COMMAND = "python benchmarks/evidence.py {}"
 MAIN = ["psnr", "ssim", "lpips_", "rf", "quantization_error", "relative_error", "utilization", "perplexity_fraction"]
 CURVES = {"val_psnr", "val_quantization_error", "utilization", "perplexity", "epoch_commitment", "latent_rms",
           "drift_rms", "drift_relative", "churn", "winner_mass", "effective_codes"}  # fmt: skip
@@ -211,8 +210,10 @@ def comparison(by_seed: dict[str, dict[int, dict]], against: str) -> str:
 
 def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]], keys: list[str], path: Path) -> None:
     """SVG: a dot a run and seed for PSNR, FD, relative error and utilization, then a panel for each key of the logs."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["svg.fonttype"] = "none"
     found = [run for runs in by_seed.values() for run in runs.values()]
     distances = sorted({m for run in found for m in run if m.startswith("rf")})
     metrics = [m for m in ("psnr", "relative_error", "utilization", *distances) if all(m in run for run in found)]
@@ -243,14 +244,15 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
     figure.savefig(path, metadata={"Date": None})
 
 
-def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int, dict]], command: str) -> Path:
+def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int, dict]], measured: list[str]) -> Path:
     """<pages>/<study>.md and .svg from records by run and seed. Returns the page."""
+    command = ["python", "benchmarks/evidence.py", "--study", config.study, "--data", config.data.source, *measured]
     by_seed = {name: {seed: r["metrics"] for seed, r in runs.items()} for name, runs in records.items() if runs}
     page = config.pages / f"{config.study.stem}.md"
     lacking = [f"{name} ({', '.join(map(str, missing))})" for name, runs in records.items()
                if (missing := [seed for seed in study.seeds if seed not in runs])]  # fmt: skip
     found = [r for runs in records.values() for r in runs.values()]
-    parts = [f"# {study.title}", study.question, f"    {command}"]
+    parts = [f"# {study.title}", study.question, f"    {shlex.join(map(str, command))}"]
     if lacking:
         parts.append(f"Not run yet, by seed: {'; '.join(lacking)}.")
     if found:
@@ -260,7 +262,7 @@ def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int
         if study.against in by_seed:
             parts.append(comparison(by_seed, study.against))
         parts.append(f"![dots and curves]({page.stem}.svg)")
-        parts.append("Runs: " + "; ".join(f"`{name}` {_flat(study.runs[name])}" for name in records) + ".")
+        parts.append("\n".join(f"- {name}: `{_flat(study.runs[name])}`" for name in records))
         common = f" with {_flat(study.common)}" if study.common else ""
         parts.append(f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
                      f"{'; '.join(sorted({r['machine'] for r in found}))}.")  # fmt: skip
@@ -307,7 +309,7 @@ def main() -> None:
                 records[name][seed] = json.loads(file.read_text())
             elif config.runs is None or name in config.runs:
                 waiting.append((name, seed, values, file))
-    page = write_page(study, config, records, COMMAND.format(shlex.join(sys.argv[1:])))
+    page = write_page(study, config, records, measured)
     if not config.jobs:
         print(page)
         return
@@ -341,7 +343,7 @@ def main() -> None:
             except UserError as error:
                 failed.append(f"seed {seed}: {error}")
                 continue
-            write_page(study, config, records, COMMAND.format(shlex.join(sys.argv[1:])))
+            write_page(study, config, records, measured)
             print(f"{name}, seed {seed}: {records[name][seed]['metrics']}", flush=True)
     print(page)
     if failed:
