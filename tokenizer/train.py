@@ -1,6 +1,6 @@
 """Train an image tokenizer with NSVQ's three phases, or any other quantizer under the same trainer.
 
-accelerate launch tokenizer/train.py                                                # NSVQ on ImageNet-128, as published
+accelerate launch tokenizer/train.py                                                # NSVQ on ImageNet-128
 accelerate launch tokenizer/train.py --config configs/imagenet128/simvq.yaml --out runs/simvq --run.batch_size 256
 accelerate launch --num_processes 4 --mixed_precision bf16 tokenizer/train.py --config FILE
 The same command goes on from the newest checkpoint; the finished tokenizer is in <out>/tokenizer.
