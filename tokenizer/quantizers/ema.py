@@ -40,11 +40,22 @@ class EMAQuantizer(TableQuantizer):
         super().__init__(config, dim)
         k = config.codebook_size
         self.register_buffer("weight", self._start())
-        self.register_buffer("counts", torch.ones(k))
-        self.register_buffer("sums", self.weight.clone())
+        self.register_buffer("counts", torch.zeros(k))
+        self.register_buffer("sums", torch.zeros(k, dim))
+        self._start_averages()
         self.register_buffer("step_counts", torch.zeros(k), persistent=False)
         self.register_buffer("step_sums", torch.zeros(k, dim), persistent=False)
         self.draws = ranks.Draws()
+
+    def initialize(self, latents: Tensor) -> None:
+        super().initialize(latents)
+        self._start_averages()
+
+    @torch.no_grad()
+    def _start_averages(self) -> None:
+        """Codes start as if each had just won one token, which later ones soon outweigh."""
+        self.counts.fill_(1 - self.config.decay)
+        self.sums.copy_(self.weight * (1 - self.config.decay))
 
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
         if not self.training:
