@@ -80,6 +80,7 @@ _FREE_KEYS = (
     "run.accumulation",
     "sampling.",
     "cache:",
+    "cache_verify:",
 )
 
 

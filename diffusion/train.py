@@ -10,6 +10,7 @@ import math
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -82,6 +83,13 @@ class TrainConfig(Config):
     )
     cache: Path | None = Field(None, description="Folder of the latents; null is <out>/latents.")
     cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
+    cache_crops: int = Field(
+        1, ge=1, description="Crops of each image to encode: ADM's centre crop, and beyond one ADM's random crops."
+    )
+    cache_verify: bool = Field(False, description="Compare every shard of a complete cache with its SHA-256 first.")
+    latents: Literal["continuous", "quantized"] = Field(
+        "continuous", description="Train on the encoder's latents or on their codes; the decoder quantizes either way."
+    )
     steps: int = Field(400_000, ge=1, description="Optimizer steps.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -109,6 +117,9 @@ def main() -> None:
         accelerator,
         workers=config.run.workers,
         limit=config.cache_images,
+        crops=config.cache_crops,
+        quantized=config.latents == "quantized",
+        verify=config.cache_verify,
     )
     check_classes(len(cache.classes))
     shift = config.flow.shift or dimension_shift(cache.shape)

@@ -264,12 +264,12 @@ def test_more_classes_than_the_stock_pipeline_has_are_refused_before_training(
 class TwoPoints:
     """A cache of two classes, all of whose latents are -1 or +1."""
 
-    shape, flips = (2, 4, 4), 1
+    shape, views = (2, 4, 4), 1
 
     def __len__(self):
         return 64
 
-    def read(self, index, flip):
+    def read(self, index, view):
         return torch.full(self.shape, 2.0 * (index % 2) - 1), index % 2
 
 
