@@ -1,4 +1,4 @@
-"""Train a class-conditional DiT by rectified flow in the latent space of a frozen tokenizer.
+"""Train a class-conditional DiT by rectified flow, or as a DDPM, in the latent space of a frozen tokenizer.
 
 accelerate launch diffusion/train.py                                    # DiT-B on what the default tokenizer run left
 accelerate launch diffusion/train.py --config configs/imagenet128/dit-xl.yaml --tokenizer runs/nsvq/tokenizer
@@ -10,12 +10,12 @@ import math
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
 
 from common import config as configs
@@ -35,23 +35,16 @@ from common.run import (
     progress_bar,
 )
 from diffusion.encode import open_cache
-from diffusion.flow import (
-    FlowConfig,
-    dimension_shift,
-    drop_labels,
-    flow_loss,
-    make_scheduler,
-    sample,
-    training_sigma,
-)
 from diffusion.latents import train_batches
 from diffusion.model import ModelConfig, make_model
+from diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
+from diffusion.sampling import TIMESTEPS, sample
 from pipelines.export import check_classes, save_pipeline, to_stock
 from tokenizer import Tokenizer
 from tokenizer.pretrained import read_training
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
-_QUARTILES = 4  # of sigma, in the loss that is logged
+_QUARTILES = 4  # of the noise level, in the loss that is logged
 
 
 class OptimConfig(Config):
@@ -67,7 +60,7 @@ class OptimConfig(Config):
 
 
 class SamplingConfig(Config):
-    """The picture of samples during training."""
+    """The picture of samples during training, of averaged weights and fixed seeds."""
 
     images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
@@ -93,10 +86,23 @@ class TrainConfig(Config):
     steps: int = Field(400_000, ge=1, description="Optimizer steps.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
-    flow: FlowConfig = Field(default_factory=FlowConfig)
+    objective: ObjectiveConfig = Field(default_factory=FlowConfig, discriminator="name")
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_objective(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("objective"), dict):
+            values = values | {"objective": {"name": "flow"} | values["objective"]}
+        return values
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "TrainConfig":
+        if self.objective.name == "ddpm" and TIMESTEPS % self.sampling.steps:
+            raise ValueError(f"sampling.steps = {self.sampling.steps} must divide {TIMESTEPS}, the steps of the DDPM")
+        return self
 
 
 def main() -> None:
@@ -122,7 +128,8 @@ def main() -> None:
         verify=config.cache_verify,
     )
     check_classes(len(cache.classes))
-    shift = config.flow.shift or dimension_shift(cache.shape)
+    objective = make_objective(config.objective, cache.shape)
+    sampling = config.sampling
 
     # Model and optimizer
     set_seed(config.run.seed)  # whatever encoding drew
@@ -149,20 +156,22 @@ def main() -> None:
         return {name: part.state_dict() for name, part in stateful.items()}
 
     @torch.no_grad()
-    def draw() -> None:
-        """Samples from fixed noise, with EMA weights."""
-        count = config.sampling.images
-        labels = torch.arange(count, device=device) * len(cache.classes) // count
-        noise = torch.stack(
-            [torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-        )
-        with averaged_weights(ema, parameters), accelerator.autocast():
+    def draw(labels: list[int], seeds: range, guidance_scale: float) -> torch.Tensor:
+        """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds."""
+        noise = torch.stack([torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
+        with accelerator.autocast():
             latents = sample(
-                model, make_scheduler(shift), noise.to(device), labels, model.null_class,
-                steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale,
+                model, objective.scheduler(), noise.to(device), torch.tensor(labels, device=device), model.null_class,
+                steps=sampling.steps, guidance_scale=guidance_scale,
             )  # fmt: skip
         latents = latents / tokenizer.model.config.scaling_factor
-        images = torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
+        return torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
+
+    def draw_picture() -> None:
+        count = sampling.images
+        with averaged_weights(ema, parameters):
+            images = draw([i * len(cache.classes) // count for i in range(count)], range(count),
+                          sampling.guidance_scale)  # fmt: skip
         run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
 
     # Training
@@ -180,20 +189,20 @@ def main() -> None:
             micro_batches.append(loaded)
             batch = {name: loaded[name].to(device, non_blocking=True) for name in loaded if name != "id"}
             run.seed_micro_batch(number, micro_batch)
-            sigma = training_sigma(batch["time_normal"], config.flow, shift)
+            levels = objective.levels(batch["time_normal"])
             labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.class_dropout, model.null_class)
             with accelerator.accumulate(network), run.counting_flops("step", micro_batch):
-                losses = flow_loss(network, batch["latents"], batch["noise"], sigma, labels)
+                losses = objective.losses(network, batch["latents"], batch["noise"], levels, labels)
                 accelerator.backward(losses.mean())
-            results.append((losses.detach(), sigma))
+            results.append((losses.detach(), levels))
         accelerator.unscale_gradients()
         norm = clip_grad_norm_(parameters, optim.clip_grad_norm)
         if guard.step([optimizer], [norm, *(losses.mean() for losses, _ in results)]):
             ema.step(parameters)
             share = micro_batch * config.run.accumulation
             means.add("grad_norm", share * norm, share)
-            for losses, sigma in results:
-                _add_losses(means, losses, sigma)
+            for losses, levels in results:
+                _add_losses(means, losses, levels)
         run.step += 1
         run.samples_seen += config.run.batch_size
         bar.update()
@@ -206,7 +215,7 @@ def main() -> None:
             values = run.log(values | {"skipped_steps": guard.skipped})
             show(bar, values, ("loss", "grad_norm"))
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
-            draw()
+            draw_picture()
         if run.checkpoint_due() or last or guard.stop:
             run.save(states())
         if guard.stop:
@@ -222,26 +231,26 @@ def main() -> None:
             "step": run.step,
             "samples_seen": run.samples_seen,
             "parameters": sum(p.numel() for p in parameters),
-            "flow_shift": shift,
+            "objective": objective.description,
             "config": configs.to_dict(config),
             "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
             "tokenizer": read_training(config.tokenizer),
         }
         classes = dict(enumerate(cache.classes))
-        save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), make_scheduler(shift),
+        save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), objective.scheduler(),
                       classes, about)  # fmt: skip
         accelerator.print(f"pipeline: {config.out / 'pipeline'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def _add_losses(means: Means, losses: torch.Tensor, sigma: torch.Tensor) -> None:
-    """Losses [B] at noise levels sigma [B], in all and by quartile of sigma."""
+def _add_losses(means: Means, losses: torch.Tensor, levels: torch.Tensor) -> None:
+    """Losses [B] at noise levels [B], in all and by quarter of the level."""
     means.add("loss", losses.sum(), len(losses))
-    quartile = (sigma * _QUARTILES).long().clamp(max=_QUARTILES - 1)
+    quartile = (levels * _QUARTILES).long().clamp(max=_QUARTILES - 1)
     for q in range(_QUARTILES):
         inside = (quartile == q).float()
-        means.add(f"loss_sigma_q{q + 1}", (losses * inside).sum(), inside.sum())
+        means.add(f"loss_level_q{q + 1}", (losses * inside).sum(), inside.sum())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field, field_validator
 from torch import Tensor
 from torchvision.utils import save_image
@@ -30,6 +30,7 @@ from common import launch
 from common.data import DataConfig, Images, Stream, open_split
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
+from diffusion.sampling import SAMPLERS, make_sampler, set_steps
 from eval import report
 from eval.classifier import Classifier, train_classifier
 from eval.features import DINOV2, INCEPTION, Collector, Extractor, file_hash, metric_name, resolve
@@ -81,6 +82,10 @@ class GenerationConfig(report.EvaluationConfig):
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="Noise levels, from 0 (image) to 1 (noise), within which guidance acts."
     )
+    guide: Path | None = Field(
+        None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
+    )
+    sampler: Literal[SAMPLERS] | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
     steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
     seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
@@ -141,6 +146,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
     if config.guidance_interval != (0.0, 1.0) and not is_ours(pipeline):
         raise UsageError(f"--guidance_interval: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+    guide = _prepare(pipeline, config)
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
     result = {"kind": "generation", "protocol": config.protocol}
@@ -158,7 +164,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     label = _label_rule(config, data, len(names))
     runs = []
     for scale, steps in itertools.product(config.guidance_scale, config.steps):
-        how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label)
+        how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label, guide)
         runs.append(_run(pipeline, how, names, extractors, real, classifier, config, accelerator))
     accuracy = _real_accuracy(classifier, data, config, accelerator) if classifier else None
     if not accelerator.is_main_process:
@@ -182,11 +188,29 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         "classes": names,
         "seeds": f"sample i has seed {config.seed} + i",
         "sampler": {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval,
+                    "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
                     **_public(pipeline.scheduler.config)},
         "features": {name: extractor.about for name, extractor in extractors.items()},
         "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
         **report.provenance(accelerator, config.model_copy(update={"data": data})),
     }  # fmt: skip
+
+
+def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
+    """Give the pipeline its sampler, and load the guide. Raises `UsageError` where one of them, or the number of steps,
+    does not fit."""
+    try:
+        if config.sampler:
+            pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
+        if not is_ours(pipeline):
+            if config.guide:
+                raise ValueError(f"--guide: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+            return None
+        for steps in config.steps:
+            set_steps(pipeline.scheduler, steps)
+        return pipeline.load_guide(config.guide) if config.guide else None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _resolve(config: GenerationConfig, size: int) -> GenerationConfig:
@@ -345,6 +369,8 @@ def _sample_folder(
         return None
     about = {
         "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,
+        "guide": config.guide and report.folder_hash(config.guide),
+        "sampler": type(pipeline.scheduler).__name__,
         "scheduler": {k: str(v) for k, v in _public(pipeline.scheduler.config).items()},
         **{key: getattr(how, key) for key in ("guidance_scale", "guidance_interval", "steps", "seed", "precision")},
         "first labels": [how.label(sample) for sample in range(100)],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
@@ -31,7 +31,8 @@ STOCK_GUIDANCE = (0.0, 1.0)  # the interval of pipelines that know none
 
 @dataclass
 class Sampling:
-    """How samples are drawn. `label`: sample number -> class id; `precision`: autocast type of the transformer."""
+    """How samples are drawn. `label`: sample number -> class id; `precision`: autocast type of the transformer;
+    `guide`: transformer for autoguidance."""
 
     guidance_scale: float
     guidance_interval: tuple[float, float]
@@ -39,6 +40,7 @@ class Sampling:
     seed: int
     precision: str
     label: Callable[[int], int]
+    guide: ModelMixin | None = None
 
     @property
     def name(self) -> str:
@@ -100,7 +102,8 @@ def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
     labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
     with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
         if is_ours(pipeline):
-            options |= {"guidance_interval": how.guidance_interval, "seeds": seeds, "output_type": "latent"}
+            options |= {"guidance_interval": how.guidance_interval, "guide": how.guide}
+            options |= {"seeds": seeds, "output_type": "latent"}
             latents = pipeline(labels, **options).images
         else:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -39,8 +39,7 @@ def _front_matter(about: dict) -> str:
         "---",
         "library_name: diffusers",
         "pipeline_tag: unconditional-image-generation",
-        "tags: [class-conditional-image-generation, diffusion, dit, rectified-flow, vector-quantization, nsvq, "
-        f"'arxiv:{PAPER}']",
+        f"tags: [class-conditional-image-generation, diffusion, dit, vector-quantization, nsvq, 'arxiv:{PAPER}']",
         *([f"datasets: [{source}]"] if from_hub else []),
         "# license: to be set by whoever publishes the model; it depends on the training data",
         "---",
@@ -55,9 +54,9 @@ def _summary(about: dict, names: dict[str, str], vae: dict, transformer: dict) -
     return f"""# Class-conditional DiT on vector-quantized latents
 
 A diffusion transformer ({about["parameters"] / 1e6:.1f} M parameters, depth {transformer["num_layers"]}, patch
-{transformer["patch_size"]}), trained by rectified flow in the latent space of a frozen image tokenizer
-({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). It samples continuous latents, and the
-tokenizer's decoder quantizes them first.
+{transformer["patch_size"]}), trained in the latent space of a frozen image tokenizer
+({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). The tokenizer's
+decoder quantizes what it samples.
 
 - Images: {key["image_size"]} x {key["image_size"]} pixels; latents: {height} x {width} x {channels}
 - Classes: {len(names)}{f" ({shown})" if names else ""}
@@ -89,7 +88,7 @@ image = pipeline([{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), 
 
 def _training(about: dict) -> str:
     config, latents = about["config"], about["latents"]
-    optim, flow, run = config["optim"], config["flow"], config["run"]
+    optim, run, key = config["optim"], config["run"], latents["key"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     channel_means = [abs(value) for value in latents["mean"]]
     return f"""## Training
@@ -98,17 +97,20 @@ def _training(about: dict) -> str:
 - Optimizer: AdamW, learning rate {optim["lr"]:g}, betas {tuple(optim["betas"])}, weight decay
   {optim["weight_decay"]:g}, gradient norm at most {optim["clip_grad_norm"]:g}, {optim["warmup_steps"]} warm-up steps;
   mixed precision: {run["mixed_precision"]}; averaged weights with decay {optim["ema_decay"]:g}
-- Objective: v = noise - x0 at x = (1 - sigma) x0 + sigma noise; logit(sigma) normal with mean {flow["logit_mean"]:g}
-  and deviation {flow["logit_std"]:g}, then shifted by s = {about["flow_shift"]:.4g}, in sampling too; labels dropped
-  with probability {config["model"]["class_dropout"]:g}
-- Images: ADM's centre crop{", and its mirror image" if latents["key"]["flips"] == 2 else ""};
-  {latents["bad_images"]} images did not decode and were left out
-- Latents over the training set, as the transformer sees them: overall deviation {latents["overall_std"]:.4f};
-  deviation of a channel {min(latents["std"]):.4f} to {max(latents["std"]):.4f}; largest mean of a channel
-  {max(channel_means):.4f}
+- Objective: {about["objective"]}; labels dropped with probability {config["model"]["class_dropout"]:g}
+- Images: {_views(key)}; {latents["bad_images"]} images did not decode and were left out
+- Latents: {key["latents"]}; over the training set, as the transformer sees them: overall deviation
+  {latents["overall_std"]:.4f}; deviation of a channel {min(latents["std"]):.4f} to
+  {max(latents["std"]):.4f}; largest mean of a channel {max(channel_means):.4f}
 - Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {latents["key"]["tokenizer"]}
 - Software: nsvq {about["nsvq"]}, {versions}; all settings are in `nsvq.json`
 """
+
+
+def _views(key: dict) -> str:
+    """Which crops of an image there are latents of."""
+    crops = "ADM's centre crop" + (f" and {key['crops'] - 1} of its random crops" if key["crops"] > 1 else "")
+    return crops + (", and the mirror image of each" if key["flips"] == 2 else "")
 
 
 def _tokenizer(about: dict | None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
 from instrumented import attempts, samples
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,9 +15,10 @@ from common import checkpoints
 from common.errors import Stopped, UsageError, UserError
 from common.run import Run
 from diffusion import train
-from diffusion.flow import FlowConfig, drop_labels, flow_loss, make_scheduler, sample, training_sigma
 from diffusion.latents import LatentCache, train_batches
 from diffusion.model import DiT
+from diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
+from diffusion.sampling import sample
 from diffusion.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,23 @@ def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instr
     assert [first for first, _ in attempts(tmp_path / "parts-record")] == [0, 16, 40]
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_ddpm_on_quantized_latents_of_several_crops_is_trained_and_exported(
+    run_script, arguments, prediction, tmp_path
+):
+    arguments[arguments.index("--cache") + 1] = tmp_path / "latents"
+    out = tmp_path / "out"
+    run_script(main, *arguments, "--out", out, "--steps", 2, "--objective.name", "ddpm", "--objective.prediction",
+               prediction, "--latents", "quantized", "--cache_crops", 2)  # fmt: skip
+    pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
+    assert type(pipeline.scheduler) is DDIMScheduler
+    assert pipeline.scheduler.config.prediction_type == {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+    card = (out / "pipeline" / "README.md").read_text()
+    assert "Objective: DDPM of 1000 steps" in card
+    assert "ADM's centre crop and 1 of its random crops, and the mirror image of each" in card
+    assert "Latents: quantized" in card
+
+
 def test_a_finished_run_that_is_started_again_exports_again(run_script, arguments, tmp_path):
     run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 2)
     before, log = exported(tmp_path / "out"), metrics(tmp_path / "out")
@@ -131,9 +150,9 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
 def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
     run_script, arguments, small_disk, monkeypatch, capsys
 ):
-    ballast, steps, real = small_disk / "ballast", itertools.count(1), train.flow_loss
+    ballast, steps, real = small_disk / "ballast", itertools.count(1), Objective.losses
 
-    def flow_loss(*inputs):
+    def losses(*inputs):
         step = next(steps)
         if step == 3:
             with contextlib.suppress(OSError), open(ballast, "wb") as file:
@@ -142,7 +161,7 @@ def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
             ballast.unlink()
         return real(*inputs)
 
-    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    monkeypatch.setattr(Objective, "losses", losses)
     out = small_disk / "out"
     run_script(main, *arguments, "--out", out, "--run.checkpoint_every", 2, "--run.log_every", 1,
                "--run.keep_checkpoints", 1, "--model.depth", 1, "--model.width", 16)  # fmt: skip
@@ -155,26 +174,26 @@ def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
 
 
 def test_metrics_are_means_over_the_interval_with_warmup_and_quartiles(run_script, arguments, tmp_path, monkeypatch):
-    recorded, real = [], train.flow_loss
+    recorded, real = [], Objective.losses
 
-    def record(network, latents, noise, sigma, labels):
-        losses = real(network, latents, noise, sigma, labels)
-        recorded.append((losses.detach(), sigma))
+    def record(objective, network, latents, noise, levels, labels):
+        losses = real(objective, network, latents, noise, levels, labels)
+        recorded.append((losses.detach(), levels))
         return losses
 
-    monkeypatch.setattr(train, "flow_loss", record)
+    monkeypatch.setattr(Objective, "losses", record)
     run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 6)
     rows = metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["samples_seen"] for row in rows] == [16, 32, 48]
     assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 1e-3])
     for i, row in enumerate(rows):
-        losses, sigma = (torch.cat(parts) for parts in zip(*recorded[2 * i : 2 * i + 2], strict=True))
+        losses, levels = (torch.cat(parts) for parts in zip(*recorded[2 * i : 2 * i + 2], strict=True))
         assert row["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
         assert row["grad_norm"] > 0
         for q in range(4):
-            inside = (sigma >= q / 4) & (sigma < (q + 1) / 4)
-            mean = row.get(f"loss_sigma_q{q + 1}")
+            inside = (levels >= q / 4) & (levels < (q + 1) / 4)
+            mean = row.get(f"loss_level_q{q + 1}")
             assert (mean is not None) == bool(inside.any())
             if mean is not None:
                 assert mean == pytest.approx(losses[inside].mean().item(), rel=1e-5)
@@ -230,6 +249,8 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--model.width", "2"], UsageError, "model.width"),
         (["--model.width", "8", "--model.heads", "1", "--model.patch_size", "3"], UsageError, "patches of side 3"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], UsageError, "must be a multiple of ranks"),
+        (["--objective.name", "ddpm", "--sampling.steps", "30"], UsageError, "sampling.steps = 30 must divide 1000"),
+        (["--objective.name", "ddpm", "--objective.shift", "2"], UsageError, "objective.shift is a key of another"),
         (["--model.sizes", "S"], UsageError, "did you mean model.size"),
     ],
 )
@@ -273,20 +294,22 @@ class TwoPoints:
         return torch.full(self.shape, 2.0 * (index % 2) - 1), index % 2
 
 
-def test_a_trained_network_samples_the_class_that_was_asked_for():
+@pytest.mark.parametrize("config", [FlowConfig(), DDPMConfig()], ids=["flow", "ddpm"])
+def test_a_trained_network_samples_the_class_that_was_asked_for(config):
+    objective = make_objective(config, TwoPoints.shape)
     model = DiT(sample_size=4, in_channels=2, num_classes=2, patch_size=2, depth=2, width=32, heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     batches = train_batches(TwoPoints(), batch_size=32, seed=0)
     for batch in itertools.islice(batches, 600):
-        sigma = training_sigma(batch["time_normal"], FlowConfig(), 1.0)
+        levels = objective.levels(batch["time_normal"])
         labels = drop_labels(batch["labels"], batch["drop_uniform"], 0.2, model.null_class)
-        flow_loss(model, batch["latents"], batch["noise"], sigma, labels).mean().backward()
+        objective.losses(model, batch["latents"], batch["noise"], levels, labels).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     labels = torch.tensor([0, 1] * 8)
-    got = sample(model, make_scheduler(1.0), torch.randn(16, 2, 4, 4), labels, model.null_class, steps=20)
-    assert (got - (2.0 * labels.view(-1, 1, 1, 1) - 1)).abs().mean() < 0.15
-    unlabelled = sample(model, make_scheduler(1.0), torch.randn(256, 2, 4, 4), torch.zeros(256, dtype=torch.int64), 2,
+    got = sample(model, objective.scheduler(), torch.randn(16, 2, 4, 4), labels, model.null_class, steps=20)
+    assert (got - (2.0 * labels.view(-1, 1, 1, 1) - 1)).abs().mean() < 0.3
+    unlabelled = sample(model, objective.scheduler(), torch.randn(256, 2, 4, 4), torch.zeros(256, dtype=torch.int64), 2,
                         steps=20, guidance_scale=0.0)  # fmt: skip
     signs = unlabelled.mean((1, 2, 3)).sign()
     assert 32 < (signs > 0).sum() < 224, signs.sum()

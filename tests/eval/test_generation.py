@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,6 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
     UNet2DModel,
     VQModel,
 )
@@ -23,6 +23,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
+from diffusion.sampling import ddpm_scheduler, flow_scheduler
 from eval import generation, reference
 from eval.features import file_hash
 from eval.generation import GenerationConfig, evaluate
@@ -36,10 +37,10 @@ from pipelines.export import save_pipeline
 def measure(image_folder, tiny_extractor, tmp_path):
     """Evaluate a pipeline against the tiny images; returns the result."""
 
-    def run(pipeline=None, data=None, **options):
+    def run(pipeline=None, data=None, folder="pipeline", **options):
         config = GenerationConfig(
             **{
-                "pipeline": str(tmp_path / "pipeline"),
+                "pipeline": str(tmp_path / folder),
                 "data": {"source": str(image_folder), "max_bad_fraction": 0.3, **(data or {})},
                 "output": tmp_path / "result.json",
                 "features": [tiny_extractor],
@@ -127,9 +128,9 @@ def test_sampler_options_reach_the_pipeline_and_the_result(measure):
     assert (call["guidance_scale"], call["guidance_interval"], call["num_inference_steps"]) == (2.5, (0.1, 0.8), 7)
     assert result["setting"] == {"guidance_scale": 2.5, "steps": 7}
     assert result["sampler"]["guidance_interval"] == (0.1, 0.8)
-    assert result["sampler"]["scheduler"] == "SimpleNamespace"
+    assert result["sampler"]["scheduler"] == "DPMSolverMultistepScheduler"
     assert result["sampler"]["flow_shift"] == 1.0
-    assert "_private" not in result["sampler"]
+    assert not any(name.startswith("_") for name in result["sampler"])
 
 
 def test_the_picture_has_a_row_of_samples_for_each_class(measure, tmp_path):
@@ -164,23 +165,69 @@ def test_without_network_every_row_says_how_to_get_the_weights(measure, monkeypa
     assert all("--features_weights" in why for why in result["skipped"].values())
 
 
-def test_real_samples_depend_on_class_and_seed_alone(tokenizer_folder, tmp_path):
+@pytest.fixture
+def own_pipeline(tokenizer_folder, tmp_path):
+    """A pipeline as a run leaves it, by the number of its layers."""
+
+    def make(layers=1):
+        folder = tmp_path / f"pipeline-{layers}"
+        save_pipeline(folder, random_transformer(layers), VQModel.from_pretrained(tokenizer_folder),
+                      flow_scheduler(1.0), {0: "ant", 1: "bee", 2: "cat"})  # fmt: skip
+        pipeline = load_pipeline(str(folder))
+        pipeline.set_progress_bar_config(disable=True)
+        return folder, pipeline
+
+    return make
+
+
+def random_transformer(layers):
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=3,
-        num_layers=1,
+        num_layers=layers,
         sample_size=8,
         num_embeds_ada_norm=1000,
     )
     for weight in transformer.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    vae = VQModel.from_pretrained(tokenizer_folder)
-    save_pipeline(tmp_path / "pipeline", transformer, vae, scheduler, {0: "ant", 1: "bee", 2: "cat"})
-    pipeline = load_pipeline(str(tmp_path / "pipeline"))
-    pipeline.set_progress_bar_config(disable=True)
+    return transformer
+
+
+def test_sampler_and_guide_make_the_samples_and_are_in_the_result(measure, own_pipeline, tmp_path):
+    (folder, pipeline), (weak, _) = own_pipeline(), own_pipeline(2)
+    options = {"samples": 16, "steps": [2], "guidance_scale": [2.0], "metrics": ["fid"], "keep": "png"}
+    options |= {"folder": folder.name, "output": tmp_path / "result.json"}
+    plain = measure(pipeline, **options | {"output": tmp_path / "plain.json"})
+    guided = measure(pipeline, **options, sampler="heun", guide=weak)
+    assert plain["sampler"]["guide"] is None
+    assert plain["sampler"]["scheduler"] == "DPMSolverMultistepScheduler"
+    assert guided["sampler"]["scheduler"] == "FlowMatchHeunDiscreteScheduler"
+    assert guided["sampler"]["guide"] == {"folder": str(weak), "sha256": folder_hash(weak)}
+    pipeline = load_pipeline(str(folder))
+    how = Sampling(2.0, (0.0, 1.0), 2, 0, "no", lambda sample: sample % 3, pipeline.load_guide(weak))
+    pipeline.scheduler = flow_scheduler(1.0, "heun")
+    shown = np.stack([np.asarray(Image.open(Path(guided["samples"]["png"]) / f"{i:06}.png")) for i in range(16)])
+    assert (shown == draw(pipeline, how, range(16)).permute(0, 2, 3, 1).numpy()).all()
+    with pytest.raises(UsageError, match="samples of other settings"):
+        measure(pipeline, **options, sampler="heun")
+
+
+def test_a_sampler_guide_or_number_of_steps_that_does_not_fit_is_told_at_once(measure, own_pipeline, stock_pipeline):
+    (folder, pipeline), stock = own_pipeline(), load_pipeline(str(stock_pipeline))
+    with pytest.raises(UsageError, match="'ddim' is no sampler of rectified flow"):
+        measure(pipeline, sampler="ddim")
+    with pytest.raises(UsageError, match="a DiTPipeline, takes none"):
+        measure(stock, guide=folder)
+    pipeline.scheduler = ddpm_scheduler("epsilon", {"beta_schedule": "linear"})
+    with pytest.raises(UsageError, match="must divide 1000, which 30 does not"):
+        measure(pipeline, steps=[50, 30])
+    assert measure(stock, sampler="dpm++", steps=[3], samples=16)["sampler"]["num_train_timesteps"] == 20
+
+
+def test_real_samples_depend_on_class_and_seed_alone(own_pipeline):
+    _, pipeline = own_pipeline()
     how = Sampling(2.0, (0.0, 1.0), 2, 3, "no", lambda sample: sample % 3)
     together = draw(pipeline, how, range(6))
     apart = torch.cat([draw(pipeline, how, range(0, 1)), draw(pipeline, how, range(1, 6))])
