@@ -39,6 +39,8 @@ from diffusion.latents import train_batches
 from diffusion.model import ModelConfig, make_model
 from diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
 from diffusion.sampling import TIMESTEPS, sample
+from eval.features import INCEPTION
+from eval.monitor import FrechetMonitor
 from pipelines.export import check_classes, save_pipeline, to_stock
 from tokenizer import Tokenizer
 from tokenizer.pretrained import read_training
@@ -60,11 +62,18 @@ class OptimConfig(Config):
 
 
 class SamplingConfig(Config):
-    """The picture of samples during training, of averaged weights and fixed seeds."""
+    """Samples during training, of averaged weights and fixed seeds: a picture, and a Frechet distance."""
 
     images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
+    fd_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between two Frechet distances to the test split; null: none."
+    )
+    fd_samples: int = Field(5_000, ge=2, description="Samples in each; sample i has seed i and class i mod C.")
+    fd_features: str = Field(INCEPTION, description="Their features, as --features of eval/generation.py.")
+    fd_features_weights: Path | None = Field(None, description="Weights of these features; null downloads them.")
+    fd_guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of these samples; 1 is none.")
 
 
 class TrainConfig(Config):
@@ -129,7 +138,10 @@ def main() -> None:
     )
     check_classes(len(cache.classes))
     objective = make_objective(config.objective, cache.shape)
-    sampling = config.sampling
+    monitor = None
+    if (sampling := config.sampling).fd_every:
+        monitor = FrechetMonitor(sampling.fd_features, sampling.fd_features_weights, config.data, accelerator,
+                                 workers=config.run.workers)  # fmt: skip
 
     # Model and optimizer
     set_seed(config.run.seed)  # whatever encoding drew
@@ -174,6 +186,14 @@ def main() -> None:
                           sampling.guidance_scale)  # fmt: skip
         run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
 
+    def distance() -> dict[str, float]:
+        """Of samples of all classes in turn, over all ranks."""
+        with averaged_weights(ema, parameters):
+            return monitor.measure(
+                lambda seeds: draw([i % len(cache.classes) for i in seeds], seeds, sampling.fd_guidance_scale),
+                sampling.fd_samples,
+            )
+
     # Training
     batches = train_batches(
         cache, batch_size=micro_batch, seed=config.run.seed, start=run.samples_seen, rank=accelerator.process_index,
@@ -210,10 +230,12 @@ def main() -> None:
             run.give_up(states(), micro_batches, guard.in_a_row)
 
         last = run.step == config.steps
+        values = distance() if monitor and (run.step % sampling.fd_every == 0 or last) else {}
         if run.step % config.run.log_every == 0 or last:
-            values = means.take() | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value}
-            values = run.log(values | {"skipped_steps": guard.skipped})
-            show(bar, values, ("loss", "grad_norm"))
+            values |= means.take() | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value}
+            values |= {"skipped_steps": guard.skipped}
+        if values:
+            show(bar, run.log(values), ("loss", "grad_norm"))
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw_picture()
         if run.checkpoint_due() or last or guard.stop:

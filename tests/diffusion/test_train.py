@@ -20,6 +20,7 @@ from diffusion.model import DiT
 from diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
 from diffusion.sampling import sample
 from diffusion.train import main
+from eval import generation
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -44,6 +45,14 @@ def arguments(tmp_path, tokenizer_folder, image_folder, latents):
     config.write_text(TINY)
     return ["--config", config, "--tokenizer", tokenizer_folder, "--data", image_folder, "--data.image_size", 16,
             "--data.holdout", 0.05, "--cache", latents]  # fmt: skip
+
+
+@pytest.fixture
+def distance(tiny_extractor, tmp_path, monkeypatch):
+    """Options that turn the Frechet distance on, with references kept in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "references"))  # of processes
+    monkeypatch.setattr("eval.monitor.DEFAULT_CACHE", tmp_path / "references")
+    return ["--sampling.fd_every", 2, "--sampling.fd_samples", 20, "--sampling.fd_features", tiny_extractor]
 
 
 def metrics(out):
@@ -72,9 +81,9 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instrumented, arguments, tmp_path):
+def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instrumented, arguments, distance, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments += ["--run.accumulation", 2, "--run.log_every", 3, "--run.checkpoint_every", 3, "--out"]
+    arguments += [*distance, "--run.accumulation", 2, "--run.log_every", 3, "--run.checkpoint_every", 3, "--out"]
     run_instrumented(train, *arguments, whole, "--run.sample_every", 1, record=tmp_path / "whole-record")
     command = [*arguments, parts]
     for position, workers in ((12, 0), (33, 2)):  # in the second micro-batch of step 2 and the first of step 5
@@ -87,8 +96,28 @@ def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instr
     assert same(checkpoint(parts, 8), checkpoint(whole, 8))
     assert same(exported(parts), exported(whole))
     assert metrics(parts) == metrics(whole)
+    assert ["fd_tiny" in row for row in metrics(whole)] == [True, False, True, True, True]  # steps 2, 3, 4, 6 and 8
     assert samples(tmp_path / "whole-record") == samples(tmp_path / "parts-record")
     assert [first for first, _ in attempts(tmp_path / "parts-record")] == [0, 16, 40]
+
+
+def test_samples_and_distances_change_no_weight(run_script, arguments, distance, tmp_path):
+    run_script(main, *arguments, "--out", tmp_path / "without", "--steps", 4)
+    run_script(main, *arguments, "--out", tmp_path / "with", "--steps", 4, "--run.sample_every", 1, *distance)
+    assert same(exported(tmp_path / "with"), exported(tmp_path / "without"))
+
+
+def test_the_distance_in_training_is_that_of_the_evaluation(
+    run_script, arguments, distance, image_folder, tiny_extractor, tmp_path
+):
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 1.5)
+    run_script(generation.main, "--pipeline", out / "pipeline", "--data", image_folder, "--data.holdout", 0.05,
+               "--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--steps", 2, "--guidance_scale", 1.5,
+               "--workers", 0, "--cache", tmp_path / "others", "--output", result)  # fmt: skip
+    measured = json.loads(result.read_text())["metrics"]["fd_tiny"]
+    assert metrics(out)[-1]["fd_tiny"] == pytest.approx(measured, rel=1e-6)
+    assert metrics(out)[-1]["fd_tiny"] != metrics(out)[0]["fd_tiny"]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -127,9 +156,10 @@ def test_micro_batches_change_no_number(run_script, arguments, tmp_path):
 
 
 def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_back(
-    run_instrumented, run_two_ranks, arguments, tmp_path
+    run_instrumented, run_two_ranks, arguments, distance, tmp_path
 ):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
+    arguments += distance
     run_instrumented(train, *arguments, "--out", alone, record=tmp_path / "alone-record", nan_at=[15])
     how = {"record": tmp_path / "shared-record", "nan_at": [15]}  # of the second rank, in step 2
     arguments += ["--out", shared]
