@@ -81,6 +81,7 @@ _FREE_KEYS = (
     "sampling.",
     "cache:",
     "cache_verify:",
+    "export_every:",
 )
 
 

@@ -24,7 +24,7 @@ from common.config import Config
 from common.data import DataConfig
 from common.errors import UsageError, UserError
 from common.guard import Guard
-from common.metrics import Means, show
+from common.metrics import Means, show, surviving
 from common.run import (
     Run,
     RunConfig,
@@ -93,6 +93,9 @@ class TrainConfig(Config):
         "continuous", description="Train on the encoder's latents or on their codes; the decoder quantizes either way."
     )
     steps: int = Field(400_000, ge=1, description="Optimizer steps.")
+    export_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between two pipelines kept in <out>/pipelines/step-N, such as a guide "
+        "for autoguidance; null: none.")  # fmt: skip
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     objective: ObjectiveConfig = Field(default_factory=FlowConfig, discriminator="name")
@@ -194,6 +197,24 @@ def main() -> None:
                 sampling.fd_samples,
             )
 
+    def export(folder: Path) -> None:
+        """The pipeline, with EMA weights."""
+        about = {
+            "nsvq": code_version(),
+            "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
+            "step": run.step,
+            "samples_seen": run.samples_seen,
+            "parameters": sum(p.numel() for p in parameters),
+            "objective": objective.description,
+            "config": configs.to_dict(config),
+            "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
+            "tokenizer": read_training(config.tokenizer),
+        }
+        classes = dict(enumerate(cache.classes))
+        with averaged_weights(ema, parameters):
+            transformer = to_stock(model)
+        save_pipeline(folder, transformer, tokenizer.model, objective.scheduler(), classes, about)
+
     # Training
     batches = train_batches(
         cache, batch_size=micro_batch, seed=config.run.seed, start=run.samples_seen, rank=accelerator.process_index,
@@ -238,29 +259,18 @@ def main() -> None:
             show(bar, run.log(values), ("loss", "grad_norm"))
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw_picture()
+        if config.export_every and run.step % config.export_every == 0 and accelerator.is_main_process:
+            with surviving(f"pipelines/step-{run.step}"):
+                (config.out / "pipelines").mkdir(exist_ok=True)
+                export(config.out / "pipelines" / f"step-{run.step}")
         if run.checkpoint_due() or last or guard.stop:
             run.save(states())
         if guard.stop:
             run.stop(guard.stop)
     bar.close()
 
-    # Export, with EMA weights
     if accelerator.is_main_process:
-        ema.copy_to(parameters)
-        about = {
-            "nsvq": code_version(),
-            "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
-            "step": run.step,
-            "samples_seen": run.samples_seen,
-            "parameters": sum(p.numel() for p in parameters),
-            "objective": objective.description,
-            "config": configs.to_dict(config),
-            "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
-            "tokenizer": read_training(config.tokenizer),
-        }
-        classes = dict(enumerate(cache.classes))
-        save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), objective.scheduler(),
-                      classes, about)  # fmt: skip
+        export(config.out / "pipeline")
         accelerator.print(f"pipeline: {config.out / 'pipeline'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

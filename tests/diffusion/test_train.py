@@ -21,6 +21,7 @@ from diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels,
 from diffusion.sampling import sample
 from diffusion.train import main
 from eval import generation
+from pipelines import ClassConditionalPipeline
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -243,6 +244,20 @@ def test_pictures_and_pipeline_come_from_the_averaged_weights(run_script, argume
     assert torch.equal(exported(tmp_path / "out")["proj_out_2.weight"], averaged)
     assert not torch.equal(averaged, state["proj_out.weight"])
     assert Image.open(tmp_path / "out" / "samples" / "step-4.png").size == (2 * 18 + 2, 2 * 18 + 2)
+
+
+def test_earlier_pipelines_are_kept_with_their_averaged_weights_and_guide_the_last(run_script, arguments, tmp_path):
+    out = tmp_path / "out"
+    run_script(main, *arguments, "--out", out, "--steps", 4, "--run.checkpoint_every", 2, "--export_every", 2)
+    names = [name for name, _ in DiT(4, 3, 2, depth=2, width=32, heads=2).named_parameters()]
+    for step in (2, 4):
+        kept = load_file(out / "pipelines" / f"step-{step}" / "transformer" / "diffusion_pytorch_model.safetensors")
+        averaged = checkpoint(out, step)[f"ema/{names.index('proj_out.weight')}"]
+        assert torch.equal(kept["proj_out_2.weight"], averaged)
+    assert same(exported(out), kept)
+    run_script(main, *arguments, "--out", tmp_path / "without", "--steps", 4)
+    assert same(exported(tmp_path / "without"), kept)
+    ClassConditionalPipeline.from_pretrained(out / "pipeline").load_guide(out / "pipelines" / "step-2")
 
 
 def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_steps(
