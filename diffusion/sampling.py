@@ -41,7 +41,11 @@ def timestep(level: Tensor) -> Tensor:
     diffusers' multistep schedulers cut their timesteps to integers. A network trained on the exact 1000 sigma would be
     told too small a time at every step of sampling, by 0.5 on average; so it is trained on what it will be told.
     """
-    return torch.floor(TIMESTEPS * level).clamp(max=TIMESTEPS - 1)
+    return _whole(TIMESTEPS * level)
+
+
+def _whole(time: Tensor) -> Tensor:
+    return torch.floor(time).clamp(max=TIMESTEPS - 1)
 
 
 def flow_scheduler(shift: float, sampler: str = "dpm++") -> SchedulerMixin:
@@ -162,9 +166,8 @@ def sample(
 
     latents = noise
     for i, t in enumerate(set_steps(scheduler, steps)):
-        level = float(t) / TIMESTEPS
-        time = timestep(t / TIMESTEPS).to(latents.device).expand(len(latents))  # some schedulers have fractions
-        inside = guidance_interval[0] <= level <= guidance_interval[1]
+        time = _whole(t).to(latents.device).expand(len(latents))  # some schedulers have fractions
+        inside = guidance_interval[0] <= float(t) / TIMESTEPS <= guidance_interval[1]
         prediction = guided(latents, time, guidance_scale if inside else 1.0)
         latents = scheduler.step(prediction, t, latents, return_dict=False, **drawing)[0]
         if on_step is not None:

@@ -235,6 +235,16 @@ def test_autoguidance_starts_from_the_guide_at_the_same_classes():
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_the_network_is_told_the_scheduler_s_timesteps_cut_to_0_to_999(scheduler):
+    recorder = Recorder()
+    steps = 1000 if hasattr(scheduler, "alphas_cumprod") else 300
+    sample(recorder, scheduler, torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), 1, steps=steps)
+    expected = [min(math.floor(t), 999) for t in scheduler.timesteps.tolist()]
+    assert [time for time, _ in recorder.calls] == expected
+    assert len(expected) == len(scheduler.timesteps) >= steps
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_one(scheduler):
     labels, noise = torch.tensor([0, 2]), torch.randn(2, 3, 2, 2)
 

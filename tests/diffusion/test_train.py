@@ -112,9 +112,9 @@ def test_the_distance_in_training_is_that_of_the_evaluation(
     run_script, arguments, distance, image_folder, tiny_extractor, tmp_path
 ):
     out, result = tmp_path / "out", tmp_path / "result.json"
-    run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 1.5)
+    run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 100)
     run_script(generation.main, "--pipeline", out / "pipeline", "--data", image_folder, "--data.holdout", 0.05,
-               "--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--steps", 2, "--guidance_scale", 1.5,
+               "--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--steps", 2, "--guidance_scale", 100,
                "--workers", 0, "--cache", tmp_path / "others", "--output", result)  # fmt: skip
     measured = json.loads(result.read_text())["metrics"]["fd_tiny"]
     assert metrics(out)[-1]["fd_tiny"] == pytest.approx(measured, rel=1e-6)
