@@ -21,7 +21,7 @@ _SHIFT_FREE_DIM = 4096
 class FlowConfig(Config):
     """Rectified flow: the network predicts v = noise - x_0 at x = (1 - sigma) x_0 + sigma noise."""
 
-    name: Literal["flow"] = "flow"
+    name: Literal["flow"] = Field("flow", description="Rectified flow (docs/diffusion.md).")
     noise_levels: Literal["logit-normal", "uniform"] = Field(
         "logit-normal", description="Distribution of sigma in training, before the shift."
     )
@@ -38,7 +38,7 @@ class FlowConfig(Config):
 class DDPMConfig(Config):
     """DDPM of 1000 steps: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise."""
 
-    name: Literal["ddpm"] = "ddpm"
+    name: Literal["ddpm"] = Field("ddpm", description="DDPM (docs/diffusion.md).")
     prediction: Literal["epsilon", "v"] = Field("epsilon", description="The noise, or v of Salimans and Ho.")
     schedule: Literal["linear", "cosine"] = Field(
         "linear", description="Betas from 1e-4 to 2e-2, or those of a cosine alpha_bar."

@@ -191,7 +191,7 @@ def test_times_cut_to_integers_cost_nothing_to_a_network_that_was_trained_on_the
     exact = error(FlowToy("dpm++"), 320)
     trained_on_cut = error(FlowToy("dpm++", believed=lambda _, time: (time + 0.5) / 1000), 320)  # the mean of training
     trained_on_exact = error(FlowToy("dpm++", believed=lambda _, time: time / 1000), 320)
-    assert trained_on_cut < 1.1 * exact
+    assert trained_on_cut < 1.25 * exact
     assert trained_on_exact > 5 * exact
 
 
