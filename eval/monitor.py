@@ -10,11 +10,10 @@ from torch import Tensor
 
 from common.data import DataConfig, open_split
 from common.image_metrics import to_uint8
+from eval.feature_statistics import frechet_distance
 from eval.features import Collector, load_extractor, metric_name
-from eval.ranks import GROUP
 from eval.reference import DEFAULT_CACHE, Cache, real_sets
-from eval.samples import groups
-from eval.statistics import frechet_distance
+from eval.samples import GROUP, groups
 
 
 class FrechetMonitor:
