@@ -10,11 +10,12 @@ import math
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
 
 from common import config as configs
@@ -44,7 +45,7 @@ from diffusion.flow import (
     training_sigma,
 )
 from diffusion.latents import train_batches
-from diffusion.model import ModelConfig, make_model
+from diffusion.model import DiTConfig, ModelConfig, make_model
 from pipelines.export import check_classes, save_pipeline, to_stock
 from tokenizer import Tokenizer
 from tokenizer.pretrained import read_training
@@ -84,11 +85,18 @@ class TrainConfig(Config):
     cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
     steps: int = Field(400_000, ge=1, description="Optimizer steps.")
     data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    model: ModelConfig = Field(default_factory=DiTConfig, discriminator="variant")
     flow: FlowConfig = Field(default_factory=FlowConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_variant(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            values = values | {"model": {"variant": "dit"} | values["model"]}
+        return values
 
 
 def main() -> None:
@@ -110,17 +118,22 @@ def main() -> None:
         workers=config.run.workers,
         limit=config.cache_images,
     )
-    check_classes(len(cache.classes))
+    names = dict(enumerate(cache.classes)) if config.model.conditional else {}
+    check_classes(len(names))
     shift = config.flow.shift or dimension_shift(cache.shape)
 
     # Model and optimizer
     set_seed(config.run.seed)  # whatever encoding drew
     try:
-        model = make_model(config.model, cache.shape, len(cache.classes))
+        model = make_model(config.model, cache.shape, len(names))
     except ValueError as error:
-        raise UsageError(f"{config.model.size} does not fit these latents: {error}") from None
+        raise UsageError(f"the model does not fit these latents: {error}") from None
+    if config.model.compile:
+        model.compile()
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
     network, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(parameters, decay=optim.ema_decay, foreach=True)
 
@@ -141,7 +154,7 @@ def main() -> None:
     def draw() -> None:
         """Samples from fixed noise, with EMA weights."""
         count = config.sampling.images
-        labels = torch.arange(count, device=device) * len(cache.classes) // count
+        labels = torch.arange(count, device=device) * (len(names) or 1) // count
         noise = torch.stack(
             [torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
         )
@@ -170,7 +183,7 @@ def main() -> None:
             batch = {name: loaded[name].to(device, non_blocking=True) for name in loaded if name != "id"}
             run.seed_micro_batch(number, micro_batch)
             sigma = training_sigma(batch["time_normal"], config.flow, shift)
-            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.class_dropout, model.null_class)
+            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.label_dropout(), model.null_class)
             with accelerator.accumulate(network), run.counting_flops("step", micro_batch):
                 losses = flow_loss(network, batch["latents"], batch["noise"], sigma, labels)
                 accelerator.backward(losses.mean())
@@ -216,9 +229,8 @@ def main() -> None:
             "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
             "tokenizer": read_training(config.tokenizer),
         }
-        classes = dict(enumerate(cache.classes))
         save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), make_scheduler(shift),
-                      classes, about)  # fmt: skip
+                      names, about)  # fmt: skip
         accelerator.print(f"pipeline: {config.out / 'pipeline'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 PAPER = "2606.11363"
+_NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net"}
 
 
 def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
@@ -14,16 +15,16 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     """
     about = json.loads((folder / "nsvq.json").read_text())
     index = json.loads((folder / "model_index.json").read_text())
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    vae = json.loads((folder / ("vqvae" if "vqvae" in index else "vae") / "config.json").read_text())
+    names, variant = index.get("id2label", {}), about["config"]["model"]["variant"]
     parts = [
         _front_matter(about),
-        _summary(about, index["id2label"], vae, transformer),
-        _use(index["id2label"]),
+        _summary(about, names, vae),
+        _use(names, variant, index["_class_name"]),
         _training(about),
         _results(results or {}),
-        _limits(len(index["id2label"])),
-        _citation(),
+        _limits(len(names)),
+        _citation(variant),
     ]
     path = folder / "README.md"
     temporary = folder / ".README.md.part"
@@ -48,35 +49,42 @@ def _front_matter(about: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(about: dict, names: dict[str, str], vae: dict, transformer: dict) -> str:
-    key, latents = about["latents"]["key"], about["latents"]
+def _summary(about: dict, names: dict[str, str], vae: dict) -> str:
+    key, latents, model = about["latents"]["key"], about["latents"], about["config"]["model"]
     _, channels, height, width = latents["shape"]
     shown = ", ".join(list(names.values())[:10]) + (", ..." if len(names) > 10 else "")
-    return f"""# Class-conditional DiT on vector-quantized latents
+    kind = f"{'Class-conditional' if names else 'Unconditional'} {_NETWORKS[model['variant']]}"
+    return f"""# {kind} on vector-quantized latents
 
-A diffusion transformer ({about["parameters"] / 1e6:.1f} M parameters, depth {transformer["num_layers"]}, patch
-{transformer["patch_size"]}), trained by rectified flow in the latent space of a frozen image tokenizer
+{about["parameters"] / 1e6:.1f} M parameters, trained by rectified flow in the latent space of a frozen image tokenizer
 ({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). It samples continuous latents, and the
 tokenizer's decoder quantizes them first.
 
 - Images: {key["image_size"]} x {key["image_size"]} pixels; latents: {height} x {width} x {channels}
-- Classes: {len(names)}{f" ({shown})" if names else ""}
+- Classes: {f"{len(names)} ({shown})" if names else "none"}
 - Data: `{about["config"]["data"]["source"]}`, {latents["count"]} training images
 """
 
 
-def _use(names: dict[str, str]) -> str:
-    label = next(iter(names.values()), "0").split(",")[0].strip()
-    return f"""## Use
+def _use(names: dict[str, str], variant: str, pipeline: str) -> str:
+    code = ", trust_remote_code=True" if variant == "modern" else ""
+    intro = "With `diffusers` alone" + (", which runs the model's code in `transformer/nsvq_dit.py`:" if code else ":")
+    what = "" if pipeline == "LDMPipeline" else f"class_labels=[{0 if names else 1000}], "
+    what += "guidance_scale=2.0, " if names else ""
+    stock = f"""## Use
 
-With `diffusers` alone:
+{intro}
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipeline(class_labels=[0], guidance_scale=2.0, num_inference_steps=50).images[0]
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{code})
+image = pipeline({what}num_inference_steps=50).images[0]
 ```
-
+"""
+    if not names:
+        return stock
+    label = next(iter(names.values())).split(",")[0].strip()
+    return f"""{stock}
 With the project's own class, which adds class names, one seed an image, batches, a guidance interval and callbacks:
 
 ```python
@@ -103,7 +111,7 @@ def _training(about: dict) -> str:
   with probability {config["model"]["class_dropout"]:g}
 - Images: ADM's centre crop{", and its mirror image" if latents["key"]["flips"] == 2 else ""};
   {latents["bad_images"]} images did not decode and were left out
-- Latents over the training set, as the transformer sees them: overall deviation {latents["overall_std"]:.4f};
+- Latents over the training set, as the network sees them: overall deviation {latents["overall_std"]:.4f};
   deviation of a channel {min(latents["std"]):.4f} to {max(latents["std"]):.4f}; largest mean of a channel
   {max(channel_means):.4f}
 - Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {latents["key"]["tokenizer"]}
@@ -151,9 +159,10 @@ def _measured(result: dict) -> str:
 
 
 def _limits(classes: int) -> str:
+    knows = f"its {classes} classes at its" if classes else "its"
     return f"""## Limits
 
-- It knows its {classes} classes at its one image size, with the biases of its training data. Samples do not show real
+- It knows {knows} one image size, with the biases of its training data. Samples do not show real
   people, places or events, and must not be passed off as such.
 - An image's detail is bounded by the tokenizer: see its reconstruction figures.
 - The stock pipeline uses guidance only for `guidance_scale` > 1, takes class ids, and samples in at most about 300
@@ -161,9 +170,16 @@ def _limits(classes: int) -> str:
 """
 
 
-def _citation() -> str:
+def _citation(variant: str) -> str:
+    network = {
+        "dit": "Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748",
+        "modern": "Peebles and Xie, https://arxiv.org/abs/2212.09748, with the parts of LightningDiT (Yao et al., "
+        "https://arxiv.org/abs/2501.01423)",
+        "unet": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, "
+        "https://arxiv.org/abs/2112.10752",
+    }[variant]
     return f"""## Citation
 
 The tokenizer's method, NSVQ (non-stationary-aware vector quantization): https://arxiv.org/abs/{PAPER}.
-The transformer: Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748.
+The network: {network}.
 """

@@ -14,9 +14,9 @@ from common import checkpoints
 from common.errors import Stopped, UsageError, UserError
 from common.run import Run
 from diffusion import train
+from diffusion.dit import DiT
 from diffusion.flow import FlowConfig, drop_labels, flow_loss, make_scheduler, sample, training_sigma
 from diffusion.latents import LatentCache, train_batches
-from diffusion.model import DiT
 from diffusion.train import main
 
 ROOT = Path(__file__).parents[2]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import VQModel
 
+from diffusion.dit import DiT
 from diffusion.flow import make_scheduler
-from diffusion.model import DiT
 from pipelines import ClassConditionalPipeline
 from pipelines.export import save_pipeline, to_stock
 
@@ -20,7 +20,7 @@ ABOUT = {
         "optim": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip_grad_norm": 1.0, "warmup_steps": 50,
                   "ema_decay": 0.999},
         "flow": {"logit_mean": 0.0, "logit_std": 1.0},
-        "model": {"class_dropout": 0.1},
+        "model": {"variant": "dit", "class_dropout": 0.1},
         "run": {"batch_size": 256, "mixed_precision": "bf16"},
     },
     "latents": {"key": {"image_size": 16, "flips": 2, "tokenizer": "abc123"}, "shape": [2, 3, 4, 4], "count": 5000,
@@ -34,6 +34,12 @@ def random_dit(**options):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.fixture
+def about():
+    """What training says of a run."""
+    return ABOUT
 
 
 @pytest.fixture(scope="session")

@@ -125,8 +125,8 @@ def test_an_absent_or_foreign_folder_is_one_clear_line(tmp_path):
 def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_path):
     from diffusers import DiffusionPipeline, DiTPipeline
 
+    from diffusion.dit import DiT
     from diffusion.flow import make_scheduler
-    from diffusion.model import DiT
     from pipelines.export import save_pipeline, to_stock
 
     encoder, decoder, images = build(make("fsq"))
