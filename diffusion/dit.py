@@ -95,8 +95,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rotation: Tensor | None) -> Tensor:
         """x (B, N, D); shift, scale and gate (2, B, 1, D), of attention and of MLP -> (B, N, D)."""
-        x = x + gate[0] * self.attention(self.norm1(x) * scale[0] + shift[0], rotation).to(x.dtype)
-        return x + gate[1] * self.mlp(self.norm2(x) * scale[1] + shift[1]).to(x.dtype)
+        x = x + gate[0] * self.attention(self.norm1(x).to(scale.dtype) * scale[0] + shift[0], rotation)
+        return x + gate[1] * self.mlp(self.norm2(x).to(scale.dtype) * scale[1] + shift[1])
+
+
+def branch_dtype(x: Tensor) -> torch.dtype:
+    """The type in which blocks work on a residual stream of x's type: autocast's, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def make_norm(width: int, modern: bool) -> nn.Module:
@@ -184,7 +190,9 @@ class DiT(ModelMixin, ConfigMixin):
         layers = 2 * len(self.blocks)
         rows = condition.transpose(0, 1).unsqueeze(2)  # (6 depth + 2, B, 1, D)
         gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
-        gate, shift, scale = gate.split(2), shift.split(2), (1 + scale).split(2)
+        last_shift, last_scale = shift[-1], 1 + scale[-1]
+        dtype = branch_dtype(latents)
+        gate, shift, scale = (part.to(dtype).split(2) for part in (gate, shift, 1 + scale))
         with torch.autocast(latents.device.type, enabled=False):
             x = self.patch_embed(latents).contiguous()  # (B, N, D)
         for i, block in enumerate(self.blocks):
@@ -194,7 +202,7 @@ class DiT(ModelMixin, ConfigMixin):
             else:
                 x = block(*arguments)
         with torch.autocast(latents.device.type, enabled=False):
-            x = self.proj_out(self.norm_out(x) * scale[-1][0] + shift[-1][0])  # (B, N, p p C)
+            x = self.proj_out(self.norm_out(x) * last_scale + last_shift)  # (B, N, p p C)
         return self.unpatchify(x)
 
     def unpatchify(self, x: Tensor) -> Tensor:

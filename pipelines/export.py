@@ -14,6 +14,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
@@ -148,11 +149,11 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
         last_shift, last_scale = theirs[f"proj_out_1.{kind}"].chunk(2)
         shift, scale, gate = ([block[k + row] for block in blocks for k in (0, 3)] for row in range(3))
         weights[f"modulation.{kind}"] = torch.cat([*gate, *shift, last_shift, *scale, last_scale])
-    model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, config.num_layers,
-                        width, heads, out_channels=config.out_channels)  # fmt: skip
-    model.load_state_dict(weights)
-    model = model.to(stock.device).eval()
-    return model if model.dtype == stock.dtype else model.to(stock.dtype)
+    with init_empty_weights():
+        model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size,
+                            config.num_layers, width, heads, out_channels=config.out_channels)  # fmt: skip
+    model.load_state_dict(weights, assign=True)  # what is laid out alike is shared
+    return model.to(stock.device).eval()
 
 
 def _linear(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
