@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TIME_CHANNELS = 256  # sinusoids of the timestep, as in the stock class
 ROTARY_BASE = 10_000.0
@@ -44,9 +45,14 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of (B, H, N, D)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        # The fused kernel's backward takes three times as long there.
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
+        # The fused kernel's backward takes twice as long there as doing it all again, which keeps no N x N matrix either.
+        return checkpoint(dense_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by its formula."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
