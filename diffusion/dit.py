@@ -45,7 +45,7 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of (B, H, N, D)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        # The fused kernel's backward takes twice as long there as doing it all again, which keeps no N x N matrix either.
+        # The fused kernel's backward takes twice as long there; like it, this keeps no N x N matrix.
         return checkpoint(dense_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
@@ -105,6 +105,10 @@ def main() -> None:
         raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
                         "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
     accelerator = make_accelerator(config.run, config.out)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("checkpoints and averaged weights are of whole networks, and FSDP splits them: launch with "
+                         "DDP (configs/accelerate/four-gpus.yaml), and --model.gradient_checkpointing for large "
+                         "models")  # fmt: skip
     micro_batch = micro_batch_size(config.run, accelerator)
     device, optim = accelerator.device, config.optim
 
