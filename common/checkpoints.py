@@ -5,7 +5,6 @@
 <root>/step-N/manifest.json    size and SHA-256 of each file, and what the run says about the checkpoint; written last
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import UserError
+from common.hashes import file_hash
 
 MANIFEST = "manifest.json"
 
@@ -132,5 +132,4 @@ def sync(path: Path) -> None:
 
 
 def _digest(path: Path) -> dict:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}

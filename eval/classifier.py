@@ -7,7 +7,7 @@ synthetic set it is right on more than 99 % of the test split; on photographs re
 real ones.
 
     classifier = train_classifier(config.data)
-    accuracy = class_accuracy(classifier, images, labels)
+    right = classifier(images).argmax(1) == labels
 """
 
 from itertools import pairwise
@@ -78,20 +78,6 @@ def train_classifier(
         schedule.step()
     batches.close()
     return model.eval()
-
-
-@torch.no_grad()
-def class_accuracy(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-    """Share of `images` [N, 3, H, W] (float in [-1, 1] or uint8) that `model` takes for `labels` [N], in [0, 1].
-
-    Raises `ValueError` where there are no images or not one label each.
-    """
-    if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"expected one label an image and some images, got {len(images)} and {len(labels)}")
-    device = model.head.weight.device
-    pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    right = sum(int((model(x.to(device)).argmax(1) == y.to(device)).sum()) for x, y in pairs)
-    return right / len(labels)
 
 
 def _degrade(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,6 @@ Inception's, which torch-fidelity does not give out, are taken from inside of it
 
 import difflib
 import functools
-import hashlib
 import http.client
 import importlib.util
 import inspect
@@ -28,8 +27,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from common.errors import UsageError, UserError
+from common.hashes import file_hash, state_hash
+from eval.feature_statistics import FeatureSet, InceptionScore, Moments
 from eval.ranks import build_in_turn, gather_by_index, in_groups
-from eval.statistics import FeatureSet, InceptionScore, Moments
 
 INCEPTION = "inception-v3-compat"
 DINOV2 = "dinov2-vit-l-14"
@@ -200,8 +200,10 @@ def load_extractor(
             return _build(name, wanted, weights, from_file=features.endswith(".py"))
 
     module = build_in_turn(accelerator, build)
+    if accelerator.device.type == "cpu":
+        module = module.to(memory_format=torch.channels_last)  # convolutions are faster so, by about a third
     extractor = Extractor(name, layers, module.to(accelerator.device))
-    extractor.about = {"extractor": name, "layers": layers}
+    extractor.about = {"extractor": name, "layers": layers, "state_sha256": state_hash(module)}
     if features.endswith(".py"):
         extractor.about |= {"file": features, "file_sha256": file_hash(Path(features))}
     if name == INCEPTION:
@@ -223,12 +225,6 @@ def _check_inception(extractor: Extractor, weights: Path | None) -> None:
         if weights is None:
             raise UserError(f"{problem}: delete the file, so that it is downloaded again")
         extractor.warnings.append(f"{problem}: no number of theirs compares with a published one")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(name: str, layers: list[str], weights: Path | None, from_file: bool) -> FeatureExtractorBase:

@@ -10,7 +10,6 @@ docs/evaluation.md what each protocol measures. For repeats, move --seed by the 
 """
 
 import itertools
-import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -18,40 +17,27 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from pydantic import Field, field_validator
-from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import config as configs
 from common import launch
 from common.data import DataConfig, Images, Stream, open_split
-from common.errors import UsageError, UserError
-from common.image_metrics import to_uint8
-from eval import report
-from eval.classifier import Classifier, train_classifier
-from eval.features import DINOV2, INCEPTION, Collector, Extractor, file_hash, metric_name, resolve
-from eval.ranks import build_in_turn, gather_by_index
-from eval.reference import ADM_ROWS, ADM_SIZES, Cache, adm_file, real_batches, real_sets, set_from_file
+from common.errors import UsageError
+from common.hashes import file_hash
+from eval import class_accuracy, report
+from eval.classifier import Classifier
+from eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
+from eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
+from eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
+from eval.pictures import Grid
+from eval.ranks import build_in_turn
+from eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
-from eval.statistics import (
-    KID_SUBSET,
-    NEIGHBOURS,
-    FeatureSet,
-    InceptionScore,
-    frechet_distance,
-    isc_splits,
-    kid,
-    precision_recall,
-)
 
 IMAGENET = "ILSVRC/imagenet-1k"
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
-_METRICS = ("fid", "sfid", "isc", "kid", "prc")
-_NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}
-_GRID_CLASSES, _GRID_SAMPLES = 10, 8
 
 
 class GenerationConfig(report.EvaluationConfig):
@@ -67,7 +53,7 @@ class GenerationConfig(report.EvaluationConfig):
         None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
     )
     metrics: list[Literal["fid", "sfid", "isc", "kid", "prc"]] = Field(
-        list(_METRICS), min_length=1, description="What to measure, as far as an extractor has features for it."
+        list(METRICS), min_length=1, description="What to measure, as far as an extractor has features for it."
     )
     samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
     labels: Literal["balanced", "data"] = Field(
@@ -114,20 +100,6 @@ class GenerationConfig(report.EvaluationConfig):
         return value
 
 
-MEANINGS = {
-    "fid": "Frechet distance of samples to real images",
-    "sfid": "Frechet distance in ADM's spatial features, the first 7 channels of mixed_6/conv",
-    "is": "Inception Score of the samples, mean of 10 splits of shuffled samples",
-    "is_std": "standard deviation over the splits",
-    "precision": f"share of samples within the {NEIGHBOURS}-neighbour manifold of real images",
-    "recall": f"share of real images within the {NEIGHBOURS}-neighbour manifold of samples",
-    "kid": "kernel distance of samples to real images, cubic kernel, mean of 100 subsets of 1,000",
-    "kid_std": "standard deviation over the 100 subsets",
-    "class_accuracy": "share of samples that a network trained on the data puts into the class asked for",
-    "class_accuracy_real": "the same of real test images",
-}
-
-
 def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
     """Sample `pipeline` over all ranks and measure the samples; returns the result on the main process, None on others.
 
@@ -143,33 +115,36 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         raise UsageError(f"--guidance_interval: {config.pipeline}, a {type(pipeline).__name__}, takes none")
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
-    result = {"kind": "generation", "protocol": config.protocol}
-    result |= {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": _deviations(config)}
+    result = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
+    result["warnings"] += _deviations(config)
     if images.classes != names:
         difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
         if config.classifier or config.labels == "data":
             raise UsageError(f"--classifier true and --labels data need the same classes: {difference}")
         result["warnings"].append(difference)
     extractors = report.load_extractors(
-        config, accelerator, tuple(config.metrics), result, lambda e: _all_names(config, e)
+        config, accelerator, tuple(config.metrics), result, lambda e: names_of(config.metrics, e)
     )
-    classifier = _train_classifier(data, config, accelerator) if config.classifier else None
+    classifier = class_accuracy.train_on_one_rank(data, config.workers, accelerator) if config.classifier else None
     real, reference = _real_sets(extractors, data, split, images, config, accelerator)
     label = _label_rule(config, data, len(names))
     runs = []
     for scale, steps in itertools.product(config.guidance_scale, config.steps):
         how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label)
         runs.append(_run(pipeline, how, names, extractors, real, classifier, config, accelerator))
-    accuracy = _real_accuracy(classifier, data, config, accelerator) if classifier else None
+    real_accuracy = None
+    if classifier:
+        loading = {"batch_size": config.batch_size, "workers": config.workers}
+        real_accuracy = class_accuracy.real_accuracy(classifier, data, config.reference_limit, accelerator, **loading)
     if not accelerator.is_main_process:
         return None
-    best = _best(runs, result)
+    best = best_setting(runs)
     for key in ("metrics", "meanings", "skipped"):
         result[key] |= best.pop(key)
     result["warnings"] += best.pop("warnings") + [w for extractor in extractors.values() for w in extractor.warnings]
-    if accuracy is not None:
-        result["metrics"]["class_accuracy_real"] = accuracy
-        result["meanings"]["class_accuracy_real"] = MEANINGS["class_accuracy_real"]
+    if real_accuracy is not None:
+        result["metrics"]["class_accuracy_real"] = real_accuracy
+        result["meanings"]["class_accuracy_real"] = class_accuracy.MEANINGS["class_accuracy_real"]
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
     return result | best | {
@@ -211,11 +186,6 @@ def _deviations(config: GenerationConfig) -> list[str]:
         if other_file or other_split:
             found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
     return found
-
-
-def _all_names(config: GenerationConfig, extractor: str) -> list[str]:
-    """The names of all numbers of an extractor, for a result that has to say that they were skipped."""
-    return [metric_name(name, extractor) for metric in config.metrics for name in _NAMES[metric]]
 
 
 def _label_rule(config: GenerationConfig, data: DataConfig, classes: int):
@@ -286,10 +256,8 @@ def _run(
         score = InceptionScore(splits) if scored else None
         collectors[name] = Collector(extractor, tuple(config.metrics), score=score)
     folder = _sample_folder(pipeline, how, config, accelerator)
-    shown: dict[str, list[Tensor]] = {"index": [], "image": []}
-    right: dict[str, list[Tensor]] = {"index": [], "label": [], "right": []}
-    rows = grid_rows(config.samples, names, how.label)
-    in_grid = torch.tensor(sorted({sample for row in rows.values() for sample in row}))
+    grid = Grid(config.samples, names, how.label)
+    judged = class_accuracy.ClassAccuracy(classifier) if classifier else None
     mine = list(groups(config.samples, accelerator.process_index, accelerator.num_processes))
     for samples in tqdm(mine, how.name, unit="group", disable=not accelerator.is_main_process, leave=False):
         wanted = samples[: config.samples - samples.start]
@@ -301,34 +269,24 @@ def _run(
         images = images.to(accelerator.device)
         for collector in collectors.values():
             collector.add(images, index)
-        if classifier:
-            labels = torch.tensor([how.label(sample) for sample in index.tolist()])
-            for name, value in (
-                ("index", index),
-                ("label", labels),
-                ("right", classifier(images).argmax(1).cpu() == labels),
-            ):
-                right[name].append(value)
-        chosen = torch.isin(index, in_grid)
-        shown["index"].append(index[chosen])
-        shown["image"].append(images.cpu()[chosen])
+        if judged:
+            judged.add(images, index, torch.tensor([how.label(sample) for sample in wanted]))
+        grid.add(images, index)
     made = {name: collector.total(accelerator) for name, collector in collectors.items()}
     scores = {n: c.score.total(accelerator) for n, c in collectors.items() if c.score is not None}
-    shown, right = gather_by_index(accelerator, shown), gather_by_index(accelerator, right) if classifier else None
+    accuracy = judged.total(names, accelerator) if judged else None
+    sweep = len(config.guidance_scale) * len(config.steps) > 1
+    about_grid = grid.save(_beside(config.output, how, ".png", sweep), accelerator)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    result = {"setting": {"guidance_scale": how.guidance_scale, "steps": how.steps}}
-    result |= {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
+    result = {"setting": {"guidance_scale": how.guidance_scale, "steps": how.steps}, **report.no_numbers()}
     for name, extractor in extractors.items():
-        _add_distances(result, made[name], real[name], scores.get(name), extractor, config)
-    if classifier:
-        result["metrics"]["class_accuracy"] = right["right"].double().mean().item()
-        result["meanings"]["class_accuracy"] = MEANINGS["class_accuracy"]
-        of = {c: right["right"][right["label"] == c].double().mean().item() for c in right["label"].unique().tolist()}
-        result["class_accuracy_by_class"] = {names[c]: value for c, value in of.items()}
-    sweep = len(config.guidance_scale) * len(config.steps) > 1
-    result["grid"] = _save_grid(shown, rows, names, _beside(config.output, how, ".png", sweep))
+        add_metrics(result, made[name], real[name], scores.get(name), extractor, config.metrics, config.protocol)
+    if accuracy:
+        result["metrics"]["class_accuracy"], result["class_accuracy_by_class"] = accuracy
+        result["meanings"]["class_accuracy"] = class_accuracy.MEANINGS["class_accuracy"]
+    result["grid"] = about_grid
     if folder:
         result["samples"] = {"png": str(folder.folder)}
         if config.keep == "npz":
@@ -355,126 +313,6 @@ def _sample_folder(
 
 def _beside(output: Path, how: Sampling, suffix: str, sweep: bool) -> Path:
     return output.with_name(f"{output.stem}-{how.name}{suffix}") if sweep else output.with_suffix(suffix)
-
-
-def _add_distances(
-    result: dict,
-    made: FeatureSet,
-    real: FeatureSet,
-    score: tuple[float, float] | None,
-    extractor: Extractor,
-    config: GenerationConfig,
-) -> None:
-    """All metrics that the extractor's layers, the counts and the reference allow; the others are skipped, with why."""
-    metrics: dict[str, float] = {}
-    layers = extractor.layers
-    for metric in config.metrics:
-        why = None
-        layer = layers.get(metric)
-        if layer is None:
-            why = f"the extractor {extractor.name} has no outputs for it"
-        elif metric in ("fid", "sfid"):
-            if layer not in made.gaussians:
-                why = f"needs at least 2 samples, there are {made.count}"
-            elif layer not in real.gaussians:
-                why = "the reference holds no statistics for it"
-            else:
-                metrics[metric] = frechet_distance(made.gaussians[layer], real.gaussians[layer])
-                name = metric_name(metric, extractor.name)
-                result["warnings"] += report.rank_warnings(name, made, real, layer)
-        elif metric == "isc":
-            if score is None:
-                why = f"needs at least 10 samples, there are {config.samples}"
-            else:
-                metrics |= dict(zip(("is", "is_std"), score, strict=True))
-        else:
-            function, least = {"kid": (kid, KID_SUBSET), "prc": (precision_recall, NEIGHBOURS + 1)}[metric]
-            if layer not in real.rows:
-                why = "the reference holds no images to compare single ones with"
-            elif min(len(made.rows[layer]), len(real.rows[layer])) < least:
-                counts = f"{len(made.rows[layer])} and {len(real.rows[layer])}"
-                why = f"needs at least {least} images on each side, there are {counts}"
-            else:
-                metrics |= function(made.rows[layer], real.rows[layer])
-                if metric == "prc" and config.protocol == "adm" and len(real.rows[layer]) != ADM_ROWS:
-                    result["warnings"].append(f"protocol adm means {ADM_ROWS} real images for precision and recall, "
-                                              f"these are {len(real.rows[layer])}")  # fmt: skip
-        if why is not None:
-            result["skipped"] |= {metric_name(name, extractor.name): why for name in _NAMES[metric]}
-    meanings = MEANINGS | (
-        {"is": "Inception Score, mean of blocks of 5,000 samples"} if config.protocol == "adm" else {}
-    )
-    for name, value in metrics.items():
-        honest = metric_name(name, extractor.name)
-        result["metrics"][honest] = value
-        result["meanings"][honest] = f"{meanings[name]}; features of {extractor.name}"
-
-
-def _best(runs: list[dict], result: dict) -> dict:
-    """The setting that the result is of: the only one, or the one with the least first Frechet distance."""
-    if len(runs) == 1:
-        return runs[0]
-    measured = [name for name in runs[0]["metrics"] if name.startswith(("fid", "fd_"))]
-    best = min(runs, key=lambda run: run["metrics"].get(measured[0], math.inf)) if measured else runs[0]
-    sweep = [{**run["setting"], "metrics": run["metrics"], "grid": run["grid"]} for run in runs]
-    chosen = f"the least {measured[0]}" if measured else "the first"
-    result["warnings"].append(
-        f"the numbers are of the setting with {chosen} of {len(runs)}, chosen on this very reference"
-    )
-    return best | {"sweep": sweep}
-
-
-def _train_classifier(data: DataConfig, config: GenerationConfig, accelerator: Accelerator) -> Classifier:
-    """The same classifier on all ranks, trained on one."""
-    box = [None]
-    accelerator.print(f"training a classifier on {data.source} ...", file=sys.stderr)
-    if accelerator.is_main_process:
-        try:
-            box = [train_classifier(data, workers=config.workers, device=accelerator.device).cpu()]
-        except UserError as error:
-            box = [error]
-    trained = broadcast_object_list(box)[0]
-    if isinstance(trained, UserError):
-        raise trained
-    return trained.to(accelerator.device)
-
-
-def _real_accuracy(
-    classifier: Classifier, data: DataConfig, config: GenerationConfig, accelerator: Accelerator
-) -> float | None:
-    """The classifier's accuracy on the labelled real test images. A collective call."""
-    counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
-    loading = {"batch_size": config.batch_size, "workers": config.workers}
-    for batch in real_batches(data, "test", config.reference_limit, accelerator, **loading):
-        images, labels = to_uint8(batch["image"].to(accelerator.device)), batch["label"].to(accelerator.device)
-        if len(images):
-            right = (classifier(images).argmax(1) == labels) & (labels >= 0)
-            counts += torch.stack([right.sum(), (labels >= 0).sum()])
-    right, labelled = accelerator.reduce(counts, "sum").tolist()
-    return right / labelled if labelled else None
-
-
-def grid_rows(samples: int, names: list[str], label) -> dict[int, list[int]]:
-    """The samples that the picture shows: {class: its first samples}, for classes spaced evenly over all."""
-    count = min(len(names), _GRID_CLASSES)
-    rows = {i * len(names) // count: [] for i in range(count)}
-    for sample in range(samples):
-        row = rows.get(label(sample))
-        if row is not None and len(row) < _GRID_SAMPLES:
-            row.append(sample)
-        if all(len(row) == _GRID_SAMPLES for row in rows.values()):
-            break
-    return rows
-
-
-def _save_grid(shown: dict[str, Tensor], rows: dict[int, list[int]], names: list[str], path: Path) -> dict:
-    """A row of samples for each class, in the order that the result names them."""
-    by_index = dict(zip(shown["index"].tolist(), shown["image"], strict=True))
-    width = max(map(len, rows.values()))
-    blank = torch.full_like(shown["image"][0], 255)
-    tiles = [by_index[row[i]] if i < len(row) else blank for row in rows.values() for i in range(width)]
-    save_image(torch.stack(tiles) / 255, path, nrow=width, pad_value=1.0)
-    return {"file": str(path), "rows": [names[c] for c in rows]}
 
 
 def _public(config: dict) -> dict:

@@ -17,20 +17,24 @@ from common import config as configs
 from common import launch
 from common.errors import UserError
 
-_WIDTH, _HEIGHT = 300, 130  # of a chart, in pixels
+_WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
 _NO_CURVES = ("step", "samples_seen", "epoch", "replaced_codes", "bad_images")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1c1c1c; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1em; }
 table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; text-align: right; font-weight: 600; white-space: nowrap; }
+.number { font-variant-numeric: tabular-nums; text-align: right; font-weight: 600; white-space: nowrap; }
 .note { color: #666; } .warning { background: #fff3cd; padding: .3em .6em; margin: .3em 0; }
-img { max-width: 100%; min-width: 300px; image-rendering: pixelated; border: 1px solid #ddd; }
+img { max-width: 100%; min-width: min(300px, 100%); image-rendering: pixelated; border: 1px solid #ddd; }
+svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; } h2 { overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; } figcaption { font-size: 13px; }
-.grid { display: flex; gap: 8px; } .rows { display: flex; flex-direction: column; justify-content: space-around;
+.grid { display: flex; gap: 8px; } .grid > :last-child { min-width: 0; }
+.rows { display: flex; flex-direction: column; justify-content: space-around;
 font-size: 13px; text-align: right; max-width: 200px; } svg text { font: 10px system-ui, sans-serif; fill: #666; }
+@media (max-width: 600px) { .numbers tr { display: flex; flex-wrap: wrap; justify-content: space-between; }
+.numbers .note { flex: 1 0 100%; } }
 """
 
 
@@ -96,13 +100,14 @@ def _result(result: dict) -> str:
         f'<tr><td>{escape(name)}</td><td class="number">skipped</td><td class="note">{escape(why)}</td></tr>'
         for name, why in result["skipped"].items()
     ]
-    parts.append(f"<table>{''.join(rows)}</table>")
+    parts.append(f"<table class='numbers'>{''.join(rows)}</table>")
     if sweep := result.get("sweep"):
         parts.append(_sweep(sweep))
     if histogram := result.get("usage_histogram"):
         parts += ["<h3>How often codes are used</h3>", _histogram(histogram)]
     for name, file in result.get("pictures", {}).items():
-        parts += [f"<h3>Reconstructions, {name} (originals above)</h3>", _picture(Path(file))]
+        by = f" by {result['ranked_by']}" if name != "random" and "ranked_by" in result else ""
+        parts += [f"<h3>Reconstructions, {name}{by} (originals above)</h3>", _picture(Path(file))]
     if grid := result.get("grid"):
         names = "".join(f"<div>{escape(name)}</div>" for name in grid["rows"])
         parts.append(f"<h3>Samples by class</h3><div class='grid'><div class='rows'>{names}</div>")
@@ -119,12 +124,12 @@ def _picture(path: Path) -> str:
 
 def _sweep(sweep: list[dict]) -> str:
     names = list(sweep[0]["metrics"])
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("guidance", "steps", *names))
+    head = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
     rows = []
     for run in sweep:
         values = [f"{run['guidance_scale']:g}", str(run["steps"]), *(f"{run['metrics'][name]:.5g}" for name in names)]
         rows.append("<tr>" + "".join(f'<td class="number">{value}</td>' for value in values) + "</tr>")
-    return f"<h3>All settings</h3><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<h3>All settings</h3><div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 
 def _histogram(bars: list[dict]) -> str:
@@ -138,9 +143,13 @@ def _histogram(bars: list[dict]) -> str:
             f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>'
             f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>'
         )
-    size = f'width="{len(bars) * width}" height="{height + 54}"'
     axis = f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>'
-    return f"<svg {size}>{''.join(parts)}{axis}</svg>"
+    return f"{_svg(max(5, len(bars)) * width, height + 54)}{''.join(parts)}{axis}</svg>"
+
+
+def _svg(width: int, height: int) -> str:
+    """A drawing's opening tag: it shrinks with the page."""
+    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
 
 
 def _curves(run: Path) -> str:
@@ -169,15 +178,16 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
     left, low = xs[0], min(ys)
     across, up = xs[-1] - left or 1, max(ys) - low or 1
     line = " ".join(
-        f"{4 + (_WIDTH - 8) * (x - left) / across:.1f},{4 + (_HEIGHT - 8) * (1 - (y - low) / up):.1f}"
+        f"{_LEFT + (_WIDTH - _LEFT - 4) * (x - left) / across:.1f},{4 + (_HEIGHT - 8) * (1 - (y - low) / up):.1f}"
         for x, y in points
     )
     return (
         f"<figure><figcaption><b>{escape(name)}</b> {ys[-1]:.5g}</figcaption>"
-        f'<svg width="{_WIDTH}" height="{_HEIGHT + 16}">'
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#f6f6f6"/>'
+        f"{_svg(_WIDTH, _HEIGHT + 16)}"
+        f'<rect x="{_LEFT - 4}" width="{_WIDTH - _LEFT + 4}" height="{_HEIGHT}" fill="#f6f6f6"/>'
         f'<polyline points="{line}" fill="none" stroke="#4477aa" stroke-width="1.5"/>'
-        f'<text x="4" y="13">{max(ys):.4g}</text><text x="4" y="{_HEIGHT - 5}">{low:.4g}</text>'
+        f'<text x="{_LEFT - 8}" y="11" text-anchor="end">{max(ys):.4g}</text>'
+        f'<text x="{_LEFT - 8}" y="{_HEIGHT - 1}" text-anchor="end">{low:.4g}</text>'
         f'<text x="{_WIDTH - 4}" y="{_HEIGHT + 12}" text-anchor="end">step {xs[-1]}</text></svg></figure>'
     )
 

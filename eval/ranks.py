@@ -10,7 +10,8 @@ from torch import Tensor
 
 from common.errors import UserError
 
-GROUP = 16  # images that a network sees at once
+_AT_ONCE = {"cpu": 4}  # images that a network sees at once; four stay in a processor's cache
+_AT_ONCE_ELSEWHERE = 16
 _GATHER_ROWS = 4096  # rows of each rank on the device at once
 
 T = TypeVar("T")
@@ -34,16 +35,17 @@ def build_in_turn(accelerator: Accelerator, build: Callable[[], T]) -> T:
 
 
 def in_groups(network: Callable[..., Any], *batches: Tensor) -> Any:
-    """`network(*batches)`, on groups of GROUP rows; the last one is filled up by repeating its last row.
+    """`network(*batches)`, on groups of a few rows; the last one is filled up by repeating its last row.
 
     A convolution rounds differently in batches of other shapes, and an 8-bit pixel or a code may then fall on the other
     side of its border. In groups of one shape, an image's result depends on no batch size and no number of ranks.
     `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments.
     """
     count = len(batches[0])
+    size = _AT_ONCE.get(batches[0].device.type, _AT_ONCE_ELSEWHERE)
     outputs = []
-    for start in range(0, count, GROUP):
-        rows = torch.arange(start, start + GROUP).clamp(max=count - 1)
+    for start in range(0, count, size):
+        rows = torch.arange(start, start + size).clamp(max=count - 1)
         outputs.append(network(*(batch[rows.to(batch.device)] for batch in batches)))
     first = outputs[0]
     if torch.is_tensor(first):

@@ -24,15 +24,16 @@ from tqdm import tqdm
 from common.data import BadImages, DataConfig, Images, Stream, eval_batches
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
+from eval.feature_statistics import FeatureSet, Gaussian
 from eval.features import Collector, Extractor
-from eval.ranks import GROUP, build_in_turn
-from eval.statistics import FeatureSet, Gaussian
+from eval.ranks import build_in_turn
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "nsvq" / "references"
 ADM_ROWS = 10_000  # real images that ADM's precision and recall compare with
 ADM_SIZES = {64: "VIRTUAL_imagenet64_labeled", 128: "VIRTUAL_imagenet128_labeled",
              256: "VIRTUAL_imagenet256_labeled", 512: "VIRTUAL_imagenet512"}  # fmt: skip
 _BAD_SHOWN = 20
+_FILE_BATCH = 64  # images of a file at once
 _ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
 
@@ -224,8 +225,8 @@ def set_from_file(
         found = f"{images.shape[2]} x {images.shape[1]}"
         raise UserError(f"--reference {path} holds images of {found} pixels, not {size} x {size}")
     collector = Collector(extractor, metrics)
-    for start in range(accelerator.process_index * GROUP, len(images), accelerator.num_processes * GROUP):
-        batch = torch.from_numpy(images[start : start + GROUP]).permute(0, 3, 1, 2).contiguous()
+    for start in range(accelerator.process_index * _FILE_BATCH, len(images), accelerator.num_processes * _FILE_BATCH):
+        batch = torch.from_numpy(images[start : start + _FILE_BATCH]).permute(0, 3, 1, 2).contiguous()
         collector.add(batch.to(accelerator.device), torch.arange(start, start + len(batch)))
     own = collector.total(accelerator)
     # Statistics that the file gives are of more images than it holds.

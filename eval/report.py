@@ -19,11 +19,11 @@ from pydantic import Field
 from common import config as configs
 from common.data import DataConfig, Images, Stream
 from common.errors import UsageError, UserError
+from common.hashes import file_hash
 from common.run import code_version
-from eval.features import INCEPTION, Extractor, Unavailable, file_hash, load_extractor
-from eval.ranks import GROUP
+from eval.feature_statistics import FeatureSet
+from eval.features import INCEPTION, Extractor, Unavailable, load_extractor
 from eval.reference import DEFAULT_CACHE
-from eval.statistics import FeatureSet
 
 
 class EvaluationConfig(configs.Config):
@@ -45,7 +45,7 @@ class EvaluationConfig(configs.Config):
     batch_size: int = Field(
         64,
         ge=1,
-        description=f"Images that a rank loads at once; networks see {GROUP} at a time, so it changes no number.",
+        description="Images that a rank loads at once; networks see always as many at a time, so it changes no number.",
     )
     workers: int = Field(4, ge=0, description="Data loading processes per rank.")
 
@@ -74,6 +74,11 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
 
 
 # The result
+
+
+def no_numbers() -> dict[str, dict | list]:
+    """The part of a result that measuring fills: {name: number}, {name: what it is}, {name: why not}, warnings."""
+    return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
 
 
 def provenance(accelerator: Accelerator, config: configs.Config) -> dict:

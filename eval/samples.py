@@ -23,10 +23,9 @@ from torch import Tensor
 from common import config as configs
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
-from eval.ranks import GROUP
 from pipelines import ClassConditionalPipeline
 
-STOCK_GUIDANCE = (0.0, 1.0)  # the interval of pipelines that know none
+GROUP = 16  # samples that are drawn at once
 
 
 @dataclass

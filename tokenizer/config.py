@@ -12,6 +12,7 @@ from common.run import RunConfig
 from tokenizer.losses import LossConfig
 from tokenizer.model import ModelConfig
 from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig
+from tokenizer.quantizers.base import NearestQuantizer
 from tokenizer.quantizers.vq import VQConfig
 from tokenizer.schedule import ScheduleConfig
 
@@ -19,12 +20,13 @@ from tokenizer.schedule import ScheduleConfig
 class OptimConfig(Config):
     """Adam for both networks."""
 
-    lr: float = Field(1e-4, gt=0, description="Learning rate of encoder, decoder and discriminator.")
+    lr: float = Field(1e-4, gt=0, description="Learning rate of decoder and discriminator.")
     lr_warmup: float = Field(0, ge=0, description="Epochs over which all learning rates rise from lr_floor.")
     lr_hold: float = Field(0, ge=0, lt=1, description="Share of the rest of the run before they decay.")
     lr_decay: Literal["none", "linear", "cosine"] = Field("none", description="How they then fall to lr_floor.")
     lr_floor: float = Field(0.01, ge=0, le=1, description="Lowest factor on them, at both ends.")
     betas: tuple[float, float] = Field((0.5, 0.9), description="Adam's betas.")
+    encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the encoder; null is lr.")
     codebook_lr: float | None = Field(None, gt=0, description="Learning rate of the quantizer; null is lr.")
     codebook_eps: float = Field(
         1e-8, gt=0, description="Adam's epsilon for the quantizer. The NS gradient of a code that the batch did not "
@@ -78,6 +80,8 @@ class TrainConfig(Config):
         self.quantizer.check_dim(self.model.latent_channels)
         if self.schedule.replace and method.table is Quantizer.table:
             raise ValueError(f"{name} has no free codes to replace; set schedule.replace: false")
+        if self.schedule.consolidate and not _is_nearest_in_free_table(method):
+            raise ValueError(f"k-means does not fit the codes of {name}; set schedule.consolidate: 0")
         if self.loss.nonstationary_weight > 0 and not method.learns_codes:
             raise ValueError(f"the NS loss pulls no codes of {name}; set loss.nonstationary_weight: 0")
         factor = 2 ** (len(self.model.channel_multipliers) - 1)
@@ -89,3 +93,9 @@ class TrainConfig(Config):
                 raise ValueError(f"model.norm_groups = {self.model.norm_groups} must divide every level's width, "
                                  f"but not {self.model.channels * multiplier}")  # fmt: skip
         return self
+
+
+def _is_nearest_in_free_table(method: type[Quantizer]) -> bool:
+    """Whether the codes are free, and compared with latents as the encoder gives them."""
+    free = method.table is not Quantizer.table and method.prepare is Quantizer.prepare
+    return free and issubclass(method, NearestQuantizer)

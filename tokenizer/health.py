@@ -42,42 +42,48 @@ def alarms(values: dict[str, float], codebook_size: int) -> list[str]:
 
 
 class EpochUsage:
-    """Counts of each code, and the mean raw commitment loss, over an epoch and over all ranks."""
+    """Counts and summed squared error of each code, and the mean raw commitment loss, over an epoch and all ranks."""
+
+    _PARTS = ("counts", "errors", "commitment")
 
     def __init__(self, codebook_size: int, accelerator: Accelerator):
         self.accelerator = accelerator
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=accelerator.device)
+        self.errors = torch.zeros(codebook_size, dtype=torch.float64, device=accelerator.device)
         self.commitment = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum, images
 
-    def update(self, indices: Tensor | None, commitment: Tensor, images: int) -> None:
-        """indices [B, h, w] of one micro-batch (None where there are no codes yet), its mean commitment loss, and B."""
+    def update(self, indices: Tensor | None, errors: Tensor, commitment: Tensor, images: int) -> None:
+        """indices [B, h, w] of one micro-batch (None where there are no codes yet), the squared errors [B, h, w] of its
+        tokens, its mean commitment loss, and B."""
         if indices is not None:
-            self.counts += torch.bincount(indices.flatten(), minlength=len(self.counts))
+            indices, size = indices.flatten(), len(self.counts)
+            self.counts += torch.bincount(indices, minlength=size)
+            self.errors += torch.bincount(indices, errors.flatten().double(), minlength=size)
         self.commitment += torch.stack([commitment.detach().double() * images, commitment.new_tensor(images)])
 
-    def total(self) -> tuple[Tensor, float]:
-        """(counts [K], mean commitment) over all ranks so far."""
-        counts = self.accelerator.reduce(self.counts, "sum")
-        total, images = self.accelerator.reduce(self.commitment, "sum").tolist()
-        return counts, total / max(images, 1)
+    def total(self) -> tuple[Tensor, Tensor, float]:
+        """(counts [K], squared errors [K], mean commitment) over all ranks so far."""
+        sums = self._sums()
+        total, images = sums["commitment"].tolist()
+        return sums["counts"], sums["errors"], total / max(images, 1)
 
     def reset(self) -> None:
-        self.counts.zero_()
-        self.commitment.zero_()
+        for name in self._PARTS:
+            getattr(self, name).zero_()
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {name: self.accelerator.reduce(getattr(self, name), "sum") for name in self._PARTS}
 
     def state_dict(self) -> dict:
         """The sums over all ranks; a collective call."""
-        return {
-            "counts": self.accelerator.reduce(self.counts, "sum").cpu(),
-            "commitment": self.accelerator.reduce(self.commitment, "sum").cpu(),
-        }
+        return {name: total.cpu() for name, total in self._sums().items()}
 
     def load_state_dict(self, state: dict) -> None:
         """The first rank takes up the sums, the others start from nothing, so that the total is right."""
         self.reset()
         if self.accelerator.is_main_process:
-            self.counts += state["counts"].to(self.counts)
-            self.commitment += state["commitment"].to(self.commitment)
+            for name in self._PARTS:
+                getattr(self, name).copy_(state[name])
 
 
 class DriftProbe:

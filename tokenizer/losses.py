@@ -40,6 +40,10 @@ class LossConfig(Config):
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
     nonstationary_weight: float = Field(0.1, ge=0, description="alpha, the weight of the NS loss; 0 turns it off.")
     temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
+    temperature_relative: bool = Field(
+        False,
+        description="temperature in units of the running mean of the squared distance to the nearest code.",
+    )
 
 
 def phase_weights(
@@ -64,6 +68,33 @@ def phase_weights(
     if phase != "warmup" and config.adversarial_weight > 0:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
     return weights
+
+
+class Temperature:
+    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code."""
+
+    decay = 0.99
+
+    def __init__(self, config: LossConfig, dim: int):
+        self.config, self.dim = config, dim
+        self.distance: float | None = None
+
+    def value(self) -> float | None:
+        """tau in squared distance summed over d; None before the first distance is known."""
+        if not self.config.temperature_relative:
+            return self.config.temperature
+        return self.distance and self.config.temperature * self.distance
+
+    def update(self, commitment: float) -> None:
+        """Take in a step's mean commitment loss, over all ranks."""
+        new = self.dim * commitment
+        self.distance = new if self.distance is None else self.decay * self.distance + (1 - self.decay) * new
+
+    def state_dict(self) -> dict:
+        return {"distance": self.distance}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.distance = state["distance"]
 
 
 def load_lpips(net: Literal["vgg", "squeeze", "alex"], weights: Path | None) -> nn.Module:

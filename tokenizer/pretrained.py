@@ -5,7 +5,6 @@ codes = tokenizer.encode(images)      # [B, 3, H, W] in [-1, 1] -> [B, h, w]
 images = tokenizer.decode(codes)
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.hashes import state_hash
 from tokenizer.codebook import nearest_code
 from tokenizer.vqmodel import QuantizerVQModel
 
@@ -109,15 +109,13 @@ class Tokenizer(nn.Module):
             raise ValueError(f"expected indices [B, h, w], got {tuple(indices.shape)}")
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
             raise ValueError(f"indices must lie in 0..{self.codebook_size - 1}, got {indices.min()}..{indices.max()}")
+        if self.model.config.get("lookup_from_codebook"):  # as aMUSEd's, which looks the codes up itself
+            shape = (*indices.shape, self.codebook.shape[1])
+            return self.model.decode(indices, force_not_quantize=True, shape=shape).sample
         z_q = self.codebook[indices].permute(0, 3, 1, 2)  # (B, d, h, w)
         return self.model.decode(z_q.contiguous(), force_not_quantize=True).sample
 
     def fingerprint(self) -> str:
         """SHA-256 over config and weights: names this tokenizer in latent caches and results."""
-        digest = hashlib.sha256()
         config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
-        digest.update(json.dumps(config, sort_keys=True, default=list).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return state_hash(self.model, json.dumps(config, sort_keys=True, default=list))

@@ -28,6 +28,12 @@ class ScheduleConfig(Config):
     replace: bool = Field(True, description="Replace dead codes at each epoch's end in stage1.")
     replace_after: int = Field(5, ge=0, description="Epochs at the start without replacement.")
     replace_noise: float = Field(0.001, ge=0, description="Standard deviation of the noise on a replaced code.")
+    replace_from: Literal["usage", "error"] = Field(
+        "usage", description="Active codes are copied in proportion to their usage, or to the squared error that they "
+        "leave, so that new codes go where they are missing.")  # fmt: skip
+    replace_resets_adam: bool = Field(True, description="Clear Adam's moments of a replaced code.")
+    consolidate: int = Field(0, ge=0, description="Iterations of k-means, from the codes, when the encoder is frozen.")
+    consolidate_images: int = Field(10_000, ge=1, description="Training images whose latents it works on.")
 
     @model_validator(mode="after")
     def _leaves_room(self) -> "ScheduleConfig":

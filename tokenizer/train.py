@@ -26,10 +26,11 @@ from tokenizer.config import TrainConfig
 from tokenizer.discriminator import PatchDiscriminator
 from tokenizer.export import latent_statistics, save, to_vqmodel
 from tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
-from tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
+from tokenizer.kmeans import kmeans
+from tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips, phase_weights
 from tokenizer.model import QuantizedDecoder, make_encoder
 from tokenizer.quantizers import make_quantizer
-from tokenizer.replacement import replace_dead_codes
+from tokenizer.replacement import replace_dead_codes, write_rows
 from tokenizer.schedule import Schedule
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "nsvq.yaml"
@@ -65,11 +66,13 @@ def main() -> None:
     # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
     optim = config.optim
     groups = [
-        {"params": [*encoder.parameters(), *decoder.decoder.parameters()]},
+        {"params": list(encoder.parameters()), "lr": optim.encoder_lr or optim.lr},
+        {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
         {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
     ]
-    generator_optimizer = torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas)
+    generator_optimizer = torch.optim.Adam(groups, betas=optim.betas)
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, betas=optim.betas)
+    rates = [*(group["lr"] for group in groups), optim.lr]
     encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer = accelerator.prepare(
         encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
     )
@@ -88,8 +91,9 @@ def main() -> None:
     epoch_usage = EpochUsage(quantizer.codebook_size, accelerator)
     fixed_images = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))["image"]
     probe = DriftProbe(fixed_images.to(device))
+    temperature = Temperature(loss_config, quantizer.dim)
     stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema, "guard": guard,
-                "means": means, "bad_images": bad_images}  # fmt: skip
+                "means": means, "bad_images": bad_images, "temperature": temperature}  # fmt: skip
 
     def freeze_encoder() -> None:
         """No gradients from here on: None, not zero, or Adam's momentum would go on moving the encoder. Its average
@@ -149,29 +153,52 @@ def main() -> None:
             output, _ = reconstruct(images)
         run.save_picture(torch.cat([images, output.float()]), per_row=len(images))
 
+    @torch.no_grad()
+    def training_latents(images: int) -> list[torch.Tensor]:
+        """Encoder outputs [n, d] float32 of this rank's part of training images, a batch each."""
+        with accelerator.autocast():
+            batches = eval_batches(config.data, "train", limit=images, **loading)
+            z = [live_encoder(batch["image"].to(device)).float() for batch in batches]
+        return [part.permute(0, 2, 3, 1).flatten(0, 2) for part in z]
+
     def fit_codes() -> None:
         """Codes for a method that trains without, from what the averaged encoder makes of training images."""
-        if not (count := quantizer.final_latents()):
+        if count := quantizer.final_latents():
+            with averaged_weights(ema, parameters):
+                tokens = live_encoder(probe.images[:1])[0, 0].numel()
+                latents = training_latents(math.ceil(count / tokens))
+            quantizer.fit(torch.cat(latents))
+
+    def averages_of(table: torch.Tensor) -> list[torch.Tensor]:
+        return [a for a, parameter in zip(ema.shadow_params, parameters, strict=True) if parameter is table]
+
+    def consolidate() -> None:
+        """k-means on the frozen encoder's latents, from the codes that training found."""
+        if not config.schedule.consolidate:
             return
-        with averaged_weights(ema, parameters), torch.no_grad(), accelerator.autocast():
-            tokens = live_encoder(probe.images[:1])[0, 0].numel()
-            batches = eval_batches(config.data, "train", limit=math.ceil(count / tokens), **loading)
-            z = [live_encoder(batch["image"].to(device)).float() for batch in batches]
-        quantizer.fit(torch.cat(z).permute(0, 2, 3, 1).flatten(0, 2))
+        table, latents = quantizer.table(), training_latents(config.schedule.consolidate_images)
+        fitted = kmeans(lambda: latents, len(table), seed=config.run.seed, start=table.detach(),
+                        iterations=config.schedule.consolidate)  # fmt: skip
+        rows = torch.arange(len(table), device=device)
+        write_rows(table, rows, fitted, averages=averages_of(table), optimizer=generator_optimizer.optimizer)
+        quantizer.rows_written(rows)
 
     def end_epoch() -> dict[str, float]:
         """Usage of the epoch, the schedule's decision, replacement: all of it from numbers summed over ranks."""
-        counts, commitment = epoch_usage.total()
+        counts, errors, commitment = epoch_usage.total()
         values = {"epoch_commitment": commitment, "replaced_codes": 0}
         values |= usage(counts) if quantizer.has_codes else {}
+        before = schedule.phase
         if schedule.end_epoch(commitment):
             freeze_encoder()
+            if before == "stage1":
+                consolidate()
         elif schedule.replaces_codes():
-            table = quantizer.table()
-            averages = [a for a, parameter in zip(ema.shadow_params, parameters, strict=True) if parameter is table]
             dead = replace_dead_codes(
-                table, counts, optimizer=generator_optimizer.optimizer, averages=averages,
+                quantizer.table(), counts, weights=errors if config.schedule.replace_from == "error" else None,
                 noise=config.schedule.replace_noise, seed=config.run.seed + schedule.epoch,
+                averages=averages_of(quantizer.table()),
+                optimizer=generator_optimizer.optimizer if config.schedule.replace_resets_adam else None,
             )  # fmt: skip
             quantizer.rows_written(dead)
             values["replaced_codes"] = len(dead)
@@ -198,13 +225,12 @@ def main() -> None:
         if run.samples_seen < config.schedule.adversarial_after * epoch_samples:
             weights.pop("adversarial", None)
         factor = optim.lr_factor(run.samples_seen / schedule.total_samples, config.schedule.epochs)
-        for group, lr in zip(
-            [*generator_optimizer.param_groups, *discriminator_optimizer.param_groups],
-            (optim.lr, optim.codebook_lr or optim.lr, optim.lr),
-            strict=True,
-        ):
-            group["lr"] = lr * factor
-        temperature = loss_config.temperature if "nonstationary" in weights else None
+        groups = [*generator_optimizer.param_groups, *discriminator_optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor
+        tau = temperature.value() if "nonstationary" in weights else None
+        if tau is None:
+            weights.pop("nonstationary", None)
         micro_batches, results = [], []
         for number in range(config.run.accumulation):
             batch = next(batches)
@@ -215,7 +241,7 @@ def main() -> None:
             with accelerator.accumulate(encoder, decoder, discriminator), run.counting_flops(phase, micro_batch):
                 with torch.set_grad_enabled(not frozen):
                     z = encoder(images)
-                output, quantized = decoder(z, temperature)
+                output, quantized = decoder(z, tau)
                 terms = {"l1": (output - images).abs().mean(), **quantized.losses}
                 if loss_config.pixel == "mse":
                     terms["mse"] = (output - images).square().mean()
@@ -234,22 +260,26 @@ def main() -> None:
                     terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
                     accelerator.backward(terms["discriminator"])
             terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
-            results.append((terms, quantized.indices))
+            errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
+            results.append((terms, quantized.indices, errors))
         accelerator.unscale_gradients()
         norms = {"grad_norm": clip_grad_norm_(parameters, optim.clip_grad_norm or math.inf)}
         stepping = [generator_optimizer]
         if "adversarial" in weights:
             norms["discriminator_grad_norm"] = clip_grad_norm_(live_discriminator.parameters(), math.inf)
             stepping.append(discriminator_optimizer)
-        stepped = guard.step(stepping, [*(terms["loss"] for terms, _ in results), *norms.values()])
+        stepped = guard.step(stepping, [*(terms["loss"] for terms, *_ in results), *norms.values()])
         quantizer.end_step(stepped)
         if stepped:
             ema.step(parameters)
             share = micro_batch * config.run.accumulation
             for name, value in norms.items():
                 means.add(name, share * value, share)
-            for terms, indices in results:
-                epoch_usage.update(indices, terms["commitment"], micro_batch)
+            if loss_config.temperature_relative:
+                commitment = torch.stack([terms["commitment"] for terms, *_ in results]).mean()
+                temperature.update(accelerator.reduce(commitment, "mean").item())
+            for terms, indices, errors in results:
+                epoch_usage.update(indices, errors, terms["commitment"], micro_batch)
                 for name, value in terms.items():
                     means.add(name, micro_batch * value, micro_batch)
         run.step += 1
@@ -263,7 +293,7 @@ def main() -> None:
             values |= means.take()
             if accelerator.is_main_process:
                 with accelerator.autocast():
-                    values |= probe.measure(live_encoder, quantizer, loss_config.temperature)
+                    values |= probe.measure(live_encoder, quantizer, temperature.value() or loss_config.temperature)
             values |= {"adversarial_weight": weights.get("adversarial", 0.0), "bad_images": bad_images.check(),
                        "skipped_steps": guard.skipped}  # fmt: skip
         if schedule.epoch_ended(run.samples_seen):

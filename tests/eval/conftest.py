@@ -4,8 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import VQModel
 from PIL import Image
+
+from eval.features import load_extractor
+from eval.generation import GenerationConfig, evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fakes.py and two_ranks.py, which processes of their own share
 
@@ -51,6 +55,17 @@ def tiny_extractor(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_extractor, accelerator):
+    """The extractor itself."""
+    return load_extractor(tiny_extractor, None, accelerator)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A stock VQModel with 24 codes, some of them out of reach, for images of 16 pixels and f = 2."""
@@ -87,3 +102,26 @@ def image_folder(tmp_path_factory):
             coarse.resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
     (root / "val" / "bee" / "broken.png").write_bytes(b"no image")
     return root
+
+
+@pytest.fixture
+def measure_samples(image_folder, tiny_extractor, tmp_path):
+    """Evaluate a pipeline, or a stand-in for one, against the tiny images; returns the result."""
+    from fakes import FakePipeline
+
+    def run(pipeline=None, data=None, **options):
+        config = GenerationConfig(
+            **{
+                "pipeline": str(tmp_path / "pipeline"),
+                "data": {"source": str(image_folder), "max_bad_fraction": 0.3, **(data or {})},
+                "output": tmp_path / "result.json",
+                "features": [tiny_extractor],
+                "cache": None,
+                "samples": 40,
+                "workers": 0,
+                **options,
+            }
+        )
+        return evaluate(pipeline or FakePipeline(), config, Accelerator(cpu=True))
+
+    return run

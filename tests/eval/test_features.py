@@ -1,20 +1,9 @@
 import pytest
 import torch
-from accelerate import Accelerator
 
 from common.errors import UsageError, UserError
 from eval import features
 from eval.features import Collector, Unavailable, load_extractor, metric_name
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_extractor, accelerator):
-    return load_extractor(tiny_extractor, None, accelerator)
 
 
 def test_only_inception_gives_the_plain_names():
@@ -82,3 +71,35 @@ def test_a_failed_download_says_how_to_get_the_weights(monkeypatch, accelerator,
 
 def test_the_shared_code_of_a_file_runs_once(tiny_extractor):
     assert features.resolve(tiny_extractor) == features.resolve(tiny_extractor) == "tiny"
+
+
+def test_an_extractor_is_named_by_the_weights_that_it_loaded(accelerator, tmp_path):
+    (tmp_path / "net.py").write_text(
+        """
+import torch
+from pathlib import Path
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+
+class Net(FeatureExtractorBase):
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        self.norm = torch.nn.BatchNorm2d(3)  # whose count of batches has no dimension
+        self.norm.bias.data[:] = float(Path(__file__).with_name("weights.txt").read_text())
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("1",)
+
+
+register_feature_extractor("net", Net)
+"""
+    )
+    names = []
+    for weights in ("1", "1", "2"):  # in a file of their own, beside the extractor's
+        (tmp_path / "weights.txt").write_text(weights)
+        names.append(load_extractor(str(tmp_path / "net.py"), None, accelerator).about)
+    assert names[0] == names[1]
+    assert names[0]["state_sha256"] != names[2]["state_sha256"]
+    assert names[0]["file_sha256"] == names[2]["file_sha256"]

@@ -66,7 +66,8 @@ def page(tmp_path):
     }  # fmt: skip
     generation.pop("tokenizer")
     pictures = {"worst": str(picture), "best": str(tmp_path / "gone.png")}
-    write_page(tmp_path / "new" / "page.html", [RESULT | {"pictures": pictures}, generation], [run])
+    ranked = RESULT | {"pictures": pictures, "ranked_by": "lpips_vgg"}
+    write_page(tmp_path / "new" / "page.html", [ranked, generation], [run])
     return (tmp_path / "new" / "page.html").read_text()
 
 
@@ -81,6 +82,7 @@ def test_the_page_is_whole_and_loads_nothing_from_outside(page, tmp_path):
 def test_the_page_says_every_number_with_its_meaning_and_protocol_and_what_is_missing(page):
     for part in ("25.432", "dB, &lt;mean&gt; over images", "protocol <b>ours</b>", "rfid is nan &amp; gone",
                  "some/&lt;where&gt;", "no network", "gone.png is gone", "&lt;bee&gt;", "Guidance 1.5, 50 steps",
+                 "worst by lpips_vgg",
                  "23 images", "40 images"):  # fmt: skip
         assert part in page
 
@@ -90,7 +92,7 @@ def test_bars_are_as_high_as_their_codes_and_curves_go_through_the_metrics(page)
     bars = [float(a["height"]) for tag, a in tags if tag == "rect" and a.get("fill") == "#4477aa"][:3]
     assert bars == [80.0, 0.0, 160.0]
     curves = [a["points"] for tag, a in tags if tag == "polyline"]
-    assert curves == ["4.0,4.0 296.0,126.0"]  # the loss falls from 2 to 1; a curve without finite values has no chart
+    assert curves == ["50.0,4.0 296.0,126.0"]  # the loss falls from 2 to 1; a curve without finite values has no chart
 
 
 def test_a_missing_result_or_run_is_one_clear_error(run_script, tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
-from eval import reconstruction
+from eval import autoencoders, perceptual, reconstruction, reconstruction_metrics
 from eval.features import Collector
 from eval.reconstruction import main
 
@@ -40,15 +41,15 @@ def test_every_number_equals_that_of_independent_tools(measure, tokenizer_folder
     psnr, ssim, mse = [], [], []
     files = sorted(f for f in image_folder.glob("val/*/*.png") if f.name != "broken.png")
     originals = [np.asarray(Image.open(file)) for file in files]
-    filled = originals + originals[-1:] * 9  # two groups of 16, as the networks see them
+    filled = originals + originals[-1:]  # six groups of 4, as the networks see them
     outputs = []
-    for group in (filled[:16], filled[16:]):
+    for group in (filled[i : i + 4] for i in range(0, 24, 4)):
         x = torch.tensor(np.stack(group)).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             z = model.encode(x).latents
             _, _, (_, _, indices) = model.quantize(z)
-            z_q = model.quantize.get_codebook_entry(indices, (16, 8, 8, 3))
-            outputs += zip(z, z_q, indices.view(16, 64), model.decode(z_q, force_not_quantize=True).sample, strict=True)
+            z_q = model.quantize.get_codebook_entry(indices, (4, 8, 8, 3))
+            outputs += zip(z, z_q, indices.view(4, 64), model.decode(z_q, force_not_quantize=True).sample, strict=True)
     for i, (original, (z, z_q, indices, y)) in enumerate(zip(originals, outputs[:23], strict=True)):
         codes += indices.tolist()
         errors.append((z - z_q).double().square().mean().item())
@@ -125,7 +126,7 @@ def test_perfect_reconstructions_have_distance_zero_and_no_psnr(measure, monkeyp
     assert "psnr_batch" not in result["metrics"]
 
 
-def test_lpips_is_the_mean_over_images_of_8_bit_pairs(measure, monkeypatch):
+def test_lpips_is_the_mean_over_images_of_8_bit_pairs_and_its_weights_are_named(measure, monkeypatch, tmp_path):
     seen = []
 
     class Fake(torch.nn.Module):
@@ -133,8 +134,15 @@ def test_lpips_is_the_mean_over_images_of_8_bit_pairs(measure, monkeypatch):
             seen.append((a, b))
             return (a - b).abs().flatten(1).amax(1)
 
-    monkeypatch.setattr(reconstruction, "load_lpips", lambda net, weights: Fake())
-    value = measure("--batch_size", 24, lpips="alex")["metrics"]["lpips_alex"]
+    monkeypatch.setattr(perceptual, "load_lpips", lambda net, weights: Fake())
+    weights = tmp_path / "alexnet.pth"
+    weights.write_bytes(b"weights")
+    result = measure("--batch_size", 24, "--lpips_weights", weights, lpips="alex")
+    value = result["metrics"]["lpips_alex"]
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert result["lpips"] == {"alex": {"weights": str(weights), "weights_sha256": digest}}
+    assert any("is not torchvision's alexnet-owt-7be5be79.pth" in warning for warning in result["warnings"])
+    assert result["ranked_by"] == "lpips_alex"
     a, b = (torch.cat(side)[:23] for side in zip(*seen, strict=True))  # the last group is filled up
     assert value == pytest.approx((a - b).abs().flatten(1).amax(1).double().mean().item(), rel=1e-6)
     for side in (a, b):
@@ -230,10 +238,17 @@ def test_an_autoencoder_without_a_codebook_is_measured_too(measure, tmp_path, to
     x = torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         expected = to_uint8(model.decode(model.encode(x).latent_dist.mode()).sample)
-        ours = to_uint8(reconstruction.reconstruct(reconstruction.open_tokenizer(tmp_path / "kl"), x)["image"])
+        ours = to_uint8(autoencoders.reconstruct(autoencoders.open_tokenizer(tmp_path / "kl"), x)["image"])
     assert (ours != expected).float().mean() < 1e-2
     with pytest.raises(UsageError, match="must both have a codebook"):
         measure("--compare", tmp_path / "kl")
+
+
+def test_a_stock_model_that_looks_its_codes_up_itself_gives_the_same_numbers(measure, tokenizer_folder, tmp_path):
+    model = VQModel.from_pretrained(tokenizer_folder)
+    model.register_to_config(lookup_from_codebook=True)  # as in aMUSEd's folders
+    model.save_pretrained(tmp_path / "lookup")
+    assert measure(tokenizer=tmp_path / "lookup")["metrics"] == measure()["metrics"]
 
 
 def image_files(folder):
@@ -245,11 +260,11 @@ def test_the_pictures_show_the_worst_and_the_best_originals_above_reconstruction
 ):
     result = measure()
     scores = {}
-    tokenizer = reconstruction.open_tokenizer(tokenizer_folder)
+    tokenizer = autoencoders.open_tokenizer(tokenizer_folder)
     for file in image_files(image_folder):
         original = np.asarray(Image.open(file))
         x = torch.tensor(original).permute(2, 0, 1)[None].float() / 127.5 - 1
-        made = to_uint8(reconstruction.reconstruct(tokenizer, x)["image"])[0].permute(1, 2, 0).numpy()
+        made = to_uint8(autoencoders.reconstruct(tokenizer, x)["image"])[0].permute(1, 2, 0).numpy()
         scores[file] = mean_squared_error(original, made)
     order = sorted(scores, key=scores.get)
     for name, expected in (("best", order[:8]), ("worst", order[::-1][:8])):
@@ -259,8 +274,10 @@ def test_the_pictures_show_the_worst_and_the_best_originals_above_reconstruction
             assert np.array_equal(picture[2:18, 18 * i + 2 : 18 * i + 18], np.asarray(Image.open(file)))
 
 
-def test_protocol_simvq_cuts_levels_takes_psnr_of_batches_and_shows_floats_to_the_networks(measure, monkeypatch):
-    monkeypatch.setattr(reconstruction, "BATCH", 10)
+def test_protocol_simvq_cuts_levels_takes_psnr_of_batches_and_shows_floats_to_the_networks(
+    measure, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(reconstruction_metrics, "BATCH", 10)
     made = {}
 
     def slightly_wrong(tokenizer, images):
@@ -276,8 +293,10 @@ def test_protocol_simvq_cuts_levels_takes_psnr_of_batches_and_shows_floats_to_th
             return (a - b).abs().flatten(1).mean(1)
 
     monkeypatch.setattr(reconstruction, "reconstruct", slightly_wrong)
-    monkeypatch.setattr(reconstruction, "load_lpips", lambda net, weights: Fake())
-    result = measure("--protocol", "simvq", features="none", lpips="alex")
+    monkeypatch.setattr(perceptual, "load_lpips", lambda net, weights: Fake())
+    weights = tmp_path / "alexnet.pth"
+    weights.touch()
+    result = measure("--protocol", "simvq", "--lpips_weights", weights, features="none", lpips="alex")
     psnr, ssim, lpips = [], [], []
     files = sorted(image_files(result["data"]["source"]))
     for start in range(0, 23, 10):  # the evaluation of SimVQ in numpy, batch by batch

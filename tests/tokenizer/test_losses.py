@@ -5,7 +5,7 @@ from torchvision import models
 
 from common.errors import UserError
 from tokenizer.discriminator import PatchDiscriminator
-from tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips
+from tokenizer.losses import LossConfig, Temperature, discriminator_hinge, generator_adversarial, load_lpips
 
 
 def test_generator_loss_starts_at_log_two_and_falls_as_the_discriminator_is_fooled():
@@ -70,3 +70,15 @@ def test_lpips_keeps_float32_under_autocast(tmp_path):
         inside = metric(a, b)
     assert torch.equal(inside, metric(a, b))
     assert F.mse_loss(a, b) > 0
+
+
+def test_a_relative_temperature_follows_the_mean_distance_to_the_nearest_code():
+    assert Temperature(LossConfig(temperature=0.3), 8).value() == 0.3
+    relative = Temperature(LossConfig(temperature=0.3, temperature_relative=True), 8)
+    assert relative.value() is None  # no distance is known yet
+    relative.update(2.0)
+    assert relative.value() == pytest.approx(0.3 * 8 * 2.0)
+    relative.update(3.0)
+    again = Temperature(relative.config, 8)
+    again.load_state_dict(relative.state_dict())
+    assert again.value() == pytest.approx(0.3 * 8 * (0.99 * 2.0 + 0.01 * 3.0))

@@ -60,3 +60,15 @@ def test_nothing_moves_when_every_code_is_used_or_none_is():
     for value in (torch.ones_like(counts), torch.zeros_like(counts)):
         assert len(replace_dead_codes(table, value, optimizer=optimizer, noise=0.001, seed=0)) == 0
     assert torch.equal(table, before)
+
+
+def test_codes_go_where_the_error_is_when_it_is_given():
+    table, optimizer, counts = setup()
+    before = table.detach().clone()
+    errors = torch.zeros(len(counts), dtype=torch.float64)
+    errors[10], errors[30] = 3.0, 1.0
+    errors[5] = 100.0  # an unused code's error means nothing
+    dead = replace_dead_codes(table, counts, weights=errors, optimizer=optimizer, noise=0.001, seed=1)
+    source = torch.cdist(table[dead].detach(), before[[10, 20, 30]]).argmin(1)
+    shares = torch.bincount(source, minlength=3) / len(dead)
+    torch.testing.assert_close(shares, torch.tensor([0.75, 0.0, 0.25]), atol=0.05, rtol=0)

@@ -15,8 +15,12 @@ from instrumented import attempts, samples
 from safetensors.torch import load_file
 
 from common import checkpoints
+from common.config import read_yaml, validate
+from common.data import eval_batches
 from common.errors import Stopped, UsageError, UserError
 from tokenizer import Tokenizer, train
+from tokenizer.config import TrainConfig
+from tokenizer.model import make_encoder
 from tokenizer.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +204,28 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
         for name in one:
             if one[name].numel() > 1:  # the discriminator's last bias: real and fake gradients cancel to rounding
                 torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-2)
+
+
+def test_consolidation_leaves_each_code_at_the_mean_of_its_latents_when_the_encoder_freezes(run_script, tiny, tmp_path):
+    """The codes at the freeze are a fixed point of Lloyd's iteration on the frozen encoder's latents."""
+    out = tmp_path / "out"
+    arguments = ["--schedule.consolidate", 500, "--schedule.consolidate_images", 64, "--data.image_size", 16]
+    run_script(main, "--config", tiny, "--out", out, *arguments)
+    codes = {step: weights(out, step, "decoder")["quantizer.weight"] for step in (6, 8)}
+    config = validate(TrainConfig, read_yaml(out / "config.yaml")["config"])
+    encoder = make_encoder(config.model).eval()
+    encoder.load_state_dict(weights(out, 8, "encoder"))
+    images = torch.cat([b["image"] for b in eval_batches(config.data, "train", limit=64, batch_size=8)])
+    with torch.no_grad():
+        z = encoder(images).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def error(codes):
+        return float(torch.cdist(z.double(), codes.double()).square().min(1).values.mean())
+
+    nearest = torch.cdist(z.double(), codes[8].double()).argmin(1)
+    means = torch.stack([z[nearest == j].mean(0) if (nearest == j).any() else codes[8][j] for j in range(64)])
+    torch.testing.assert_close(codes[8], means, atol=2e-4, rtol=1e-4)
+    assert error(codes[8]) < 0.9 * error(codes[6])
 
 
 def test_accumulating_micro_batches_equals_one_large_batch(run_script, tiny, tmp_path):

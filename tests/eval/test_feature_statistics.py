@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_fidelity
-from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from scipy import linalg
 from torch.utils.data import Dataset
@@ -11,8 +10,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+from eval.feature_statistics import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    isc_splits,
+    kid,
+    precision_recall,
+)
 from eval.features import INCEPTION, Collector, PytorchFidInception, load_extractor
-from eval.statistics import Gaussian, InceptionScore, Moments, frechet_distance, isc_splits, kid, precision_recall
 
 
 class Images(Dataset):
@@ -30,16 +37,6 @@ def random_images(n, seed, contrast=1.0, size=16):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand((n, 3, 4, 4), generator=generator) * contrast
     return (255 * F.interpolate(coarse, (size, size), mode="bilinear")).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_extractor, accelerator):
-    return load_extractor(tiny_extractor, None, accelerator)
 
 
 def collect(extractor, images, accelerator, batch_size=103):

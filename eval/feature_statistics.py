@@ -17,7 +17,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 KID_SUBSET = 1000  # images a subset, torch-fidelity's default
 NEIGHBOURS = 3
-_ISC_SPLITS, _ISC_SEED = 10, 2020  # torch-fidelity's defaults
+ISC_SPLITS, _ISC_SEED = 10, 2020  # torch-fidelity's defaults
 _ADM_ISC_BLOCK = 5000
 
 
@@ -123,12 +123,12 @@ def isc_splits(count: int, adm: bool = False) -> Tensor | None:
     ones. None where there are too few images for it."""
     if adm:
         return torch.arange(count) // _ADM_ISC_BLOCK
-    if count < _ISC_SPLITS:
+    if count < ISC_SPLITS:
         return None
     order = np.random.RandomState(_ISC_SEED).permutation(count)
     splits = torch.empty(count, dtype=torch.int64)
-    for i in range(_ISC_SPLITS):
-        splits[order[i * count // _ISC_SPLITS : (i + 1) * count // _ISC_SPLITS]] = i
+    for i in range(ISC_SPLITS):
+        splits[order[i * count // ISC_SPLITS : (i + 1) * count // ISC_SPLITS]] = i
     return splits
 
 

@@ -1,0 +1,73 @@
+"""The pictures beside a result: reconstructions under their originals, and samples by class."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torchvision.utils import save_image
+
+from eval.ranks import gather_by_index
+
+_PAIRS = 8  # of each picture of reconstructions
+_GRID_CLASSES, _GRID_SAMPLES = 10, 8
+
+
+class Examples:
+    """The images with the highest scores of a rank, as pairs of original and reconstruction."""
+
+    def __init__(self):
+        self.rows: dict[str, list[Tensor]] = {"index": [], "score": [], "pair": []}
+
+    def add(self, scores: Tensor, index: Tensor, pairs: Tensor) -> None:
+        """Scores [B], image numbers [B] and pairs [B, 2, 3, H, W] uint8."""
+        values = {"index": index, "score": scores.cpu(), "pair": pairs}
+        joined = {name: torch.cat([*self.rows[name], value]) for name, value in values.items()}
+        best = joined["score"].argsort(descending=True, stable=True)[:_PAIRS]
+        self.rows = {name: [value[best]] for name, value in joined.items()}
+
+    def save(self, path: Path, accelerator: Accelerator) -> None:
+        """One picture of the best over all ranks, originals above reconstructions. A collective call."""
+        rows = gather_by_index(accelerator, self.rows)
+        if rows is not None and len(rows["index"]):
+            best = rows["score"].argsort(descending=True, stable=True)[:_PAIRS]
+            pairs = rows["pair"][best].float() / 255
+            save_image(torch.cat([pairs[:, 0], pairs[:, 1]]), path, nrow=len(best))
+
+
+class Grid:
+    """A row of samples for each of a few classes, spaced evenly over all: {class: its first samples} in `of_class`."""
+
+    def __init__(self, samples: int, names: list[str], label: Callable[[int], int]):
+        self.names = names
+        count = min(len(names), _GRID_CLASSES)
+        self.of_class: dict[int, list[int]] = {i * len(names) // count: [] for i in range(count)}
+        for sample in range(samples):
+            row = self.of_class.get(label(sample))
+            if row is not None and len(row) < _GRID_SAMPLES:
+                row.append(sample)
+            if all(len(row) == _GRID_SAMPLES for row in self.of_class.values()):
+                break
+        self.wanted = torch.tensor(sorted(sample for row in self.of_class.values() for sample in row))
+        self.rows: dict[str, list[Tensor]] = {"index": [], "image": []}
+
+    def add(self, images: Tensor, index: Tensor) -> None:
+        """Samples uint8 [B, 3, H, W] with their numbers [B], of which it keeps those that it shows."""
+        chosen = torch.isin(index, self.wanted)
+        self.rows["index"].append(index[chosen])
+        self.rows["image"].append(images.cpu()[chosen])
+
+    def save(self, path: Path, accelerator: Accelerator) -> dict | None:
+        """Write the picture of all ranks' samples; returns what the result says of it, None but on the main process. A
+        collective call."""
+        shown = gather_by_index(accelerator, self.rows)
+        if shown is None:
+            return None
+        by_index = dict(zip(shown["index"].tolist(), shown["image"], strict=True))
+        rows = self.of_class.values()
+        blank = torch.full_like(shown["image"][0], 255)
+        width = max(map(len, rows))
+        tiles = [by_index[row[i]] if i < len(row) else blank for row in rows for i in range(width)]
+        save_image(torch.stack(tiles) / 255, path, nrow=width, pad_value=1.0)
+        return {"file": str(path), "rows": [self.names[c] for c in self.of_class]}

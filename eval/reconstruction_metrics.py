@@ -1,0 +1,115 @@
+"""The numbers of a reconstruction result and their meanings, from one row an image, code counts and feature sets."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.image_metrics import decibels
+from eval import drift
+from eval.feature_statistics import FeatureSet, frechet_distance
+from eval.features import Extractor, PytorchFidInception, metric_name
+from eval.report import rank_warnings
+from tokenizer.health import usage
+from tokenizer.pretrained import Tokenizer
+
+BATCH = 64  # images over which SimVQ's evaluation takes one PSNR, and one mean SSIM
+_MEANINGS = {
+    "psnr": "dB, mean over images, 8-bit RGB",
+    "psnr_batch": f"dB of the mean squared error of {BATCH} consecutive images (SimVQ's way), mean over these batches",
+    "ssim": "mean over images, 8-bit RGB, 7 x 7 uniform window (scikit-image's default), data range 255",
+    "lpips_vgg": "mean over images, version 0.1, VGG16",
+    "lpips_alex": "mean over images, version 0.1, AlexNet",
+    "lpips_squeeze": "mean over images, version 0.1, SqueezeNet",
+    "utilization": "codes used at least once on the whole set / K",
+    "perplexity": "exp of the entropy of code use, in nats, on the whole set",
+    "perplexity_fraction": "perplexity / K",
+    "quantization_error": "mean of (z - c)^2 over images and latent elements",
+    "codebook_size": "K",
+    "bits_per_token": "log2 K",
+    "tokens_per_image": "h w",
+    "bits_per_pixel": "h w log2 K / (H W)",
+    **drift.MEANINGS,
+}
+
+
+def add(result: dict, metrics: dict[str, float], **instead: str) -> None:
+    """Add numbers with their meanings, or with other ones `instead`."""
+    result["metrics"] |= metrics
+    result["meanings"] |= {name: instead.get(name, _MEANINGS[name]) for name in metrics}
+
+
+def add_image_metrics(result: dict, rows: dict[str, Tensor], protocol: str) -> None:
+    """PSNR, SSIM and LPIPS of rows [N] in the order of the images: "mse", "ssim", "lpips_..."."""
+    lpips = {name: values.mean().item() for name, values in rows.items() if name.startswith("lpips_")}
+    by_batch = torch.stack([part.mean() for part in rows["mse"].split(BATCH)])
+    if protocol == "simvq":
+        similarity = torch.stack([part.mean() for part in rows["ssim"].split(BATCH)]).mean()
+        add(
+            result,
+            {"psnr_batch": decibels(by_batch).mean().item(), "ssim": similarity.item(), **lpips},
+            psnr_batch=f"{_MEANINGS['psnr_batch']}, levels cut",
+            ssim=f"{_MEANINGS['ssim']}, levels cut; mean over batches of {BATCH}",
+            **{name: f"{_MEANINGS[name]}, not rounded to 8 bits" for name in lpips},
+        )
+        return
+    exact = rows["mse"] == 0
+    if exact.any():
+        result["warnings"].append(
+            f"psnr: {int(exact.sum())} images are reproduced exactly (infinite dB) and left out of the mean"
+        )
+    if exact.all():
+        result["skipped"] |= dict.fromkeys(("psnr", "psnr_batch"), "all images are reproduced exactly (infinite dB)")
+    else:
+        add(result, {"psnr": decibels(rows["mse"][~exact]).mean().item()})
+        add(result, {"psnr_batch": decibels(by_batch[by_batch > 0]).mean().item()})
+    add(result, {"ssim": rows["ssim"].mean().item(), **lpips})
+
+
+def add_frechet_distance(result: dict, made: FeatureSet, real: FeatureSet, extractor: Extractor) -> None:
+    """The Frechet distance of reconstructions to originals, with warnings, or why there is none."""
+    name, layer = metric_name("rfid", extractor.name), extractor.layers["fid"]
+    if layer not in made.gaussians:
+        result["skipped"][name] = "needs at least 2 images"
+        return
+    result["metrics"][name] = frechet_distance(made.gaussians[layer], real.gaussians[layer])
+    result["warnings"] += rank_warnings(name, made, real, layer) + extractor.warnings
+    if made.count != real.count:
+        result["warnings"].append(
+            f"{name}: {made.count} reconstructions against {real.count} originals of an earlier run"
+        )
+    kind = "floats, not rounded to 8 bits" if isinstance(extractor, PytorchFidInception) else "8-bit"
+    result["meanings"][name] = (
+        f"Frechet distance of reconstructions to originals, {kind}, features {layer} of {extractor.name}"
+    )
+
+
+def add_codebook_metrics(
+    result: dict, rows: dict[str, Tensor], counts: Tensor, tokenizer: Tokenizer, image_size: int
+) -> None:
+    """Use of the codes of `counts` [K], and bits; skipped where the tokenizer has no codebook."""
+    if tokenizer.codebook_size == 0:
+        names = ("utilization", "perplexity", "quantization_error", "bits_per_pixel")
+        result["skipped"] |= dict.fromkeys(names, f"a {type(tokenizer.model).__name__} has no codebook")
+        return
+    use, k = usage(counts), len(counts)
+    tokens = int(counts.sum()) // len(rows["index"])
+    metrics = {
+        "utilization": use["utilization"],
+        "perplexity": use["perplexity"],
+        "perplexity_fraction": use["perplexity"] / k,
+        "quantization_error": rows["error"].mean().item(),
+        "codebook_size": k,
+        "bits_per_token": math.log2(k),
+        "tokens_per_image": tokens,
+        "bits_per_pixel": tokens * math.log2(k) / image_size**2,
+    }
+    add(result, metrics)
+    result["usage_histogram"] = usage_histogram(counts)
+
+
+def usage_histogram(counts: Tensor) -> list[dict[str, int]]:
+    """How many codes [K] were used how often: [{"from": 0, "to": 0, "codes": n}, then 1 to 1, 2 to 3, 4 to 7, ...]."""
+    classes = torch.where(counts > 0, counts.double().log2().floor() + 1, 0).long()
+    numbers = torch.bincount(classes).tolist()
+    return [{"from": 2**i // 2, "to": max(2**i - 1, 0), "codes": codes} for i, codes in enumerate(numbers)]

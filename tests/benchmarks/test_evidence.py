@@ -1,0 +1,107 @@
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import read_yaml, validate
+from common.data import DataConfig
+from common.errors import UsageError, UserError
+from tokenizer.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+evidence = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(evidence)
+sys.path.remove(str(ROOT / "benchmarks"))
+STUDIES = [p for p in sorted((ROOT / "configs" / "evidence").glob("*.yaml")) if "runs" in read_yaml(p)]
+
+
+def read(path):
+    return validate(evidence.Study, read_yaml(path) | {"base": ROOT / read_yaml(path)["base"]})
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_every_run_of_every_study_is_a_valid_training_config_of_its_own(path):
+    study = read(path)
+    configs = [evidence.training_config(study, name, 5, DataConfig(source="synthetic")) for name in study.runs]
+    assert all(validate(TrainConfig, values).run.seed == 5 for values in configs)
+    assert len({json.dumps(values) for values in configs}) == len(configs)
+
+
+def test_a_wrong_study_is_told_by_name():
+    base = read_yaml(STUDIES[0])
+    with pytest.raises(UsageError, match="'nobody' is not one of the runs"):
+        validate(evidence.Study, base | {"against": "nobody"})
+    with pytest.raises(UsageError, match="unknown: psnrr"):
+        validate(evidence.Study, base | {"columns": ["psnrr"]})
+
+
+def test_a_record_is_named_after_what_decides_its_numbers():
+    values = {"data": {"source": "here", "image_size": 64}, "optim": {"lr": 1e-3}}
+    key = evidence.record_key(values, "photos", [])
+    assert key == evidence.record_key(values | {"data": {"source": "there", "image_size": 64}}, "photos", [])
+    others = [(values, "others", []), (values, "photos", ["--limit", "9"]), (values | {"optim": {}}, "photos", [])]
+    assert len({key, *(evidence.record_key(*other) for other in others)}) == 4
+
+
+def test_a_method_of_another_name_takes_over_no_option_of_the_base():
+    base = {"quantizer": {"name": "nsvq", "init": "latents"}, "loss": {"a": 1, "b": 2}}
+    changed = evidence.merged(base, {"quantizer": {"name": "fsq"}, "loss": {"b": 3}})
+    assert changed == {"quantizer": {"name": "fsq"}, "loss": {"a": 1, "b": 3}}
+    assert evidence.merged(base, {"quantizer": {"init": "uniform"}})["quantizer"]["name"] == "nsvq"
+
+
+def test_the_table_holds_means_and_spread_and_the_comparison_is_seed_by_seed():
+    def run(psnr, error, distance):
+        return {"psnr": psnr, "relative_error": error, "rfd_x": distance}
+
+    runs = {
+        "vq": {0: run(20.0, 0.2, 10.0), 1: run(22.0, 0.4, 20.0)},
+        "nsvq": {0: run(21.0, 0.1, 9.0), 1: run(25.0, 0.1, 16.0)},
+        "late": {7: run(30.0, 0.1, 1.0)},
+    }
+    lines = evidence.table({n: list(r.values()) for n, r in runs.items()}, ["psnr", "rf"]).splitlines()
+    assert lines[0] == "| run | seeds | PSNR, dB | FD |"
+    assert lines[2] == "| vq | 2 | 21.00 ± 1.41 | 15.0 ± 7.1 |"
+    assert lines[4] == "| late | 1 | 30.00 | 1.0 |"
+    lines = evidence.comparison(runs, "vq").splitlines()
+    assert lines[2:] == ["| nsvq | 2 | +2.00 ± 1.41 | 0.38x ± 0.18x | 0.85x ± 0.07x |"]
+
+
+def test_drift_is_taken_from_stage_1_and_utilization_from_its_lowest_epoch():
+    lines = [{"phase": "stage1", "drift_rms": 9.0}, {"phase": "stage1", "drift_rms": 1.0, "utilization": 0.5},
+             {"phase": "stage1", "drift_rms": 3.0, "utilization": 0.25}, {"phase": "stage1", "drift_rms": 2.0},
+             {"phase": "stage2", "drift_rms": 0.0, "utilization": 0.75}]  # fmt: skip
+    lines = [line | {"images_per_second": 8 * i, "memory_gib": i, "latent_rms": 1} for i, line in enumerate(lines)]
+    found = evidence.training_metrics(lines, 16)
+    assert (found["drift_rms"], found["lowest_utilization"]) == (2.5, 0.25)
+    assert (found["step_ms"], found["memory_gib"]) == (500, 4)
+
+
+def test_a_script_that_fails_is_told_with_its_log(tmp_path):
+    with pytest.raises(UserError, match=r"vq: false .*tokenizer/train\.py .* ended with 1; see .*\.log"):
+        evidence.train_and_measure("vq", {"data": {"source": "synthetic"}}, tmp_path / "run", [], "false", {})
+
+
+def test_unprotected_vq_collapses_where_nsvq_does_not_and_a_finished_study_is_not_run_again(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "evidence.py", "--study", "configs/evidence/short.yaml"]
+    command += ["--data", "synthetic", "--limit", 256, "--out", tmp_path / "runs", "--pages", tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for jobs in (2, 0):
+        subprocess.run([*map(str, command), "--jobs", str(jobs)], cwd=ROOT, env=environment, check=True)
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    used = {record["name"]: record["metrics"]["utilization"] for record in records}
+    assert used.keys() == {"vq", "nsvq"}
+    assert used["vq"] < 0.25
+    assert used["nsvq"] > 0.8
+    page = (tmp_path / "short.md").read_text()
+    assert f"{used['nsvq']:.1%}" in page
+    assert "not run yet" not in page.lower()
+    assert "<svg" in (tmp_path / "short.svg").read_text()

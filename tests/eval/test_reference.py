@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from fakes import FakePipeline
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from common.errors import UserError
+from common.hashes import file_hash
+from common.image_metrics import to_uint8
+from eval import reference
+
+
+def test_the_reference_is_the_split_that_was_asked_for(measure_samples):
+    result = measure_samples(reference="train")
+    assert result["counts"]["real_images"] == 12
+    assert result["data"]["split"] == "train"
+    assert measure_samples(reference_limit=9)["counts"]["real_images"] in (8, 9)  # one of them may be the broken one
+
+
+def write_reference(path, **changes):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(50, 6))
+    arrays = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False), "mu_s": np.zeros(7), "sigma_s": np.eye(7)}
+    np.savez(path, **{name: value for name, value in (arrays | changes).items() if value is not None})
+    return arrays
+
+
+def test_the_reference_can_be_adms_file_of_statistics(measure_samples, tmp_path):
+    path = tmp_path / "reference.npz"
+    arrays = write_reference(path)
+    result = measure_samples(reference=str(path))
+    tiny = FEATURE_EXTRACTORS_REGISTRY["tiny"]("tiny", ["6", "spatial"])
+    images = torch.stack([to_uint8(FakePipeline.image(i % 3, i) * 2 - 1) for i in range(40)])
+    for name, rows, mean, covariance in zip(
+        ("fd_tiny", "sfd_tiny"), tiny(images), ("mu", "mu_s"), ("sigma", "sigma_s"), strict=True
+    ):
+        ours = fid_features_to_statistics(rows.double())
+        theirs = {"mu": arrays[mean], "sigma": arrays[covariance]}
+        expected = fid_statistics_to_metric(ours, theirs, verbose=False)["frechet_inception_distance"]
+        assert result["metrics"][name] == pytest.approx(expected, rel=1e-6)
+    assert "holds no images" in result["skipped"]["precision_tiny"]
+    assert result["reference"]["sha256"] == file_hash(path)
+
+
+def test_a_wrong_reference_file_is_one_clear_error(measure_samples, tmp_path):
+    path = tmp_path / "reference.npz"
+    with pytest.raises(UserError, match=r"reference\.npz is no \.npz file"):
+        measure_samples(reference=str(path))
+    path.write_bytes(b"PK no archive")
+    with pytest.raises(UserError, match=r"is no \.npz file in ADM's format"):
+        measure_samples(reference=str(path))
+    for changes, message in (
+        ({"mu": None}, "must hold mu and sigma, or images in arr_0; it holds sigma, mu_s, sigma_s"),
+        ({"sigma": np.eye(5)}, r"found mu \(6,\) and sigma \(5, 5\)"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "statistics of 9 features; those of tiny have 6"),
+        ({"sigma": np.full((6, 6), np.nan)}, "no finite mean and symmetric covariance"),
+        ({"arr_0": np.zeros((20, 8, 8, 3), np.uint8)}, "images of 8 x 8 pixels, not 16 x 16"),
+        ({"arr_0": np.zeros((20, 16, 16, 3))}, r"arr_0 must hold images, uint8 \[N, H, W, 3\], not float64"),
+    ):
+        write_reference(path, **changes)
+        with pytest.raises(UserError, match=message):
+            measure_samples(reference=str(path))
+    with pytest.raises(ValueError, match=r"ends in \.npz"):
+        measure_samples(reference="validation")
+
+
+def test_the_second_run_reuses_the_reference_unless_something_changed(measure_samples, monkeypatch, tmp_path):
+    read = []
+    original = reference.eval_batches
+
+    def counting(*arguments, **options):
+        read.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(reference, "eval_batches", counting)
+    kept = {"cache": tmp_path / "cache", "cache_features": True}
+    first = measure_samples(**kept)
+    again = measure_samples(**kept)
+    assert len(read) == 1
+    assert again["metrics"] == first["metrics"]
+    assert again["counts"] == first["counts"]
+    assert again["reference"]["kept_from_an_earlier_run"] == ["tiny"]
+    measure_samples(**kept, reference_limit=9)
+    measure_samples(**kept, reference="train")
+    assert len(read) == 3
+    statistics = {"cache": tmp_path / "cache", "reference_limit": 8}
+    measure_samples(**statistics)
+    measure_samples(**statistics)  # precision needs single features, which are not kept unless asked for
+    assert len(read) == 5
+    measure_samples(**statistics, metrics=["fid", "sfid", "isc"])
+    assert len(read) == 5
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    assert measure_samples(**kept)["metrics"] == first["metrics"]  # a damaged file is made again
+    assert len(read) == 6

@@ -1,0 +1,189 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    VQModel,
+)
+from fakes import FakePipeline
+
+from common.errors import UsageError, UserError
+from eval import generation
+from eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
+from pipelines.export import save_pipeline
+
+
+def test_ranks_share_the_samples_out_without_gap_or_overlap():
+    for world_size in (1, 2, 3, 20):
+        mine = [list(groups(41, rank, world_size)) for rank in range(world_size)]
+        drawn = sorted(i for groups_of_rank in mine for group in groups_of_rank for i in group)
+        assert drawn == list(range(48))  # three whole groups
+        assert all(len(group) == GROUP for groups_of_rank in mine for group in groups_of_rank)
+
+
+def test_classes_are_balanced_each_image_has_its_own_seed_and_a_larger_set_begins_with_a_smaller_one(measure_samples):
+    pairs = []
+    for samples in (20, 40):
+        pipeline = FakePipeline()
+        measure_samples(pipeline, samples=samples, batch_size=6, seed=100)
+        pairs.append(
+            [(c, s) for call in pipeline.calls for c, s in zip(call["class_labels"], call["seeds"], strict=True)]
+        )
+    labels, seeds = zip(*pairs[1], strict=True)
+    assert [labels[:40].count(c) for c in range(3)] == [14, 13, 13]
+    assert sorted(seeds) == list(range(100, 148))  # the last group is drawn as a whole
+    assert pairs[1][:32] == pairs[0]
+
+
+def test_real_samples_depend_on_class_and_seed_alone(tokenizer_folder, tmp_path):
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=3,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+    )
+    for weight in transformer.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    vae = VQModel.from_pretrained(tokenizer_folder)
+    save_pipeline(tmp_path / "pipeline", transformer, vae, scheduler, {0: "ant", 1: "bee", 2: "cat"})
+    pipeline = load_pipeline(str(tmp_path / "pipeline"))
+    pipeline.set_progress_bar_config(disable=True)
+    how = Sampling(2.0, (0.0, 1.0), 2, 3, "no", lambda sample: sample % 3)
+    together = draw(pipeline, how, range(6))
+    apart = torch.cat([draw(pipeline, how, range(0, 1)), draw(pipeline, how, range(1, 6))])
+    assert together.shape == (6, 3, 16, 16)
+    assert image_size(pipeline) == 16
+    assert generation.class_names(pipeline) == ["ant", "bee", "cat"]
+    # Not exact in other groups: a float error may move a pixel by a level, or a latent to the other side of a border.
+    assert (together != apart).float().mean() < 0.01
+    assert (together[0] != together[3]).float().mean() > 0.2  # the same class, another seed
+
+
+def test_a_folder_without_a_pipeline_and_class_ids_with_gaps_are_errors(tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match="no pipeline at"):
+            load_pipeline(str(folder))
+    gaps = FakePipeline()
+    gaps.id2label = {0: "ant", 2: "bee"}
+    with pytest.raises(UserError, match=r"\[0, 2\], are not 0 to 1"):
+        generation.class_names(gaps)
+
+
+def counted(pipeline):
+    """How many images it drew."""
+    return sum(len(call["seeds"]) for call in pipeline.calls)
+
+
+def test_sampling_goes_on_after_a_kill_and_gives_the_same_result(measure_samples, tmp_path):
+    whole = measure_samples(samples=40, keep="png", output=tmp_path / "whole.json")
+
+    class Killed(FakePipeline):
+        def __call__(self, *arguments, **options):
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(*arguments, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_samples(Killed(), samples=40, keep="png", output=tmp_path / "again.json")
+    folder = tmp_path / "again-samples" / "guidance-1-steps-50"
+    assert len(list(folder.glob("*.png"))) == 32
+    (folder / "000003.png").write_bytes(b"\x89PNG torn")
+    rest = FakePipeline()
+    again = measure_samples(rest, samples=40, keep="png", output=tmp_path / "again.json")
+    assert counted(rest) == 32  # the group with the torn file, and the one that was not drawn
+    assert again["metrics"] == whole["metrics"]
+    assert len(list(folder.glob("*.png"))) == 40
+    done = FakePipeline()
+    assert measure_samples(done, samples=40, keep="png", output=tmp_path / "again.json")["metrics"] == whole["metrics"]
+    assert counted(done) == 0
+    with pytest.raises(UsageError, match=r"holds samples of other settings .seed: 0 -> 7.*delete it"):
+        measure_samples(samples=40, keep="png", seed=7, output=tmp_path / "again.json")
+
+
+def test_samples_are_kept_in_adms_format(measure_samples, tmp_path):
+    result = measure_samples(samples=20, keep="npz", seed=3)
+    with np.load(result["samples"]["npz"]) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (20, 16, 16, 3)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [i % 3 for i in range(20)]
+    for i in (0, 7, 19):
+        expected = FakePipeline.image(i % 3, 3 + i).permute(1, 2, 0).numpy().astype(np.float64) * 255
+        assert np.array_equal(images[i], np.rint(expected).astype(np.uint8))
+    # ADM's file of samples is a reference, too: the samples against themselves.
+    again = measure_samples(samples=20, seed=3, reference=result["samples"]["npz"])["metrics"]
+    assert again["fd_tiny"] == pytest.approx(0, abs=1e-6)
+    assert again["sfd_tiny"] == pytest.approx(0, abs=1e-6)
+    assert again["precision_tiny"] == again["recall_tiny"] == 1
+
+
+def test_labels_can_be_drawn_as_often_as_in_the_data(measure_samples, monkeypatch):
+    pipeline = FakePipeline()
+    measure_samples(pipeline, samples=160, labels="data", features=["none"])
+    labels = [label for call in pipeline.calls for label in call["class_labels"]]
+    again = FakePipeline()
+    measure_samples(again, samples=48, labels="data", features=["none"])
+    assert [label for call in again.calls for label in call["class_labels"]] == labels[:48]
+    assert len(set(labels)) == 3
+    assert [labels[i] for i in range(30)] != [i % 3 for i in range(30)]
+
+
+@pytest.fixture(scope="session")
+def stock_pipeline(tmp_path_factory):
+    """A stock DiTPipeline with an AutoencoderKL, learned variance and a stochastic sampler."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        num_embeds_ada_norm=3,
+    )  # fmt: skip
+    for weight in transformer.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=4,
+        latent_channels=4, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("stock")
+    DiTPipeline(transformer, vae, DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "ant, emmet", "1": "bee", "2": "cat"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_stock_pipeline_with_a_stochastic_sampler_gives_the_same_samples_at_any_batch_size(
+    measure_samples, stock_pipeline
+):
+    pipeline = load_pipeline(str(stock_pipeline))
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is DiTPipeline
+    assert generation.class_names(pipeline) == ["ant", "bee", "cat"]
+    options = {"samples": 20, "steps": [3]}
+    results = [measure_samples(pipeline, batch_size=size, **options)["metrics"] for size in (3, 64)]
+    assert results[0] == pytest.approx(results[1], rel=1e-9)
+    how = Sampling(1.0, (0.0, 1.0), 3, 0, "no", lambda sample: sample % 3)
+    drawn = draw(pipeline, how, range(16))
+    assert drawn.shape == (16, 3, 16, 16)
+    assert (drawn[0] != drawn[3]).float().mean() > 0.5
+    with pytest.raises(UsageError, match=r"guidance_interval.*a DiTPipeline, takes none"):
+        measure_samples(pipeline, guidance_interval=(0.1, 0.5), **options)
+
+
+def test_a_pipeline_without_classes_is_refused(tmp_path, stock_pipeline):
+    vae = DiTPipeline.from_pretrained(stock_pipeline)
+    DDPMPipeline(UNet2DModel(sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+                             up_block_types=("UpBlock2D",) * 2), vae.scheduler).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match="a DDPMPipeline, which takes no class_labels"):
+        load_pipeline(str(tmp_path))
