@@ -70,6 +70,29 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("conditional", ["true", "false"])
+@pytest.mark.parametrize("variant", ["modern", "unet"])
+def test_every_variant_trains_with_and_without_classes_into_its_pipeline(
+    run_script, arguments, tmp_path, variant, conditional
+):
+    text = arguments[1].read_text().replace("steps: 8", "steps: 2")
+    if variant == "unet":
+        text = text.replace("{size: tiny, depth: 2, width: 32, heads: 2}", "{width: 32, multipliers: [1], layers: 1}")
+    arguments[1].write_text(text)
+    run_script(main, *arguments, "--out", tmp_path / "run", "--model.variant", variant, "--model.conditional",
+               conditional, "--optim.ema_decay", 0.0)  # fmt: skip
+    weights = load_file(next((tmp_path / "run" / "checkpoints" / "step-2").glob("model.safetensors")))
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    unconditional_unet = (variant, conditional) == ("unet", "false")
+    assert index["_class_name"] == ("LDMPipeline" if unconditional_unet else "DiTPipeline")
+    assert index.get("id2label", {}) == ({"0": "ant", "1": "bee"} if conditional == "true" else {})
+    part = "unet" if unconditional_unet else "transformer"
+    saved = load_file(tmp_path / "run" / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == weights.keys()
+    labels = {"class_embed.weight", "class_embedding.weight"}
+    assert all(torch.equal(saved[name], value) for name, value in weights.items() if name not in labels)
+
+
 def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instrumented, arguments, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments += ["--run.accumulation", 2, "--run.log_every", 3, "--run.checkpoint_every", 3, "--out"]
