@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.latents import LatentCache, train_batches
-from diffusion.model import SIZES, ModelConfig, make_model
+from diffusion.model import SIZES, DiTConfig, make_model
 
 SHARD = 1024
 FLOPS = 0.4 * 989e12
@@ -58,11 +58,11 @@ def taken_per_second(size: str, shape: tuple[int, int, int]) -> float:
     """Samples that a GPU trains a DiT of this size on in a second."""
     counts = []
     for depth in (1, 2):
-        model = make_model(ModelConfig(size=size, depth=depth), shape, 1000)
+        model = make_model(DiTConfig(size=size, depth=depth), shape, 1000)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
         counts.append(counter.get_total_flops())
-    depth = ModelConfig(size=size).dimensions()[0]
+    depth = DiTConfig(size=size).dimensions()[0]
     return FLOPS / (3 * (counts[0] + (depth - 1) * (counts[1] - counts[0])))
 
 

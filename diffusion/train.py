@@ -1,4 +1,4 @@
-"""Train a class-conditional DiT by rectified flow, or as a DDPM, in the latent space of a frozen tokenizer.
+"""Train a DiT, or a U-Net, by rectified flow or as a DDPM, in the latent space of a frozen tokenizer.
 
 accelerate launch diffusion/train.py                                    # DiT-B on what the default tokenizer run left
 accelerate launch diffusion/train.py --config configs/imagenet128/dit-xl.yaml --tokenizer runs/nsvq/tokenizer
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
@@ -36,7 +36,7 @@ from common.run import (
 )
 from diffusion.encode import open_cache
 from diffusion.latents import train_batches
-from diffusion.model import ModelConfig, make_model
+from diffusion.model import DiTConfig, ModelConfig, make_model
 from diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
 from diffusion.sampling import TIMESTEPS, sample
 from eval.features import INCEPTION
@@ -77,7 +77,7 @@ class SamplingConfig(Config):
 
 
 class TrainConfig(Config):
-    """Train a class-conditional DiT (stage two) in the latent space of a frozen tokenizer."""
+    """Train a DiT or a U-Net (stage two) in the latent space of a frozen tokenizer."""
 
     out: Path = Field(Path("runs/imagenet128-dit-b"), description="Folder of the run; holds the pipeline at the end.")
     tokenizer: Path = Field(
@@ -97,7 +97,7 @@ class TrainConfig(Config):
         None, ge=1, description="Optimizer steps between two pipelines kept in <out>/pipelines/step-N, such as a guide "
         "for autoguidance; null: none.")  # fmt: skip
     data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    model: ModelConfig = Field(default_factory=DiTConfig, discriminator="variant")
     objective: ObjectiveConfig = Field(default_factory=FlowConfig, discriminator="name")
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
@@ -105,9 +105,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_objective(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("objective"), dict):
-            values = values | {"objective": {"name": "flow"} | values["objective"]}
+    def _default_kinds(cls, values: Any) -> Any:
+        """A section that does not say which one it is, is the default one."""
+        for section, kind in (("model", {"variant": "dit"}), ("objective", {"name": "flow"})):
+            if isinstance(values, dict) and isinstance(values.get(section), dict):
+                values = values | {section: kind | values[section]}
         return values
 
     @model_validator(mode="after")
@@ -123,6 +125,10 @@ def main() -> None:
         raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
                         "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
     accelerator = make_accelerator(config.run, config.out)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("checkpoints and averaged weights are of whole networks, and FSDP splits them: launch with "
+                         "DDP (configs/accelerate/four-gpus.yaml), and --model.gradient_checkpointing for large "
+                         "models")  # fmt: skip
     micro_batch = micro_batch_size(config.run, accelerator)
     device, optim = accelerator.device, config.optim
 
@@ -139,7 +145,8 @@ def main() -> None:
         quantized=config.latents == "quantized",
         verify=config.cache_verify,
     )
-    check_classes(len(cache.classes))
+    names = dict(enumerate(cache.classes)) if config.model.conditional else {}
+    check_classes(len(names))
     objective = make_objective(config.objective, cache.shape)
     monitor = None
     if (sampling := config.sampling).fd_every:
@@ -149,11 +156,15 @@ def main() -> None:
     # Model and optimizer
     set_seed(config.run.seed)  # whatever encoding drew
     try:
-        model = make_model(config.model, cache.shape, len(cache.classes))
+        model = make_model(config.model, cache.shape, len(names))
     except ValueError as error:
-        raise UsageError(f"{config.model.size} does not fit these latents: {error}") from None
+        raise UsageError(f"the model does not fit these latents: {error}") from None
+    if config.model.compile:
+        model.compile()
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
     network, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(parameters, decay=optim.ema_decay, foreach=True)
 
@@ -184,16 +195,16 @@ def main() -> None:
 
     def draw_picture() -> None:
         count = sampling.images
+        labels = [i * (len(names) or 1) // count for i in range(count)]
         with averaged_weights(ema, parameters):
-            images = draw([i * len(cache.classes) // count for i in range(count)], range(count),
-                          sampling.guidance_scale)  # fmt: skip
+            images = draw(labels, range(count), sampling.guidance_scale)
         run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
 
     def distance() -> dict[str, float]:
         """Of samples of all classes in turn, over all ranks."""
         with averaged_weights(ema, parameters):
             return monitor.measure(
-                lambda seeds: draw([i % len(cache.classes) for i in seeds], seeds, sampling.fd_guidance_scale),
+                lambda seeds: draw([i % (len(names) or 1) for i in seeds], seeds, sampling.fd_guidance_scale),
                 sampling.fd_samples,
             )
 
@@ -210,10 +221,9 @@ def main() -> None:
             "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
             "tokenizer": read_training(config.tokenizer),
         }
-        classes = dict(enumerate(cache.classes))
         with averaged_weights(ema, parameters):
-            transformer = to_stock(model)
-        save_pipeline(folder, transformer, tokenizer.model, objective.scheduler(), classes, about)
+            exported = to_stock(model)
+        save_pipeline(folder, exported, tokenizer.model, objective.scheduler(), names, about)
 
     # Training
     batches = train_batches(
@@ -231,7 +241,7 @@ def main() -> None:
             batch = {name: loaded[name].to(device, non_blocking=True) for name in loaded if name != "id"}
             run.seed_micro_batch(number, micro_batch)
             levels = objective.levels(batch["time_normal"])
-            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.class_dropout, model.null_class)
+            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.label_dropout(), model.null_class)
             with accelerator.accumulate(network), run.counting_flops("step", micro_batch):
                 losses = objective.losses(network, batch["latents"], batch["noise"], levels, labels)
                 accelerator.backward(losses.mean())

@@ -4,18 +4,20 @@ pipeline = ClassConditionalPipeline.from_pretrained("runs/dit-b/pipeline").to("c
 images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).images
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin
+from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffusion.dit import PipelineDiT
 from diffusion.sampling import make_sampler, sample, set_steps
-from pipelines.export import STOCK_NULL_CLASS, save_pipeline
+from pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
 
@@ -27,15 +29,27 @@ class ClassConditionalPipeline(DiTPipeline):
     """
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
+        if isinstance(transformer, DiTTransformer2DModel):
+            with contextlib.suppress(ValueError):  # of another architecture, it stays
+                transformer = from_stock(transformer)
         super().__init__(transformer, vae, scheduler, id2label)
         names = id2label or {i: str(i) for i in range(_trained_classes(transformer))}
         self.id2label = {int(i): name for i, name in names.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "ClassConditionalPipeline":
+        """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's."""
+        parts = read_parts(pretrained_model_name_or_path, **options)
+        if parts is not None:
+            return cls(**parts)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     def save_pretrained(self, save_directory: str | Path, **ignored) -> None:
         """Write a folder of the stock class, class names included."""
         if ignored:
             raise ValueError(f"not supported: {', '.join(ignored)}; the folder is always safetensors, in one variant")
-        save_pipeline(Path(save_directory), self.transformer, self.vae, self.scheduler, self.id2label)
+        network = to_stock(self.transformer) if isinstance(self.transformer, PipelineDiT) else self.transformer
+        save_pipeline(Path(save_directory), network, self.vae, self.scheduler, self.id2label)
 
     def load_guide(self, folder: str | Path) -> ModelMixin:
         """The transformer of another pipeline, where this one's is, for autoguidance. Raises `ValueError` where it
@@ -190,7 +204,15 @@ class ClassConditionalPipeline(DiTPipeline):
 
 
 def _predictor(transformer: ModelMixin) -> Callable:
-    return lambda latents, time, labels: transformer(latents, timestep=time, class_labels=labels).sample
+    """The transformer as `sample` calls it."""
+
+    def predict(latents: Tensor, time: Tensor, labels: Tensor, **known) -> Tensor:
+        return transformer(latents, timestep=time, class_labels=labels, **known).sample
+
+    # Where weights are offloaded, only the forward pass brings them to the device.
+    if isinstance(transformer, PipelineDiT) and not hasattr(transformer, "_hf_hook"):
+        predict.condition = transformer.condition
+    return predict
 
 
 def _check_guide(guide: ModelMixin, transformer: ModelMixin) -> None:
@@ -201,8 +223,13 @@ def _check_guide(guide: ModelMixin, transformer: ModelMixin) -> None:
         raise ValueError(f"the guide is a model of {theirs} latents, not {ours}: take one of the same tokenizer")
 
 
-def _trained_classes(transformer: DiTTransformer2DModel) -> int:
+def _trained_classes(transformer: ModelMixin) -> int:
     """How many classes a model has whose folder has lost their names: unused rows repeat the null row."""
-    table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
-    used = (table[:STOCK_NULL_CLASS] != table[STOCK_NULL_CLASS]).any(1).nonzero()
+    if isinstance(transformer, UNet2DModel):
+        table = transformer.class_embedding.weight
+    elif isinstance(transformer, PipelineDiT):
+        table = transformer.class_embed.weight
+    else:
+        table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    used = (table[:-1] != table[-1]).any(1).nonzero()
     return int(used.max()) + 1 if len(used) else 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from diffusion.model import DiT
+from diffusion.dit import DiT
 from diffusion.sampling import flow_scheduler
 from pipelines import ClassConditionalPipeline
 from pipelines.export import save_pipeline, to_stock
@@ -19,7 +19,7 @@ ABOUT = {
         "data": {"source": "someone/pets"},
         "optim": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip_grad_norm": 1.0, "warmup_steps": 50,
                   "ema_decay": 0.999},
-        "model": {"class_dropout": 0.1},
+        "model": {"variant": "dit", "class_dropout": 0.1},
         "run": {"batch_size": 256, "mixed_precision": "bf16"},
     },
     "latents": {"key": {"image_size": 16, "flips": 2, "crops": 1, "latents": "continuous", "tokenizer": "abc123"},
@@ -34,6 +34,12 @@ def _random_dit(**options):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.fixture
+def about():
+    """What training says of a run."""
+    return ABOUT
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,13 @@ def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_
     assert evaluated[-1] == [0, 4, 1000, 1000]
 
 
+def test_time_and_class_are_embedded_once_for_each_class_of_a_batch(pipeline):
+    rows = []
+    pipeline.transformer.modulation.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    images(pipeline, [0, 4, 4, 0, 4], seeds=range(5), guidance_scale=2.0)
+    assert rows == [3] * STEPS  # 0, 4 and "no class"
+
+
 def test_guidance_approaches_the_conditional_model_from_both_sides(pipeline):
     options = {"seeds": [1, 2], "output_type": "latent"}
     exact = images(pipeline, [0, 4], guidance_scale=1.0, **options)

@@ -125,7 +125,7 @@ def test_an_absent_or_foreign_folder_is_one_clear_line(tmp_path):
 def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_path):
     from diffusers import DiffusionPipeline, DiTPipeline
 
-    from diffusion.model import DiT
+    from diffusion.dit import DiT
     from diffusion.sampling import flow_scheduler
     from pipelines.export import save_pipeline, to_stock
 
