@@ -52,7 +52,6 @@ COLUMNS = {  # of the table: metric (or its start), heading, format
     "step_ms": ("step, ms", "{:.0f}"),
     "memory_gib": ("memory, GiB", "{:.2f}"),
 }
-COMMAND = "python benchmarks/evidence.py {}"
 MAIN = ["psnr", "ssim", "lpips_", "rf", "quantization_error", "relative_error", "utilization", "perplexity_fraction"]
 CURVES = {"val_psnr", "val_quantization_error", "utilization", "perplexity", "epoch_commitment", "latent_rms",
           "drift_rms", "drift_relative", "churn", "winner_mass", "effective_codes"}  # fmt: skip
@@ -63,7 +62,8 @@ class Study(configs.Config):
 
     title: str = Field(description="Heading of its page.")
     question: str = Field(description="What it asks, and what is equal for all of its runs: the page's first lines.")
-    base: Path = Field(description="Training config of what all runs have in common.")
+    base: Path = Field(description="Training config of what all runs have in common,")
+    common: dict[str, Any] = Field({}, description="and what the study changes in it for all of them.")
     seeds: list[int] = Field([0], min_length=1, description="One training of each run for each.")
     runs: dict[str, dict[str, Any]] = Field(min_length=1, description="Name: what sets it apart, as a training config.")
     against: str | None = Field(None, description="Run that the others are compared with, seed by seed.")
@@ -92,8 +92,10 @@ class EvidenceConfig(configs.Config):
     jobs: int = Field(1, ge=0, description="Runs at once, on as many GPUs if there are; 0 only writes the page.")
     limit: int | None = Field(None, ge=1, description="Test images to measure; null is all of them.")
     features: str = Field("none", description="As --features of eval/reconstruction.py.")
-    lpips: str = Field("none", description="As --lpips of eval/reconstruction.py, and its weights:")
-    lpips_weights: Path | None = Field(None, description="a file; null downloads them.")
+    lpips: str = Field("none", description="As --lpips of eval/reconstruction.py.")
+    lpips_weights: Path | None = Field(
+        None, description="Weights of LPIPS, for measuring and for training with it; null downloads them."
+    )
     launcher: str = Field("", description="What starts a script, such as 'accelerate launch --num_processes 4'.")
 
 
@@ -107,11 +109,13 @@ def merged(base: dict, changes: dict) -> dict:
     return result
 
 
-def training_config(study: Study, name: str, seed: int, data: DataConfig) -> dict:
+def training_config(study: Study, name: str, seed: int, data: DataConfig, lpips_weights: Path | None = None) -> dict:
     """The training config of one run, as written: no defaults in it, and no `out`."""
-    values = merged(configs.read_yaml(study.base), study.runs[name])
+    values = merged(merged(configs.read_yaml(study.base), study.common), study.runs[name])
     values = merged(values, {"data": configs.to_dict(data) | {"image_size": values["data"]["image_size"]}})
     values = merged(values, {"run": {"seed": seed}})
+    if lpips_weights is not None and values.get("loss", {}).get("perceptual", "vgg") != "none":
+        values = merged(values, {"loss": {"perceptual_weights": str(lpips_weights)}})
     configs.validate(TrainConfig, values, source=f"run {name!r}")
     return values
 
@@ -206,8 +210,10 @@ def comparison(by_seed: dict[str, dict[int, dict]], against: str) -> str:
 
 def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]], keys: list[str], path: Path) -> None:
     """SVG: a dot a run and seed for PSNR, FD, relative error and utilization, then a panel for each key of the logs."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["svg.fonttype"] = "none"
     found = [run for runs in by_seed.values() for run in runs.values()]
     distances = sorted({m for run in found for m in run if m.startswith("rf")})
     metrics = [m for m in ("psnr", "relative_error", "utilization", *distances) if all(m in run for run in found)]
@@ -238,14 +244,15 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
     figure.savefig(path, metadata={"Date": None})
 
 
-def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int, dict]], command: str) -> Path:
+def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int, dict]], measured: list[str]) -> Path:
     """<pages>/<study>.md and .svg from records by run and seed. Returns the page."""
+    command = ["python", "benchmarks/evidence.py", "--study", config.study, "--data", config.data.source, *measured]
     by_seed = {name: {seed: r["metrics"] for seed, r in runs.items()} for name, runs in records.items() if runs}
     page = config.pages / f"{config.study.stem}.md"
     lacking = [f"{name} ({', '.join(map(str, missing))})" for name, runs in records.items()
                if (missing := [seed for seed in study.seeds if seed not in runs])]  # fmt: skip
     found = [r for runs in records.values() for r in runs.values()]
-    parts = [f"# {study.title}", study.question, f"    {command}"]
+    parts = [f"# {study.title}", study.question, f"    {shlex.join(map(str, command))}"]
     if lacking:
         parts.append(f"Not run yet, by seed: {'; '.join(lacking)}.")
     if found:
@@ -255,8 +262,9 @@ def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int
         if study.against in by_seed:
             parts.append(comparison(by_seed, study.against))
         parts.append(f"![dots and curves]({page.stem}.svg)")
-        parts.append("Runs: " + "; ".join(f"`{name}` {_flat(study.runs[name])}" for name in records) + ".")
-        parts.append(f"Base: `{study.base}`. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
+        parts.append("\n".join(f"- {name}: `{_flat(study.runs[name])}`" for name in records))
+        common = f" with {_flat(study.common)}" if study.common else ""
+        parts.append(f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
                      f"{'; '.join(sorted({r['machine'] for r in found}))}.")  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n")
@@ -288,19 +296,20 @@ def main() -> None:
     fingerprint = open_split(config.data, "train").fingerprint
     measured = ["--features", config.features, "--lpips", config.lpips]
     measured += ["--limit", str(config.limit)] if config.limit else []
-    measured += ["--lpips_weights", str(config.lpips_weights)] if config.lpips_weights else []
+    if config.lpips != "none" and config.lpips_weights:
+        measured += ["--lpips_weights", str(config.lpips_weights)]
 
     records: dict[str, dict[int, dict]] = {name: {} for name in study.runs}
     waiting = []
     for seed in study.seeds:  # all runs of one seed before the next
         for name in study.runs:
-            values = training_config(study, name, seed, config.data)
+            values = training_config(study, name, seed, config.data, config.lpips_weights)
             file = config.pages / "records" / f"{record_key(values, fingerprint, measured)}.json"
             if file.exists():
                 records[name][seed] = json.loads(file.read_text())
             elif config.runs is None or name in config.runs:
                 waiting.append((name, seed, values, file))
-    page = write_page(study, config, records, COMMAND.format(shlex.join(sys.argv[1:])))
+    page = write_page(study, config, records, measured)
     if not config.jobs:
         print(page)
         return
@@ -334,7 +343,7 @@ def main() -> None:
             except UserError as error:
                 failed.append(f"seed {seed}: {error}")
                 continue
-            write_page(study, config, records, COMMAND.format(shlex.join(sys.argv[1:])))
+            write_page(study, config, records, measured)
             print(f"{name}, seed {seed}: {records[name][seed]['metrics']}", flush=True)
     print(page)
     if failed:

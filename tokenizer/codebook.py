@@ -47,6 +47,8 @@ class NonStationary:
     loss: Tensor
     winner_mass: Tensor  # mean softmax weight of the winner, in (0, 1]
     effective_codes: Tensor  # exp of the mean entropy of the softmax: how many codes a latent pulls
+    weight_sums: Tensor | None = None  # s [K], and
+    gradient: Tensor | None = None  # dL/dC [K, d], for a method that moves its codes itself
 
 
 def nonstationary_loss(z: Tensor, codebook: Tensor, indices: Tensor, temperature: float) -> NonStationary:
@@ -71,8 +73,10 @@ def _nonstationary(z, codebook, indices, temperature) -> tuple[Tensor, NonStatio
         raise ValueError("the NS loss is a mean over latents, and there are none")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    indices, loss, winner_mass, entropy, _ = torch.ops.nsvq.nonstationary(z.detach(), codebook, indices, temperature)
-    return indices, NonStationary(loss, winner_mass.detach(), entropy.detach().exp())
+    indices, loss, winner_mass, entropy, s, gradient = torch.ops.nsvq.nonstationary(
+        z.detach(), codebook, indices, temperature
+    )
+    return indices, NonStationary(loss, winner_mass.detach(), entropy.detach().exp(), s.detach(), gradient.detach())
 
 
 def _check(z: Tensor, codebook: Tensor) -> None:
@@ -132,8 +136,8 @@ def _(z, codebook, exclude_self):
 @torch.library.custom_op("nsvq::nonstationary", mutates_args=())
 def _nonstationary_operator(
     z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> indices [N], loss, mean winner mass, mean entropy (nats), dL/dC [K, d] in the codebook's dtype."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> indices [N], loss, mean winner mass, mean entropy (nats), s [K], dL/dC [K, d] in the codebook's dtype."""
     dtype = codebook.dtype
     with _full_float32(z.device):
         z, codebook = _centered(z, codebook)
@@ -146,14 +150,15 @@ def _nonstationary_operator(
         whole_loss = loss + (winner_mass * (z - codebook[found]).square().sum(1)).sum(dtype=torch.float64)
         entropy = (log_total.double() - z.square().sum(1) / temperature).mean() + whole_loss / (temperature * len(z))
     found = found.clone() if indices is not None else found  # an operator may not return its input
-    return found, (loss / z.numel()).float(), winner_mass.mean(), entropy.float(), gradient
+    return found, (loss / z.numel()).float(), winner_mass.mean(), entropy.float(), s.contiguous(), gradient
 
 
 @_nonstationary_operator.register_fake
 def _(z, codebook, indices, temperature):
     scalar = z.new_empty((), dtype=torch.float32)
     found = z.new_empty(len(z), dtype=torch.int64)
-    return found, scalar, scalar.clone(), scalar.clone(), torch.empty_like(codebook)
+    s = z.new_empty(len(codebook), dtype=torch.float32)
+    return found, scalar, scalar.clone(), scalar.clone(), s, torch.empty_like(codebook)
 
 
 def _keep_gradient(ctx, inputs, output):

@@ -56,6 +56,7 @@ def main() -> None:
 
     # Networks
     quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
+    quantizer.nonstationary_weight = loss_config.nonstationary_weight
     encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
     discriminator = PatchDiscriminator(loss_config.discriminator_channels, loss_config.discriminator_layers)
     lpips = None

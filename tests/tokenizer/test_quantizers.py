@@ -179,8 +179,9 @@ def test_the_ns_loss_composes_with_every_method_whose_codes_learn(make, name):
     alone = nonstationary_loss(flat, quantizer.codebook(), out.indices.flatten(), 0.7)
     assert float(out.losses["nonstationary"].detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-6)
     assert float(out.stats["winner_mass"]) == pytest.approx(float(alone.winner_mass), rel=1e-6)
-    out.losses["nonstationary"].backward()
-    assert any(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+    if name != "ema":  # whose codes move in closed form (test_ema.py)
+        out.losses["nonstationary"].backward()
+        assert any(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -45,7 +45,8 @@ class Quantizer(nn.Module):
 
     Config: ClassVar[type[QuantizerOptions]]
     terms: ClassVar[tuple[str, ...]] = ()  # of "codebook" and "commitment", those that the method trains with
-    learns_codes: ClassVar[bool] = False  # by gradient, so that the NS loss means something
+    learns_codes: ClassVar[bool] = False  # in training, so that the NS loss means something
+    nonstationary_weight: float = 0.0  # alpha, for a method that moves its codes other than by their gradient
     dim: int
     codebook_size: int
 
@@ -146,7 +147,11 @@ class NearestQuantizer(Quantizer):
         if ns is not None:
             losses["nonstationary"] = ns.loss
             stats = {"winner_mass": ns.winner_mass, "effective_codes": ns.effective_codes}
+        self.searched(z.detach(), indices, ns)
         return straight_through(z, codes), indices, losses, stats
+
+    def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
+        """After a search for prepared tokens z [N, d] with winners [N], in training and in evaluation."""
 
     def search(self, z: Tensor, codebook: Tensor, temperature: float | None) -> tuple[Tensor, NonStationary | None]:
         """Prepared tokens [N, d] -> nearest codes [N], and with a temperature the NS loss."""

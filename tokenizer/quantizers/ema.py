@@ -1,8 +1,11 @@
 """Vector quantization with a codebook of exponential moving averages (VQ-VAE, arXiv 1711.00937, appendix A.1).
 
-With n_k tokens of code k in a step of N over all ranks, and s_k their sum:
-N_k <- g N_k + (1 - g) n_k    m_k <- g m_k + (1 - g) s_k    c_k = m_k / N~_k,    N~_k = (N_k + eps) / (n + K eps) n
+With n_k tokens of code k in a step of N over all ranks, and m_k their sum:
+N_k <- g N_k + (1 - g) n_k    M_k <- g M_k + (1 - g) m_k    c_k = M_k / N~_k,    N~_k = (N_k + eps) / (n + K eps) n
 with n = sum of N_k. Only the commitment loss trains, and only the encoder. Nothing moves in evaluation.
+
+The NS loss (NSVQ, arXiv 2606.11363, eq. 8-11) is minimised in closed form here: its weights w_ij of losing codes add
+alpha sum_i w_ij to n_j and alpha sum_i w_ij z_i to m_j, and codes come to rest where the gradient of both losses is 0.
 """
 
 from typing import Literal
@@ -11,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer.codebook import NonStationary
 from tokenizer.quantizers import ranks
 from tokenizer.quantizers.vq import TableConfig, TableQuantizer
 
@@ -31,7 +35,6 @@ class EMAQuantizer(TableQuantizer):
 
     Config = EMAConfig
     terms = ("commitment",)
-    learns_codes = False
 
     def __init__(self, config: EMAConfig, dim: int):
         super().__init__(config, dim)
@@ -43,13 +46,16 @@ class EMAQuantizer(TableQuantizer):
         self.register_buffer("step_sums", torch.zeros(k, dim), persistent=False)
         self.draws = ranks.Draws()
 
-    def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, dict, dict]:
-        z_q, indices, losses, stats = super().quantize(z, temperature)
-        if self.training:
-            self.step_counts += torch.bincount(indices, minlength=self.codebook_size)
-            self.step_sums.index_add_(0, indices, z.detach())
-            self.latest = z.detach()
-        return z_q, indices, losses, stats
+    def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
+        if not self.training:
+            return
+        self.step_counts += torch.bincount(indices, minlength=self.codebook_size)
+        self.step_sums.index_add_(0, indices, z)
+        self.latest = z
+        if ns is not None:
+            pulled = torch.addcmul(-z.numel() / 2 * ns.gradient, ns.weight_sums[:, None], self.weight)  # A [K, d]
+            self.step_counts += self.nonstationary_weight * ns.weight_sums
+            self.step_sums += self.nonstationary_weight * pulled
 
     @torch.no_grad()
     def end_step(self, stepped: bool) -> None:

@@ -26,6 +26,23 @@ def test_codes_follow_the_formula_over_several_steps(make):
     assert quantizer.terms == ("commitment",)
 
 
+def test_the_ns_loss_moves_codes_to_the_fixed_point_of_its_gradient(make):
+    """Without memory a step lands where codebook loss + alpha NS loss has no gradient, the weights held."""
+    quantizer = make("ema", decay=0.0, eps=1e-9)
+    quantizer.nonstationary_weight = alpha = 0.3
+    before, z = quantizer.weight.double().clone(), torch.randn(2, 6, 7, 7)
+    quantizer(z, 2.0)
+    quantizer.end_step(True)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 6).double()
+    distances = torch.cdist(flat, before).square()
+    winner = torch.nn.functional.one_hot(distances.argmin(1), 40).double()
+    weights = winner + alpha * torch.softmax(-distances / 2.0, 1) * (1 - winner)  # (N, K)
+    code = quantizer.weight.double().clone().requires_grad_(True)
+    (weights * torch.cdist(flat, code).square()).sum().backward()
+    assert float(code.grad.abs().max()) < 1e-3
+    torch.testing.assert_close(code, (weights.T @ flat) / weights.sum(0)[:, None], rtol=1e-4, atol=1e-5)
+
+
 def test_micro_batches_make_one_update_and_evaluation_none(make):
     torch.manual_seed(1)
     one = make("ema")
