@@ -1,12 +1,12 @@
-"""Measure a class-conditional pipeline: sample it, and compare the samples with real images.
+"""Measure a pipeline: sample it, and compare the samples with real images.
 
 accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --output result.json    # ImageNet-1k, protocol adm
 accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --samples 200 --classifier true
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --guidance_scale 1 1.5 2 --steps 50
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --keep png     # goes on after a kill
 
-The pipeline is ours, or any class-conditional one of diffusers. eval/samples.py says which samples are drawn, and
-docs/evaluation.md what each protocol measures. For repeats, move --seed by the number of samples.
+The pipeline is ours, with classes or none, or any class-conditional one of diffusers. eval/samples.py says which
+samples are drawn, and docs/evaluation.md what each protocol measures. For repeats, move --seed by the samples' number.
 """
 
 import itertools
@@ -38,6 +38,7 @@ from eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
 
 IMAGENET = "ILSVRC/imagenet-1k"
+_LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
 
 
@@ -58,7 +59,9 @@ class GenerationConfig(report.EvaluationConfig):
     )
     samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
     labels: Literal["balanced", "data"] = Field(
-        "balanced", description="Classes of the samples: each in turn, or drawn as often as in the training split."
+        "balanced",
+        description="Classes of the samples: each in turn, or drawn as often as in the training split; a model without "
+        "classes is asked for none.",
     )
     guidance_scale: list[float] = Field(
         [1.0],
@@ -123,7 +126,10 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     images = open_split(data, split)
     result = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config)
-    if images.classes != names:
+    if not names:
+        if config.classifier or config.labels == "data":
+            raise UsageError(f"--classifier true and --labels data need classes, and {config.pipeline} has none")
+    elif images.classes != names:
         difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
         if config.classifier or config.labels == "data":
             raise UsageError(f"--classifier true and --labels data need the same classes: {difference}")
@@ -159,7 +165,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         "reference": reference,
         "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__,
                      "sha256": report.folder_hash(Path(config.pipeline))},
-        "labels": {"balanced": "sample i is of class i mod C", "data": "as often as in training"}[config.labels],
+        "labels": _LABELS[config.labels] if names else "no class",
         "classes": names,
         "seeds": f"sample i has seed {config.seed} + i",
         "sampler": {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval,
@@ -213,7 +219,9 @@ def _deviations(config: GenerationConfig) -> list[str]:
 
 
 def _label_rule(config: GenerationConfig, data: DataConfig, classes: int):
-    """Sample number -> class id."""
+    """Sample number -> class id, or None where there are no classes."""
+    if not classes:
+        return lambda sample: None
     if config.labels == "balanced":
         return lambda sample: sample % classes
     images = open_split(data, "train")
@@ -315,7 +323,7 @@ def _run(
         result["samples"] = {"png": str(folder.folder)}
         if config.keep == "npz":
             packed = _beside(config.output, how, ".npz", sweep)
-            folder.pack(packed, [how.label(sample) for sample in range(config.samples)])
+            folder.pack(packed, config.samples, list(map(how.label, range(config.samples))) if names else None)
             result["samples"]["npz"] = str(packed)
     return result
 

@@ -81,16 +81,19 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{code})
 image = pipeline({what}num_inference_steps=50).images[0]
 ```
 """
-    if not names:
-        return stock
-    label = next(iter(names.values())).split(",")[0].strip()
+    adds = "one seed an image, batches, samplers by name and callbacks"
+    how = "[None], seeds=[0]"
+    if names:
+        adds = "class names, a guidance interval, " + adds
+        label = next(iter(names.values())).split(",")[0].strip()
+        how = f"[{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]"
     return f"""{stock}
-With the project's own class, which adds class names, one seed an image, batches, a guidance interval and callbacks:
+With the project's own class, which adds {adds}:
 
 ```python
 from pipelines import ClassConditionalPipeline
 pipeline = ClassConditionalPipeline.from_pretrained("path/to/this/folder")
-image = pipeline([{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]).images[0]
+image = pipeline({how}).images[0]
 ```
 """
 

@@ -32,6 +32,7 @@ from diffusion import dit
 from diffusion.dit import DiT, PipelineDiT
 from diffusion.unet import UNet
 from pipelines.card import write_card
+from tokenizer.pretrained import VQ_MODELS
 
 STOCK_NULL_CLASS = 1000  # DiTPipeline's "no class", whatever the number of classes
 SHIPPED_MODULE = "nsvq_dit"  # the name of diffusion/dit.py in a folder
@@ -211,19 +212,23 @@ def save_pipeline(
 
 
 def read_parts(source: str | Path, **options) -> dict | None:
-    """Arguments of `DiTPipeline` from a folder or Hub repository of "modern", read with the code that is installed
-    here: what it ships is not run. None where it is stock.
+    """Arguments of `DiTPipeline` from a folder or Hub repository of an `LDMPipeline` or of "modern", which is read with
+    the code that is installed here: what it ships is not run. None for other pipelines.
 
     `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like.
     """
     hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
     index = DiffusionPipeline.load_config(source, **hub)
-    if index.get("transformer", [None])[0] != SHIPPED_MODULE:
+    if index["_class_name"] == "LDMPipeline":
+        network, vae, network_class = "unet", "vqvae", UNet2DModel
+    elif index.get("transformer", [None])[0] == SHIPPED_MODULE:
+        network, vae, network_class = "transformer", "vae", PipelineDiT
+    else:
         return None
     scheduler = getattr(diffusers, index["scheduler"][1])
     return {
-        "transformer": PipelineDiT.from_pretrained(source, subfolder="transformer", **options),
-        "vae": VQModel.from_pretrained(source, subfolder="vae", **options),
+        "transformer": network_class.from_pretrained(source, subfolder=network, **options),
+        "vae": VQ_MODELS[index[vae][1]].from_pretrained(source, subfolder=vae, **options),
         "scheduler": scheduler.from_pretrained(source, subfolder="scheduler", **hub),
         "id2label": index.get("id2label"),
     }

@@ -1,4 +1,4 @@
-"""Class-conditional sampling from a stock pipeline folder, with what the stock class lacks.
+"""Sampling, with classes or without, from a stock pipeline folder, with what the stock class lacks.
 
 pipeline = ClassConditionalPipeline.from_pretrained("runs/dit-b/pipeline").to("cuda")
 images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).images
@@ -23,7 +23,7 @@ _DISTANCES = 2**27  # elements of the table of distances that the stock quantize
 
 
 class ClassConditionalPipeline(DiTPipeline):
-    """Loads and saves the folders of the stock `DiTPipeline`.
+    """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
     `id2label`: {class id: name}; names are their numbers where model_index.json holds none.
     """
@@ -94,7 +94,7 @@ class ClassConditionalPipeline(DiTPipeline):
     def _classes(self) -> str:
         """The classes there are, in short."""
         shown = [f"{i} ({name})" for i, name in self.id2label.items()]
-        return "there are " + ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
+        return "there are " + (", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]) or "none")
 
     @torch.no_grad()
     def __call__(
@@ -135,6 +135,8 @@ class ClassConditionalPipeline(DiTPipeline):
         ids = self.class_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty")
+        if not self.id2label and guide is None:
+            guidance_scale = 1.0  # nothing to guide from
         low, high = guidance_interval
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", not {output_type!r}')
@@ -206,8 +208,10 @@ class ClassConditionalPipeline(DiTPipeline):
 def _predictor(transformer: ModelMixin) -> Callable:
     """The transformer as `sample` calls it."""
 
+    without_classes = isinstance(transformer, UNet2DModel) and transformer.class_embedding is None
+
     def predict(latents: Tensor, time: Tensor, labels: Tensor, **known) -> Tensor:
-        return transformer(latents, timestep=time, class_labels=labels, **known).sample
+        return transformer(latents, timestep=time, class_labels=None if without_classes else labels, **known).sample
 
     # Where weights are offloaded, only the forward pass brings them to the device.
     if isinstance(transformer, PipelineDiT) and not hasattr(transformer, "_hf_hook"):
@@ -226,6 +230,8 @@ def _check_guide(guide: ModelMixin, transformer: ModelMixin) -> None:
 def _trained_classes(transformer: ModelMixin) -> int:
     """How many classes a model has whose folder has lost their names: unused rows repeat the null row."""
     if isinstance(transformer, UNet2DModel):
+        if transformer.class_embedding is None:
+            return 0
         table = transformer.class_embedding.weight
     elif isinstance(transformer, PipelineDiT):
         table = transformer.class_embed.weight

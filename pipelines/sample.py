@@ -1,4 +1,4 @@
-"""Draw samples of chosen classes into one picture, a row of each class.
+"""Draw samples of chosen classes, or of none, into one picture, a row of each class.
 
 python pipelines/sample.py --pipeline runs/dit-b/pipeline --classes 207 "golden retriever" --output grid.png
 """
@@ -25,8 +25,8 @@ class SampleConfig(Config):
     """Samples of a pipeline as a picture, one row a class."""
 
     pipeline: Path = Field(description="Folder of a pipeline (<out>/pipeline).")
-    classes: list[int | str] = Field(description="Class ids or names.", min_length=1)
     output: Path = Field(description="The picture: .png, .jpg or .webp.")
+    classes: list[int | str] = Field([], description="Class ids or names; without any, images of no class.")
     per_class: int = Field(4, ge=1, description="Images of each class.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none, 0 unconditional.")
@@ -58,15 +58,15 @@ def main() -> None:
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.to(device, getattr(torch, config.dtype))
         guide = pipeline.load_guide(config.guide) if config.guide else None
-        ids = [i for i in pipeline.class_ids(config.classes) for _ in range(config.per_class)]
+        labels = [label for label in config.classes or [None] for _ in range(config.per_class)]
         images = pipeline(
-            ids,
+            labels,
             guidance_scale=config.guidance_scale,
             guidance_interval=config.guidance_interval,
             num_inference_steps=config.steps,
             sampler=config.sampler,
             guide=guide,
-            seeds=list(range(config.seed, config.seed + len(ids))),
+            seeds=list(range(config.seed, config.seed + len(labels))),
             batch_size=config.batch_size,
             output_type="pt",
         ).images
@@ -77,7 +77,7 @@ def main() -> None:
         save_image(images.float(), config.output, nrow=config.per_class)
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error}") from None
-    print(f"{len(ids)} images: {config.output}")
+    print(f"{len(labels)} images: {config.output}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     UNet2DModel,
@@ -107,6 +108,30 @@ def test_a_sampler_guide_or_number_of_steps_that_does_not_fit_is_told_at_once(
     with pytest.raises(UsageError, match="must divide 1000, which 30 does not"):
         measure_samples(pipeline, steps=[50, 30])
     assert measure_samples(stock, sampler="dpm++", steps=[3], samples=16)["sampler"]["num_train_timesteps"] == 20
+
+
+def test_a_pipeline_without_classes_is_measured_on_samples_of_no_class(measure_samples, tokenizer_folder, tmp_path):
+    unet = UNet2DModel(8, 3, 3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+                       block_out_channels=(8,), norm_num_groups=4)  # fmt: skip
+    folder = tmp_path / "ldm"
+    save_pipeline(folder, unet, VQModel.from_pretrained(tokenizer_folder),
+                  ddpm_scheduler("epsilon", {"beta_schedule": "linear"}), {})  # fmt: skip
+    pipeline = load_pipeline(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"folder": folder.name, "output": tmp_path / "result.json", "samples": 16, "steps": [2]}
+    result = measure_samples(pipeline, **options, metrics=["fid"], keep="npz", seed=7)
+    assert result["metrics"].keys() == {"fd_tiny"}
+    assert (result["labels"], result["classes"], result["grid"]["rows"]) == ("no class", [], ["no class"])
+    assert not any("classes" in warning for warning in result["warnings"])
+    packed = np.load(result["samples"]["npz"])
+    assert packed.files == ["arr_0"]
+    stock = DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(16)]
+    expected = stock(16, generator=generators, num_inference_steps=2, output_type="np").images * 255
+    assert (np.abs(packed["arr_0"] - expected) < 1).mean() > 0.99
+    with pytest.raises(UsageError, match=r"need classes, and .* has none"):
+        measure_samples(pipeline, **options, labels="data")
 
 
 def test_real_samples_depend_on_class_and_seed_alone(own_pipeline):

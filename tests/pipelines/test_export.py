@@ -185,8 +185,21 @@ def test_a_unet_without_classes_is_the_stock_ldm_pipeline(vae, about, tmp_path):
             latents = scheduler.step(model(latents, t.expand(2), torch.zeros(2)), t, latents).prev_sample
         expected = (vae.decode(latents / 0.5).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(torch.as_tensor(images), expected.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+    own = ClassConditionalPipeline.from_pretrained(folder)
+    own.set_progress_bar_config(disable=True)
+    evaluated = []
+    own.transformer.register_forward_hook(lambda _, inputs, output: evaluated.append(len(output.sample)))
+    again = own([None, None], generator=torch.Generator().manual_seed(3), num_inference_steps=5, guidance_scale=2.0,
+                output_type="np").images  # fmt: skip
+    torch.testing.assert_close(torch.as_tensor(again), torch.as_tensor(images), rtol=0, atol=1e-5)
+    assert evaluated == [2] * 5  # guidance has nothing to guide from
+    with pytest.raises(ValueError, match="class 0 does not exist: there are none"):
+        own(0)
+    own.save_pretrained(tmp_path / "again")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "again")) is LDMPipeline
     card = (folder / "README.md").read_text()
     assert "# Unconditional U-Net" in card
+    assert "pipeline([None], seeds=[0])" in card
     assert "pipeline(num_inference_steps=50)" in card
 
 
