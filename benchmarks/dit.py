@@ -23,7 +23,7 @@ from diffusion.dit import DiT
 from diffusion.model import SIZES, DiTConfig, make_model
 from diffusion.sampling import flow_scheduler
 from pipelines import ClassConditionalPipeline
-from pipelines.export import to_stock
+from pipelines.export import from_stock, to_stock
 
 SHAPE, CLASSES = (128, 16, 16), 1000
 SIDES = ("ours", "stock")
@@ -97,8 +97,10 @@ def training_step(network: torch.nn.Module, dtype: str, options, device: torch.d
 def sampler(stock: torch.nn.Module, side: str, dtype: str, options, device: torch.device) -> Callable[[], None]:
     vae = VQModel(latent_channels=SHAPE[0], vq_embed_dim=SHAPE[0], num_vq_embeddings=16, block_out_channels=(32,))
     vae.decode = lambda latents: argparse.Namespace(sample=latents[:, :3])  # decoding costs both the same
-    pipeline_class = ClassConditionalPipeline if side == "ours" else DiTPipeline
-    pipeline = pipeline_class(stock, vae, flow_scheduler(2.83), {i: str(i) for i in range(CLASSES)})
+    pipeline_class, network = DiTPipeline, stock
+    if side == "ours":  # as from_pretrained does
+        pipeline_class, network = ClassConditionalPipeline, from_stock(stock)
+    pipeline = pipeline_class(network, vae, flow_scheduler(2.83), {i: str(i) for i in range(CLASSES)})
     torch.nn.Module.to(pipeline.transformer, device=device, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     if options.compile:

@@ -118,43 +118,57 @@ def _stock_dit(model: DiT) -> DiTTransformer2DModel:
 
 @torch.no_grad()
 def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
-    """The inverse of `to_stock`, to sample faster: our class of 1000 classes, in the stock one's type and place.
+    """The inverse of `to_stock`, to sample faster: our class of 1000 classes, in the stock one's type and place. It
+    takes the weights out of `stock`, which has none afterwards, so that memory does not hold both.
 
-    Raises `ValueError` where it is not a model of ours: where its embedders differ or its shape has no counterpart.
+    Raises `ValueError` where it is not a model of ours, and leaves it as it is: where its embedders differ or its shape
+    has no counterpart.
     """
-    config, theirs = stock.config, stock.state_dict()
-    width, heads = config.num_attention_heads * config.attention_head_dim, config.num_attention_heads
+    config, device, theirs = stock.config, stock.device, stock.state_dict()
+    depth, heads = config.num_layers, config.num_attention_heads
+    width, layers = heads * config.attention_head_dim, 2 * depth
     shape = (config.activation_fn, config.num_embeds_ada_norm, config.out_channels, config.norm_elementwise_affine)
     if shape != ("gelu", STOCK_NULL_CLASS, config.in_channels, False) or not config.attention_bias:
         raise ValueError("the transformer has another architecture than diffusion/dit.py")
-    weights = {f"patch_embed.proj.{kind}": theirs[f"pos_embed.proj.{kind}"] for kind in ("weight", "bias")}
-    weights |= _linear(theirs, "proj_out_2", "proj_out")
-    embedder = "transformer_blocks.{}.norm1.emb."
-    for name in [name for name in theirs if name.startswith(embedder.format(0))]:
-        copies = [theirs[name.replace(embedder.format(0), embedder.format(i))] for i in range(config.num_layers)]
-        if not all(torch.equal(copy, copies[0]) for copy in copies):
+    blocks = [f"transformer_blocks.{i}" for i in range(depth)]
+    embedder = [name.removeprefix(blocks[0]) for name in theirs if name.startswith(f"{blocks[0]}.norm1.emb.")]
+    for name in embedder:
+        if not all(torch.equal(theirs[block + name], theirs[blocks[0] + name]) for block in blocks):
             raise ValueError("the transformer's blocks embed time and class differently")
+    # A tensor goes when it is popped; all are copied, since one of them would keep the file that they are mapped from.
+    torch.nn.Module.to(stock, "meta")
+    for block in blocks[1:]:
+        for name in embedder:
+            del theirs[block + name]
+
+    labels = theirs.pop(f"{blocks[0]}.norm1.emb.class_embedder.embedding_table.weight")
+    weights = {"class_embed.weight": labels.clone()}
+    renamed = {"pos_embed.proj": "patch_embed.proj", "proj_out_2": "proj_out"}
     for layer in ("linear_1", "linear_2"):
-        weights |= _linear(theirs, f"{embedder.format(0)}timestep_embedder.{layer}", f"time_embed.{layer}")
-    weights["class_embed.weight"] = theirs[f"{embedder.format(0)}class_embedder.embedding_table.weight"]
-    for i in range(config.num_layers):
-        ours, block = f"blocks.{i}", f"transformer_blocks.{i}"
-        for kind in ("weight", "bias"):
-            parts = [theirs[f"{block}.attn1.to_{name}.{kind}"] for name in "qkv"]
-            weights[f"{ours}.attention.qkv.{kind}"] = torch.cat(parts)
-        weights |= _linear(theirs, f"{block}.attn1.to_out.0", f"{ours}.attention.out")
-        weights |= _linear(theirs, f"{block}.ff.net.0.proj", f"{ours}.mlp.fc_in")
-        weights |= _linear(theirs, f"{block}.ff.net.2", f"{ours}.mlp.fc_out")
+        renamed[f"{blocks[0]}.norm1.emb.timestep_embedder.{layer}"] = f"time_embed.{layer}"
+    for i, block in enumerate(blocks):
+        renamed |= {f"{block}.attn1.to_out.0": f"blocks.{i}.attention.out"}
+        renamed |= {f"{block}.ff.net.0.proj": f"blocks.{i}.mlp.fc_in", f"{block}.ff.net.2": f"blocks.{i}.mlp.fc_out"}
     for kind in ("weight", "bias"):
-        blocks = [theirs[f"transformer_blocks.{i}.norm1.linear.{kind}"].chunk(6) for i in range(config.num_layers)]
-        last_shift, last_scale = theirs[f"proj_out_1.{kind}"].chunk(2)
-        shift, scale, gate = ([block[k + row] for block in blocks for k in (0, 3)] for row in range(3))
-        weights[f"modulation.{kind}"] = torch.cat([*gate, *shift, last_shift, *scale, last_scale])
+        for old, new in renamed.items():
+            weights[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}").clone()
+        last = theirs.pop(f"proj_out_1.{kind}").unflatten(0, (2, width))
+        rows = last.new_empty(3 * layers + 2, *last.shape[1:])
+        gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
+        shift[-1], scale[-1] = last
+        for i, block in enumerate(blocks):
+            weights[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(
+                [theirs.pop(f"{block}.attn1.to_{name}.{kind}") for name in "qkv"]
+            )
+            parts = theirs.pop(f"{block}.norm1.linear.{kind}").unflatten(0, (6, width))
+            for k in (0, 1):  # attention, MLP
+                shift[2 * i + k], scale[2 * i + k], gate[2 * i + k] = parts[3 * k : 3 * k + 3]
+        weights[f"modulation.{kind}"] = rows.flatten(0, 1)
     with init_empty_weights():
-        model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size,
-                            config.num_layers, width, heads, out_channels=config.out_channels)  # fmt: skip
-    model.load_state_dict(weights, assign=True)  # what is laid out alike is shared
-    return model.to(stock.device).eval()
+        model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, depth, width,
+                            heads, out_channels=config.out_channels)  # fmt: skip
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()
 
 
 def _linear(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:

@@ -29,20 +29,22 @@ class ClassConditionalPipeline(DiTPipeline):
     """
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
-        if isinstance(transformer, DiTTransformer2DModel):
-            with contextlib.suppress(ValueError):  # of another architecture, it stays
-                transformer = from_stock(transformer)
         super().__init__(transformer, vae, scheduler, id2label)
         names = id2label or {i: str(i) for i in range(_trained_classes(transformer))}
         self.id2label = {int(i): name for i, name in names.items()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "ClassConditionalPipeline":
-        """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's."""
+        """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's. A
+        stock DiT of ours becomes our faster class."""
         parts = read_parts(pretrained_model_name_or_path, **options)
         if parts is not None:
             return cls(**parts)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        if isinstance(pipeline.transformer, DiTTransformer2DModel):
+            with contextlib.suppress(ValueError):  # of another architecture, it stays
+                pipeline.transformer = from_stock(pipeline.transformer)
+        return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **ignored) -> None:
         """Write a folder of the stock class, class names included."""

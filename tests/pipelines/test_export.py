@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -82,8 +83,9 @@ def test_what_is_read_back_from_the_stock_class_is_the_same_network(patch_size):
     model = DiT(4, 3, num_classes=6, patch_size=patch_size, depth=3, width=32, heads=4)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    stock = to_stock(model)
-    back = from_stock(stock)
+    stock, taken = to_stock(model), to_stock(model)
+    back = from_stock(taken)
+    assert all(parameter.is_meta for parameter in taken.parameters())
     x, time, labels = torch.randn(3, 3, 4, 4), torch.tensor([1, 400, 999]), torch.tensor([0, 5, 1000])
     with torch.no_grad():
         expected = stock(x, timestep=time, class_labels=labels).sample
@@ -94,6 +96,22 @@ def test_what_is_read_back_from_the_stock_class_is_the_same_network(patch_size):
     other.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.weight.data.add_(1)
     with pytest.raises(ValueError, match="embed time and class differently"):
         from_stock(other)
+    assert not any(parameter.is_meta for parameter in other.parameters())
+
+
+def resident(kind):
+    """Bytes of this process in memory: now (VmRSS), or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def test_reading_a_network_back_holds_no_more_memory_than_the_stock_class():
+    stock = to_stock(DiT(4, 3, num_classes=6, depth=8, width=512, heads=4))
+    size = sum(weights.nbytes for weights in stock.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    from_stock(stock)
+    assert resident("VmHWM") - before < 0.15 * size
 
 
 # Loads a folder where this project is not installed, and samples.
