@@ -3,9 +3,11 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, DiffusionPipeline
 from instrumented import attempts, samples
 from PIL import Image
@@ -159,6 +161,15 @@ def test_a_ddpm_on_quantized_latents_of_several_crops_is_trained_and_exported(
     assert "Objective: DDPM of 1000 steps" in card
     assert "ADM's centre crop and 1 of its random crops, and the mirror image of each" in card
     assert "Latents: quantized" in card
+
+
+def test_a_launch_with_fsdp_is_refused_with_what_to_do_instead(run_script, arguments, tmp_path, monkeypatch):
+    # accelerate turns FSDP on where there are several GPUs only.
+    monkeypatch.setattr(train, "make_accelerator", lambda *_: SimpleNamespace(distributed_type=DistributedType.FSDP))
+    with pytest.raises(UsageError, match=r"launch with DDP \(configs/accelerate/four-gpus\.yaml\)") as raised:
+        run_script(main, *arguments, "--out", tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_that_is_started_again_exports_again(run_script, arguments, tmp_path):
