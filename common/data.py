@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from pydantic import Field, model_validator
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from common import sources
 from common.config import Config
 from common.errors import UserError
-from common.images import BadImage, center_crop, to_tensor, training_crop
+from common.images import BadImage, several_crops, to_tensor, training_crop
 from common.loading import batches_of, make_loader, restarting
 from common.shards import Sample, Stream, in_order, shuffled
 from common.sources import Images, SyntheticImages
@@ -135,16 +136,18 @@ def eval_batches(
     world_size: int = 1,
     workers: int = 0,
     limit: int | None = None,
+    crops: int = 1,
 ) -> Iterator[dict]:
     """Every image of `split` exactly once over all ranks, by ADM's centre crop; bad ones are left out and listed.
 
+    With more `crops`, image is [B * crops, 3, S, S], the crops of `several_crops` after each other.
     `limit` takes that many: of a stream the first, else a fixed random choice (so that it covers the classes). Ranks
     may see different numbers of batches, and a batch may hold bad images only (image [0, 3, S, S]): reduce over ranks
     after the loop, not in it. Raises what `open_split` raises.
     """
     data = open_split(config, split)
     if isinstance(data, Stream):
-        dataset = _StreamEval(data, config, batch_size, rank, world_size, limit)
+        dataset = _StreamEval(data, config, batch_size, rank, world_size, limit, crops)
         return batches_of(make_loader(dataset, workers, batch_size=None))
     order = np.arange(len(data))
     if limit is not None and limit < len(order):
@@ -152,7 +155,7 @@ def eval_batches(
     mine = order[rank::world_size].tolist()
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     collate = partial(_collate, size=config.image_size)
-    return batches_of(make_loader(_EvalImages(data, config), workers, batch_sampler=batches, collate_fn=collate))
+    return batches_of(make_loader(_EvalImages(data, config, crops), workers, batch_sampler=batches, collate_fn=collate))
 
 
 class BadImages:
@@ -213,9 +216,9 @@ class BadImages:
 
 @dataclass
 class _Item:
-    """What a worker makes of one place in a batch; `image` is None where it stays empty."""
+    """What a worker makes of one place in a batch; no images where it stays empty."""
 
-    image: Any
+    images: list[Image.Image]
     label: int
     index: int
     id: str
@@ -223,12 +226,13 @@ class _Item:
 
 
 def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
-    good = [item for item in items if item.image is not None]
+    good = [item for item in items if item.images]
     bad = [id for item in items for id in item.bad]
     if full and len(good) < len(items):
         return {"failure": f"{_ATTEMPTS} images in a row do not decode: {', '.join(bad[-_ATTEMPTS:])}"}
+    images = [image for item in good for image in item.images]
     return {
-        "image": to_tensor([item.image for item in good]) if good else torch.empty(0, 3, size, size),
+        "image": to_tensor(images) if images else torch.empty(0, 3, size, size),
         "label": torch.tensor([item.label for item in good], dtype=torch.int64),
         "index": torch.tensor([item.index for item in good], dtype=torch.int64),
         "id": [item.id for item in good],
@@ -254,23 +258,24 @@ class _TrainImages(Dataset):
                 index = int(rng.integers(len(self.data)))
                 continue
             rng = np.random.default_rng([self.seed, _AUGMENT, position])
-            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, index,
+            return _Item([training_crop(image, self.config.image_size, self.config.flip, rng)], label, index,
                          self.data.id(index), bad)  # fmt: skip
-        return _Item(None, -1, -1, "", bad)
+        return _Item([], -1, -1, "", bad)
 
 
 class _EvalImages(Dataset):
     """index -> its item."""
 
-    def __init__(self, data: Images | SyntheticImages, config: DataConfig):
-        self.data, self.config = data, config
+    def __init__(self, data: Images | SyntheticImages, config: DataConfig, crops: int):
+        self.data, self.config, self.crops = data, config, crops
 
     def __getitem__(self, index: int) -> _Item:
         try:
             image, label = self.data.load(index)
         except BadImage as error:
-            return _Item(None, -1, index, "", [error.id])
-        return _Item(center_crop(image, self.config.image_size), label, index, self.data.id(index), [])
+            return _Item([], -1, index, "", [error.id])
+        id = self.data.id(index)
+        return _Item(several_crops(image, self.config.image_size, self.crops, id), label, index, id, [])
 
 
 class _StreamBatches(IterableDataset):
@@ -311,16 +316,16 @@ class _StreamBatches(IterableDataset):
                 sample = buffer[int(rng.integers(len(buffer)))]
                 continue
             rng = np.random.default_rng([self.seed, _AUGMENT, share, k])
-            return _Item(training_crop(image, self.config.image_size, self.config.flip, rng), label, -1,
+            return _Item([training_crop(image, self.config.image_size, self.config.flip, rng)], label, -1,
                          self.stream.id(sample), bad)  # fmt: skip
-        return _Item(None, -1, -1, "", bad)
+        return _Item([], -1, -1, "", bad)
 
 
 class _StreamEval(IterableDataset):
     """Batches of one rank in one pass."""
 
-    def __init__(self, stream, config, batch_size, rank, world_size, limit):
-        self.stream, self.config, self.batch_size = stream, config, batch_size
+    def __init__(self, stream, config, batch_size, rank, world_size, limit, crops):
+        self.stream, self.config, self.batch_size, self.crops = stream, config, batch_size, crops
         self.rank, self.world_size, self.limit = rank, world_size, limit
 
     def __iter__(self) -> Iterator[dict]:
@@ -336,8 +341,9 @@ class _StreamEval(IterableDataset):
         try:
             image, label = self.stream.load(sample)
         except BadImage as error:
-            return _Item(None, -1, -1, "", [error.id])
-        return _Item(center_crop(image, self.config.image_size), label, -1, self.stream.id(sample), [])
+            return _Item([], -1, -1, "", [error.id])
+        id = self.stream.id(sample)
+        return _Item(several_crops(image, self.config.image_size, self.crops, id), label, -1, id, [])
 
 
 def _worker() -> tuple[int, int]:

@@ -1,6 +1,8 @@
-"""Image bytes to upright RGB, and the two crops: ADM's for evaluation, resize and random crop for training."""
+"""Image bytes to upright RGB, and the crops: ADM's for evaluation and latents, resize and random crop for training."""
 
+import hashlib
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -24,6 +26,8 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+_LEAST_FRACTION = 0.8  # of the short side, in a random crop
 
 # EXIF orientation (tag 0x0112) -> what brings the image upright.
 _UPRIGHT = {
@@ -95,11 +99,32 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Halved by box filter while the short side is at least 2 * size, then bicubic to short side = size, then the centre.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    image = resize_short_side(image, size)
+    image = _shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def several_crops(image: Image.Image, size: int, count: int, id: str) -> list[Image.Image]:
+    """The centre crop of ADM, and `count` - 1 of its random crops (arXiv 2105.05233), which `id` alone decides.
+
+    A random crop is a random square of `size` pixels of the image resized as for the centre crop, to a random short
+    side from `size` to `size` / 0.8.
+    """
+    crops = [center_crop(image, size)]
+    digest = hashlib.sha256(id.encode()).digest()
+    for number in range(1, count):
+        rng = np.random.default_rng([number, *digest])
+        scaled = _shrink(image, int(rng.integers(size, math.ceil(size / _LEAST_FRACTION) + 1)))
+        left, top = (int(rng.integers(side - size + 1)) for side in scaled.size)
+        crops.append(scaled.crop((left, top, left + size, top + size)))
+    return crops
+
+
+def _shrink(image: Image.Image, short: int) -> Image.Image:
+    """ADM's resizing to short side = `short`."""
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return resize_short_side(image, short)
 
 
 def training_crop(image: Image.Image, size: int, flip: bool, rng: np.random.Generator) -> Image.Image:

@@ -80,6 +80,8 @@ _FREE_KEYS = (
     "run.accumulation",
     "sampling.",
     "cache:",
+    "cache_verify:",
+    "export_every:",
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -20,20 +21,23 @@ from tqdm import tqdm
 
 from common.data import BadImage, DataConfig, Images, Stream, eval_batches, open_split
 from common.errors import UsageError, UserError
-from common.images import center_crop, to_tensor
+from common.images import several_crops, to_tensor
 from common.loading import batches_of, make_loader
-from diffusion.latents import LatentCache
+from diffusion.latents import LatentCache, shard_hash
 from tokenizer import Tokenizer
 
 SHARD_IMAGES = 2048  # 256 MiB at 16 x 16 x 128
 BATCH_IMAGES = 32
-_FORMAT = 1
+_CODES_CHECKED = 1024
+_FORMAT = 2
 _KEY_NAMES = {
     "tokenizer": "another tokenizer",
     "data": "other data",
     "image_size": "another image size",
     "flips": "another data.flip",
     "limit": "another cache_images",
+    "crops": "another cache_crops",
+    "latents": "another setting of latents",
     "format": "another version of this program",
 }
 
@@ -46,17 +50,26 @@ def open_cache(
     *,
     workers: int = 0,
     limit: int | None = None,
+    crops: int = 1,
+    quantized: bool = False,
+    verify: bool = False,
 ) -> LatentCache:
     """The cache at `folder`, encoded first as far as it is not complete. Called on all ranks, which share the work.
 
-    Images are cropped by ADM's centre crop. `limit` takes that many of the training split, spread at random, instead of
-    all. Raises `UserError` where `folder` holds latents of another tokenizer, data, size or limit, where the disk is
-    too small, and where too many images are bad; `UsageError` where the image size is no multiple of the tokenizer's f.
+    Of each image it holds ADM's centre crop and `crops` - 1 of ADM's random crops, and of each crop, with `data.flip`,
+    the mirror image; `quantized` takes the codes of the latents instead. `limit` takes that many images of the training
+    split, spread at random, instead of all. `verify` compares the shards of a complete cache with their checksums.
+
+    Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, where the disk is too
+    small, where too many images are bad, and where a shard is damaged; `UsageError` where the image size is no multiple
+    of the tokenizer's f, and where `quantized` latents would not decode to their own codes.
     """
     folder = Path(folder)
     if data.image_size % tokenizer.downsampling:
         raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = "
                          f"{tokenizer.downsampling}")  # fmt: skip
+    if quantized:
+        _check_codes(tokenizer)
     with accelerator.main_process_first():
         images = open_split(data, "train")
     key = {
@@ -66,12 +79,30 @@ def open_cache(
         "image_size": data.image_size,
         "flips": 2 if data.flip else 1,
         "limit": limit,
+        "crops": crops,
+        "latents": "quantized" if quantized else "continuous",
     }
     _refuse_stale(folder, key)
     accelerator.wait_for_everyone()
     if not (folder / "manifest.json").exists():
         _encode(folder, tokenizer, data, images, accelerator, key, workers)
-    return LatentCache(folder)
+        return LatentCache(folder)
+    cache = LatentCache(folder)
+    if verify:
+        damaged = gather_object(cache.damaged(accelerator.process_index, accelerator.num_processes))
+        if damaged:
+            raise UserError(f"{folder}: {', '.join(damaged[:3])} not what was written: delete manifest.json and these "
+                            "shards, and start again")  # fmt: skip
+    return cache
+
+
+def _check_codes(tokenizer: Tokenizer) -> None:
+    """Raises `UsageError` where the decoder, which quantizes, would see a code as another one."""
+    codes = tokenizer.codebook[:_CODES_CHECKED]
+    again = tokenizer.codebook[tokenizer.quantize(codes.T[None, :, None])[0, 0]]
+    if not torch.allclose(again, codes, rtol=0, atol=1e-3 * float(codes.std())):
+        raise UsageError("latents: quantized needs a tokenizer whose codes are their own nearest codes, and this one "
+                         "compares latents elsewhere: use latents: continuous")  # fmt: skip
 
 
 def _refuse_stale(folder: Path, key: dict) -> None:
@@ -88,11 +119,11 @@ def _encode(folder: Path, tokenizer: Tokenizer, data: DataConfig, images: Images
             key: dict, workers: int) -> None:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     side = data.image_size // tokenizer.downsampling
-    shape = (key["flips"], tokenizer.codebook.shape[1], side, side)
+    shape = (key["crops"] * key["flips"], tokenizer.codebook.shape[1], side, side)
     jobs = _stream_jobs if isinstance(images, Stream) else _image_jobs
-    count, shards = jobs(folder, data, images, accelerator, key["limit"], workers)
+    count, shards = jobs(folder, data, images, accelerator, key, workers)
     if accelerator.is_main_process:
-        _announce(folder, shape, count)
+        _announce(folder, shape, key, count)
     accelerator.wait_for_everyone()
 
     bad: list[str] = []
@@ -122,15 +153,16 @@ def _too_many_bad(count: int, total: int, data: DataConfig, names: list[str]) ->
                      f"data.max_bad_fraction = {data.max_bad_fraction}")  # fmt: skip
 
 
-def _announce(folder: Path, shape: tuple[int, ...], count: int | None) -> None:
+def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int | None) -> None:
     """Say what the cache takes. Raises `UserError` where the disk has less."""
     each = 2 * int(np.prod(shape))
     if count is None:
         print(f"latent cache {folder}: {each / 2**10:.0f} KiB an image; the stream's length is not known", flush=True)
         return
+    views = f"{key['crops']} crops x {key['flips']} flips" if key["crops"] > 1 else f"{key['flips']} flips"
     done = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
     needed, free = count * each - done, shutil.disk_usage(folder).free
-    print(f"latent cache {folder}: {count} images x {shape[0]} flips, {count * each / 2**30:.2f} GiB", flush=True)
+    print(f"latent cache {folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
     if needed > free:
         raise UserError(f"{folder} needs {needed / 2**30:.1f} GiB more for latents, and its disk has "
                         f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
@@ -140,9 +172,9 @@ def _announce(folder: Path, shape: tuple[int, ...], count: int | None) -> None:
 # Which shards there are to write, as (file name, batches); batches are those of common/data.py
 
 
-def _image_jobs(folder, data, images, accelerator, limit, workers) -> tuple[int, Iterator]:
+def _image_jobs(folder, data, images, accelerator, key, workers) -> tuple[int, Iterator]:
     """How many images there are in all, and this rank's part of the missing shards."""
-    order = np.arange(len(images))
+    order, limit = np.arange(len(images)), key["limit"]
     if limit is not None and limit < len(order):
         order = np.sort(np.random.default_rng(0).permutation(len(order))[:limit])
     parts = np.split(order, range(SHARD_IMAGES, len(order), SHARD_IMAGES))
@@ -153,36 +185,36 @@ def _image_jobs(folder, data, images, accelerator, limit, workers) -> tuple[int,
     def jobs():
         for i in mine:
             rows = [parts[i][k : k + BATCH_IMAGES] for k in range(0, len(parts[i]), BATCH_IMAGES)]
-            crops = _Crops(images, data.image_size)
+            crops = _Crops(images, data.image_size, key["crops"])
             yield names[i], batches_of(make_loader(crops, workers, batch_sampler=rows, collate_fn=_collate))
 
     return len(order), jobs()
 
 
 class _Crops(Dataset):
-    """index -> (ADM centre crop, label), or the name of a bad image."""
+    """index -> (crops, label), or the name of a bad image."""
 
-    def __init__(self, images: Images, size: int):
-        self.images, self.size = images, size
+    def __init__(self, images: Images, size: int, count: int):
+        self.images, self.size, self.count = images, size, count
 
     def __getitem__(self, index: int):
         try:
             image, label = self.images.load(int(index))
         except BadImage as error:
             return error.id
-        return center_crop(image, self.size), label
+        return several_crops(image, self.size, self.count, self.images.id(int(index))), label
 
 
 def _collate(items: list) -> dict:
     good = [item for item in items if not isinstance(item, str)]
     return {
-        "image": to_tensor([image for image, _ in good]) if good else None,
+        "image": to_tensor([crop for crops, _ in good for crop in crops]) if good else None,
         "label": torch.tensor([label for _, label in good], dtype=torch.int64),
         "bad": [item for item in items if isinstance(item, str)],
     }
 
 
-def _stream_jobs(folder, data, images, accelerator, limit, workers) -> tuple[int | None, Iterator]:
+def _stream_jobs(folder, data, images, accelerator, key, workers) -> tuple[int | None, Iterator]:
     """The same for a stream, whose shards belong to one number of ranks and workers; what complete shards hold is read
     once more, but not encoded."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -193,7 +225,14 @@ def _stream_jobs(folder, data, images, accelerator, limit, workers) -> tuple[int
 
     def jobs():
         batches = eval_batches(
-            data, "train", batch_size=BATCH_IMAGES, rank=rank, world_size=ranks, workers=workers, limit=limit
+            data,
+            "train",
+            batch_size=BATCH_IMAGES,
+            rank=rank,
+            world_size=ranks,
+            workers=workers,
+            limit=key["limit"],
+            crops=key["crops"],
         )
         for i in itertools.count():
             part = itertools.islice(batches, SHARD_IMAGES // BATCH_IMAGES)
@@ -206,7 +245,7 @@ def _stream_jobs(folder, data, images, accelerator, limit, workers) -> tuple[int
             for _ in part:
                 pass
 
-    return limit, jobs()
+    return key["limit"], jobs()
 
 
 def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shape: tuple[int, ...], key: dict,
@@ -218,9 +257,10 @@ def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shap
         bad += batch["bad"]
         if not len(batch["label"]):
             continue
-        image = batch["image"].to(device)
-        views = [image, image.flip(-1)][: shape[0]]
-        z = torch.stack([tokenizer.latents(view).float().cpu() for view in views], dim=1)  # (B, flips, C, H, W)
+        crops = batch["image"].to(device)  # (B crops, 3, S, S)
+        views = [crops, crops.flip(-1)][: key["flips"]]
+        z = torch.stack([_latents(tokenizer, view, key).float().cpu() for view in views], dim=1)
+        z = z.reshape(len(batch["label"]), *shape)  # (B, crops flips, C, H, W)
         if not z.half().isfinite().all():
             raise UserError("the tokenizer's latents of some images do not fit into float16, or are not numbers")
         sums += z.double().sum((0, 1, 3, 4))
@@ -236,7 +276,8 @@ def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shap
     }
     temporary = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, temporary, metadata={"key": json.dumps(key), "bad": str(len(bad))})
+        about = {"key": json.dumps(key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
+        save_file(tensors, temporary, metadata=about)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         temporary.unlink(missing_ok=True)
@@ -244,17 +285,27 @@ def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shap
     return bad
 
 
+def _latents(tokenizer: Tokenizer, images: torch.Tensor, key: dict) -> torch.Tensor:
+    """As the diffusion model is to see them."""
+    z = tokenizer.latents(images)
+    if key["latents"] == "continuous":
+        return z
+    scale = tokenizer.model.config.scaling_factor
+    return tokenizer.codebook[tokenizer.quantize(z / scale)].permute(0, 3, 1, 2) * scale  # (B, d, h, w)
+
+
 def _manifest(folder: Path, shape: tuple[int, ...], key: dict, classes: list[str]) -> dict:
     """What all shards hold together."""
     shards, bad = [], 0
     sums, squares = torch.zeros(2, shape[1], dtype=torch.float64)
     for path in sorted(folder.glob("shard-*.safetensors")):
-        bad += int(_metadata(path)["bad"])
+        about = _metadata(path)
+        bad += int(about["bad"])
         with safe_open(path, "pt") as file:
             count = file.get_slice("labels").get_shape()[0]
             sums, squares = sums + file.get_tensor("sums"), squares + file.get_tensor("squares")
         if count:
-            shards.append({"file": path.name, "count": count})
+            shards.append({"file": path.name, "count": count, "bytes": path.stat().st_size, "sha256": about["sha256"]})
     count = sum(shard["count"] for shard in shards)
     if not count:
         raise UserError(f"{folder}: no image of the training split decodes")

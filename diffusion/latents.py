@@ -1,18 +1,20 @@
 """The latent cache, and training batches from it. diffusion/encode.py fills it.
 
-<cache>/shard-*.safetensors   latents float16 [n, flips, C, H, W], labels int64 [n], sums for the statistics
+<cache>/shard-*.safetensors   latents float16 [n, views, C, H, W], labels int64 [n], sums for the statistics
 <cache>/manifest.json         what it is a cache of, its shards, classes and statistics; written last
 
-Shards are read through memory maps. Flip 0 is the image, flip 1 its mirror image.
+Shards are read through memory maps. View 0 is the image's centre crop; crops follow each other, and with flips each one
+is followed by its mirror image.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,17 +24,17 @@ from common.loading import batches_of, make_loader, restarting
 
 
 class LatentCache:
-    """A complete cache. Raises `UserError` where one of its shards is gone.
+    """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
 
-    `classes`: names; `shape`: (C, H, W); `flips`: 1 or 2; `mean`, `std`: per channel, over all images, flips and
-    places; `overall_std`: over all channels as well; `manifest`: all of that and more.
+    `classes`: names; `shape`: (C, H, W); `views`: how many latents there are of each image; `mean`, `std`: per channel,
+    over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.classes: list[str] = self.manifest["classes"]
-        self.flips, *shape = self.manifest["shape"]
+        self.views, *shape = self.manifest["shape"]
         self.shape: tuple[int, int, int] = tuple(shape)
         self.mean: list[float] = self.manifest["mean"]
         self.std: list[float] = self.manifest["std"]
@@ -42,22 +44,50 @@ class LatentCache:
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
         if gone := [path.name for path in self._files if not path.exists()]:
             raise UserError(f"{self.folder} has lost {', '.join(gone[:3])}: delete that folder to encode it again")
+        sizes = [shard["bytes"] for shard in self.manifest["shards"]]
+        if cut := [path.name for path, size in zip(self._files, sizes, strict=True) if path.stat().st_size != size]:
+            raise UserError(f"{self.folder}: {', '.join(cut[:3])} not of the size that was written: delete "
+                            "manifest.json and these shards, and start again")  # fmt: skip
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, index: int, flip: int) -> tuple[Tensor, int]:
-        """Latents [C, H, W] float16 of image `index` (flip 1: of its mirror image), and its label (-1: none)."""
+    def read(self, index: int, view: int) -> tuple[Tensor, int]:
+        """Latents [C, H, W] float16 of a view of image `index`, and its label (-1: none)."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         if shard not in self._open:
             with safe_open(self._files[shard], "pt") as file:  # the tensors are views of the map, and keep it
                 self._open[shard] = file.get_tensor("latents"), file.get_tensor("labels")
         latents, labels = self._open[shard]
         row = index - int(self._ends[shard]) + len(labels)
-        return latents[row, flip], int(labels[row])
+        return latents[row, view], int(labels[row])
+
+    def damaged(self, rank: int = 0, world_size: int = 1) -> list[str]:
+        """Names of this rank's share of the shards whose contents have another SHA-256 than when they were written; it
+        reads all of them."""
+        found = []
+        for path, shard in list(zip(self._files, self.manifest["shards"], strict=True))[rank::world_size]:
+            try:
+                with safe_open(path, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except SafetensorError:
+                found.append(path.name)
+                continue
+            if shard_hash(tensors) != shard["sha256"]:
+                found.append(path.name)
+        return found
 
     def __getstate__(self) -> dict:  # loading processes open their own maps
         return self.__dict__ | {"_open": {}}
+
+
+def shard_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over a shard's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()
 
 
 def train_batches(
@@ -70,11 +100,10 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches without end: latents float32 [B, C, H, W], labels int64 [B], id: list[str] of names in the cache, and
-    each sample's own draws: noise float32
-    [B, C, H, W] and time_normal [B] (standard normal), drop_uniform [B] in [0, 1).
+    """Batches without end: latents float16 [B, C, H, W], labels int64 [B], id: list[str] of names in the cache, and
+    each sample's own draws: noise float32 [B, C, H, W], time_normal [B] (standard normal), drop_uniform [B] in [0, 1).
 
-    Position p of the sequence holds image permutation(seed, p // n)[p % n]; its flip and its draws come from (seed, p).
+    Position p of the sequence holds image permutation(seed, p // n)[p % n]; its view and its draws come from (seed, p).
     So neither the number of ranks, nor of micro-batches, nor of workers changes a sample. Micro-batch m on rank r holds
     the positions start + (m * world_size + r) * batch_size + [0, batch_size).
     """
@@ -82,26 +111,38 @@ def train_batches(
     def batches_from(done: int) -> Iterator[dict]:
         first = start + done * batch_size * world_size
         places = shuffled_positions(len(cache), batch_size, seed, first, rank, world_size)
-        return batches_of(make_loader(_Samples(cache, seed), workers, batch_sampler=places))
+        return batches_of(make_loader(_Batches(cache, seed), workers, batch_sampler=places, collate_fn=_same))
 
     return restarting(batches_from)
 
 
-class _Samples(Dataset):
-    """(position, index) -> one sample with its draws."""
+def _same(batch: dict) -> dict:
+    return batch
+
+
+class _Batches(Dataset):
+    """List of (position, index) -> the batch of these samples with their draws."""
 
     def __init__(self, cache: LatentCache, seed: int):
         self.cache, self.seed = cache, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> dict:
-        position, index = place
-        rng = np.random.default_rng([self.seed, 1, position])
-        latents, label = self.cache.read(index, int(rng.integers(self.cache.flips)))
+    def __getitems__(self, places: list[tuple[int, int]]) -> dict:
+        latents = torch.empty(len(places), *self.cache.shape, dtype=torch.float16)
+        noise = np.empty(latents.shape, np.float32)
+        labels, times, drops = [], [], []
+        for i, (position, index) in enumerate(places):
+            rng = np.random.default_rng([self.seed, 1, position])
+            stored, label = self.cache.read(index, int(rng.integers(self.cache.views)))
+            latents[i] = stored
+            labels.append(label)
+            times.append(rng.standard_normal(dtype=np.float32))
+            drops.append(rng.random(dtype=np.float32))
+            rng.standard_normal(out=noise[i], dtype=np.float32)
         return {
-            "latents": latents.float(),
-            "labels": label,
-            "id": f"latents[{index}]",
-            "time_normal": rng.standard_normal(dtype=np.float32),
-            "drop_uniform": rng.random(dtype=np.float32),
-            "noise": torch.from_numpy(rng.standard_normal(self.cache.shape, dtype=np.float32)),
+            "latents": latents,
+            "labels": torch.tensor(labels),
+            "id": [f"latents[{index}]" for _, index in places],
+            "time_normal": torch.tensor(np.array(times)),
+            "drop_uniform": torch.tensor(np.array(drops)),
+            "noise": torch.from_numpy(noise),
         }

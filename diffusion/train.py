@@ -1,4 +1,4 @@
-"""Train a class-conditional DiT by rectified flow in the latent space of a frozen tokenizer.
+"""Train a DiT, or a U-Net, by rectified flow or as a DDPM, in the latent space of a frozen tokenizer.
 
 accelerate launch diffusion/train.py                                    # DiT-B on what the default tokenizer run left
 accelerate launch diffusion/train.py --config configs/imagenet128/dit-xl.yaml --tokenizer runs/nsvq/tokenizer
@@ -10,11 +10,12 @@ import math
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
 
 from common import config as configs
@@ -23,7 +24,7 @@ from common.config import Config
 from common.data import DataConfig
 from common.errors import UsageError, UserError
 from common.guard import Guard
-from common.metrics import Means, show
+from common.metrics import Means, show, surviving
 from common.run import (
     Run,
     RunConfig,
@@ -34,23 +35,18 @@ from common.run import (
     progress_bar,
 )
 from diffusion.encode import open_cache
-from diffusion.flow import (
-    FlowConfig,
-    dimension_shift,
-    drop_labels,
-    flow_loss,
-    make_scheduler,
-    sample,
-    training_sigma,
-)
 from diffusion.latents import train_batches
-from diffusion.model import ModelConfig, make_model
+from diffusion.model import DiTConfig, ModelConfig, make_model
+from diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
+from diffusion.sampling import TIMESTEPS, sample
+from eval.features import INCEPTION
+from eval.monitor import FrechetMonitor
 from pipelines.export import check_classes, save_pipeline, to_stock
 from tokenizer import Tokenizer
 from tokenizer.pretrained import read_training
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
-_QUARTILES = 4  # of sigma, in the loss that is logged
+_QUARTILES = 4  # of the noise level, in the loss that is logged
 
 
 class OptimConfig(Config):
@@ -66,15 +62,22 @@ class OptimConfig(Config):
 
 
 class SamplingConfig(Config):
-    """The picture of samples during training."""
+    """Samples during training, of averaged weights and fixed seeds: a picture, and a Frechet distance."""
 
     images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
+    fd_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between two Frechet distances to the test split; null: none."
+    )
+    fd_samples: int = Field(5_000, ge=2, description="Samples in each; sample i has seed i and class i mod C.")
+    fd_features: str = Field(INCEPTION, description="Their features, as --features of eval/generation.py.")
+    fd_features_weights: Path | None = Field(None, description="Weights of these features; null downloads them.")
+    fd_guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of these samples; 1 is none.")
 
 
 class TrainConfig(Config):
-    """Train a class-conditional DiT (stage two) in the latent space of a frozen tokenizer."""
+    """Train a DiT or a U-Net (stage two) in the latent space of a frozen tokenizer."""
 
     out: Path = Field(Path("runs/imagenet128-dit-b"), description="Folder of the run; holds the pipeline at the end.")
     tokenizer: Path = Field(
@@ -82,13 +85,38 @@ class TrainConfig(Config):
     )
     cache: Path | None = Field(None, description="Folder of the latents; null is <out>/latents.")
     cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
+    cache_crops: int = Field(
+        1, ge=1, description="Crops of each image to encode: ADM's centre crop, and beyond one ADM's random crops."
+    )
+    cache_verify: bool = Field(False, description="Compare every shard of a complete cache with its SHA-256 first.")
+    latents: Literal["continuous", "quantized"] = Field(
+        "continuous", description="Train on the encoder's latents or on their codes; the decoder quantizes either way."
+    )
     steps: int = Field(400_000, ge=1, description="Optimizer steps.")
+    export_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between two pipelines kept in <out>/pipelines/step-N, such as a guide "
+        "for autoguidance; null: none.")  # fmt: skip
     data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    flow: FlowConfig = Field(default_factory=FlowConfig)
+    model: ModelConfig = Field(default_factory=DiTConfig, discriminator="variant")
+    objective: ObjectiveConfig = Field(default_factory=FlowConfig, discriminator="name")
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, values: Any) -> Any:
+        """A section that does not say which one it is, is the default one."""
+        for section, kind in (("model", {"variant": "dit"}), ("objective", {"name": "flow"})):
+            if isinstance(values, dict) and isinstance(values.get(section), dict):
+                values = values | {section: kind | values[section]}
+        return values
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "TrainConfig":
+        if self.objective.name == "ddpm" and TIMESTEPS % self.sampling.steps:
+            raise ValueError(f"sampling.steps = {self.sampling.steps} must divide {TIMESTEPS}, the steps of the DDPM")
+        return self
 
 
 def main() -> None:
@@ -97,6 +125,10 @@ def main() -> None:
         raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
                         "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
     accelerator = make_accelerator(config.run, config.out)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("checkpoints and averaged weights are of whole networks, and FSDP splits them: launch with "
+                         "DDP (configs/accelerate/four-gpus.yaml), and --model.gradient_checkpointing for large "
+                         "models")  # fmt: skip
     micro_batch = micro_batch_size(config.run, accelerator)
     device, optim = accelerator.device, config.optim
 
@@ -109,18 +141,30 @@ def main() -> None:
         accelerator,
         workers=config.run.workers,
         limit=config.cache_images,
+        crops=config.cache_crops,
+        quantized=config.latents == "quantized",
+        verify=config.cache_verify,
     )
-    check_classes(len(cache.classes))
-    shift = config.flow.shift or dimension_shift(cache.shape)
+    names = dict(enumerate(cache.classes)) if config.model.conditional else {}
+    check_classes(len(names))
+    objective = make_objective(config.objective, cache.shape)
+    monitor = None
+    if (sampling := config.sampling).fd_every:
+        monitor = FrechetMonitor(sampling.fd_features, sampling.fd_features_weights, config.data, accelerator,
+                                 workers=config.run.workers)  # fmt: skip
 
     # Model and optimizer
     set_seed(config.run.seed)  # whatever encoding drew
     try:
-        model = make_model(config.model, cache.shape, len(cache.classes))
+        model = make_model(config.model, cache.shape, len(names))
     except ValueError as error:
-        raise UsageError(f"{config.model.size} does not fit these latents: {error}") from None
+        raise UsageError(f"the model does not fit these latents: {error}") from None
+    if config.model.compile:
+        model.compile()
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
     network, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(parameters, decay=optim.ema_decay, foreach=True)
 
@@ -138,21 +182,48 @@ def main() -> None:
         return {name: part.state_dict() for name, part in stateful.items()}
 
     @torch.no_grad()
-    def draw() -> None:
-        """Samples from fixed noise, with EMA weights."""
-        count = config.sampling.images
-        labels = torch.arange(count, device=device) * len(cache.classes) // count
-        noise = torch.stack(
-            [torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-        )
-        with averaged_weights(ema, parameters), accelerator.autocast():
+    def draw(labels: list[int], seeds: range, guidance_scale: float) -> torch.Tensor:
+        """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds."""
+        noise = torch.stack([torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
+        with accelerator.autocast():
             latents = sample(
-                model, make_scheduler(shift), noise.to(device), labels, model.null_class,
-                steps=config.sampling.steps, guidance_scale=config.sampling.guidance_scale,
+                model, objective.scheduler(), noise.to(device), torch.tensor(labels, device=device), model.null_class,
+                steps=sampling.steps, guidance_scale=guidance_scale,
             )  # fmt: skip
         latents = latents / tokenizer.model.config.scaling_factor
-        images = torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
+        return torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
+
+    def draw_picture() -> None:
+        count = sampling.images
+        labels = [i * (len(names) or 1) // count for i in range(count)]
+        with averaged_weights(ema, parameters):
+            images = draw(labels, range(count), sampling.guidance_scale)
         run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
+
+    def distance() -> dict[str, float]:
+        """Of samples of all classes in turn, over all ranks."""
+        with averaged_weights(ema, parameters):
+            return monitor.measure(
+                lambda seeds: draw([i % (len(names) or 1) for i in seeds], seeds, sampling.fd_guidance_scale),
+                sampling.fd_samples,
+            )
+
+    def export(folder: Path) -> None:
+        """The pipeline, with EMA weights."""
+        about = {
+            "nsvq": code_version(),
+            "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
+            "step": run.step,
+            "samples_seen": run.samples_seen,
+            "parameters": sum(p.numel() for p in parameters),
+            "objective": objective.description,
+            "config": configs.to_dict(config),
+            "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
+            "tokenizer": read_training(config.tokenizer),
+        }
+        with averaged_weights(ema, parameters):
+            exported = to_stock(model)
+        save_pipeline(folder, exported, tokenizer.model, objective.scheduler(), names, about)
 
     # Training
     batches = train_batches(
@@ -169,20 +240,20 @@ def main() -> None:
             micro_batches.append(loaded)
             batch = {name: loaded[name].to(device, non_blocking=True) for name in loaded if name != "id"}
             run.seed_micro_batch(number, micro_batch)
-            sigma = training_sigma(batch["time_normal"], config.flow, shift)
-            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.class_dropout, model.null_class)
+            levels = objective.levels(batch["time_normal"])
+            labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.label_dropout(), model.null_class)
             with accelerator.accumulate(network), run.counting_flops("step", micro_batch):
-                losses = flow_loss(network, batch["latents"], batch["noise"], sigma, labels)
+                losses = objective.losses(network, batch["latents"], batch["noise"], levels, labels)
                 accelerator.backward(losses.mean())
-            results.append((losses.detach(), sigma))
+            results.append((losses.detach(), levels))
         accelerator.unscale_gradients()
         norm = clip_grad_norm_(parameters, optim.clip_grad_norm)
         if guard.step([optimizer], [norm, *(losses.mean() for losses, _ in results)]):
             ema.step(parameters)
             share = micro_batch * config.run.accumulation
             means.add("grad_norm", share * norm, share)
-            for losses, sigma in results:
-                _add_losses(means, losses, sigma)
+            for losses, levels in results:
+                _add_losses(means, losses, levels)
         run.step += 1
         run.samples_seen += config.run.batch_size
         bar.update()
@@ -190,47 +261,38 @@ def main() -> None:
             run.give_up(states(), micro_batches, guard.in_a_row)
 
         last = run.step == config.steps
+        values = distance() if monitor and (run.step % sampling.fd_every == 0 or last) else {}
         if run.step % config.run.log_every == 0 or last:
-            values = means.take() | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value}
-            values = run.log(values | {"skipped_steps": guard.skipped})
-            show(bar, values, ("loss", "grad_norm"))
+            values |= means.take() | {"lr": optimizer.param_groups[0]["lr"], "ema_decay": ema.cur_decay_value}
+            values |= {"skipped_steps": guard.skipped}
+        if values:
+            show(bar, run.log(values), ("loss", "grad_norm"))
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
-            draw()
+            draw_picture()
+        if config.export_every and run.step % config.export_every == 0 and accelerator.is_main_process:
+            with surviving(f"pipelines/step-{run.step}"):
+                (config.out / "pipelines").mkdir(exist_ok=True)
+                export(config.out / "pipelines" / f"step-{run.step}")
         if run.checkpoint_due() or last or guard.stop:
             run.save(states())
         if guard.stop:
             run.stop(guard.stop)
     bar.close()
 
-    # Export, with EMA weights
     if accelerator.is_main_process:
-        ema.copy_to(parameters)
-        about = {
-            "nsvq": code_version(),
-            "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
-            "step": run.step,
-            "samples_seen": run.samples_seen,
-            "parameters": sum(p.numel() for p in parameters),
-            "flow_shift": shift,
-            "config": configs.to_dict(config),
-            "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
-            "tokenizer": read_training(config.tokenizer),
-        }
-        classes = dict(enumerate(cache.classes))
-        save_pipeline(config.out / "pipeline", to_stock(model.cpu()), tokenizer.model.cpu(), make_scheduler(shift),
-                      classes, about)  # fmt: skip
+        export(config.out / "pipeline")
         accelerator.print(f"pipeline: {config.out / 'pipeline'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def _add_losses(means: Means, losses: torch.Tensor, sigma: torch.Tensor) -> None:
-    """Losses [B] at noise levels sigma [B], in all and by quartile of sigma."""
+def _add_losses(means: Means, losses: torch.Tensor, levels: torch.Tensor) -> None:
+    """Losses [B] at noise levels [B], in all and by quarter of the level."""
     means.add("loss", losses.sum(), len(losses))
-    quartile = (sigma * _QUARTILES).long().clamp(max=_QUARTILES - 1)
+    quartile = (levels * _QUARTILES).long().clamp(max=_QUARTILES - 1)
     for q in range(_QUARTILES):
         inside = (quartile == q).float()
-        means.add(f"loss_sigma_q{q + 1}", (losses * inside).sum(), inside.sum())
+        means.add(f"loss_level_q{q + 1}", (losses * inside).sum(), inside.sum())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Measure a class-conditional pipeline: sample it, and compare the samples with real images.
+"""Measure a pipeline: sample it, and compare the samples with real images.
 
 accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --output result.json    # ImageNet-1k, protocol adm
 accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --samples 200 --classifier true
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --guidance_scale 1 1.5 2 --steps 50
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --keep png     # goes on after a kill
 
-The pipeline is ours, or any class-conditional one of diffusers. eval/samples.py says which samples are drawn, and
-docs/evaluation.md what each protocol measures. For repeats, move --seed by the number of samples.
+The pipeline is ours, with classes or none, or any class-conditional one of diffusers. eval/samples.py says which
+samples are drawn, and docs/evaluation.md what each protocol measures. For repeats, move --seed by the samples' number.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from common import launch
 from common.data import DataConfig, Images, Stream, open_split
 from common.errors import UsageError
 from common.hashes import file_hash
+from diffusion.sampling import SAMPLERS, make_sampler, set_steps
 from eval import class_accuracy, report
 from eval.classifier import Classifier
 from eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
@@ -37,6 +38,7 @@ from eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
 
 IMAGENET = "ILSVRC/imagenet-1k"
+_LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
 
 
@@ -57,7 +59,9 @@ class GenerationConfig(report.EvaluationConfig):
     )
     samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
     labels: Literal["balanced", "data"] = Field(
-        "balanced", description="Classes of the samples: each in turn, or drawn as often as in the training split."
+        "balanced",
+        description="Classes of the samples: each in turn, or drawn as often as in the training split; a model without "
+        "classes is asked for none.",
     )
     guidance_scale: list[float] = Field(
         [1.0],
@@ -67,6 +71,10 @@ class GenerationConfig(report.EvaluationConfig):
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="Noise levels, from 0 (image) to 1 (noise), within which guidance acts."
     )
+    guide: Path | None = Field(
+        None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
+    )
+    sampler: Literal[SAMPLERS] | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
     steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
     seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
@@ -113,11 +121,15 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
     if config.guidance_interval != (0.0, 1.0) and not is_ours(pipeline):
         raise UsageError(f"--guidance_interval: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+    guide = _prepare(pipeline, config)
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
     result = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config)
-    if images.classes != names:
+    if not names:
+        if config.classifier or config.labels == "data":
+            raise UsageError(f"--classifier true and --labels data need classes, and {config.pipeline} has none")
+    elif images.classes != names:
         difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
         if config.classifier or config.labels == "data":
             raise UsageError(f"--classifier true and --labels data need the same classes: {difference}")
@@ -130,7 +142,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     label = _label_rule(config, data, len(names))
     runs = []
     for scale, steps in itertools.product(config.guidance_scale, config.steps):
-        how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label)
+        how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label, guide)
         runs.append(_run(pipeline, how, names, extractors, real, classifier, config, accelerator))
     real_accuracy = None
     if classifier:
@@ -153,15 +165,33 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         "reference": reference,
         "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__,
                      "sha256": report.folder_hash(Path(config.pipeline))},
-        "labels": {"balanced": "sample i is of class i mod C", "data": "as often as in training"}[config.labels],
+        "labels": _LABELS[config.labels] if names else "no class",
         "classes": names,
         "seeds": f"sample i has seed {config.seed} + i",
         "sampler": {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval,
+                    "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
                     **_public(pipeline.scheduler.config)},
         "features": {name: extractor.about for name, extractor in extractors.items()},
         "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
         **report.provenance(accelerator, config.model_copy(update={"data": data})),
     }  # fmt: skip
+
+
+def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
+    """Give the pipeline its sampler, and load the guide. Raises `UsageError` where one of them, or the number of steps,
+    does not fit."""
+    try:
+        if config.sampler:
+            pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
+        if not is_ours(pipeline):
+            if config.guide:
+                raise ValueError(f"--guide: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+            return None
+        for steps in config.steps:
+            set_steps(pipeline.scheduler, steps)
+        return pipeline.load_guide(config.guide) if config.guide else None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _resolve(config: GenerationConfig, size: int) -> GenerationConfig:
@@ -189,7 +219,9 @@ def _deviations(config: GenerationConfig) -> list[str]:
 
 
 def _label_rule(config: GenerationConfig, data: DataConfig, classes: int):
-    """Sample number -> class id."""
+    """Sample number -> class id, or None where there are no classes."""
+    if not classes:
+        return lambda sample: None
     if config.labels == "balanced":
         return lambda sample: sample % classes
     images = open_split(data, "train")
@@ -291,7 +323,7 @@ def _run(
         result["samples"] = {"png": str(folder.folder)}
         if config.keep == "npz":
             packed = _beside(config.output, how, ".npz", sweep)
-            folder.pack(packed, [how.label(sample) for sample in range(config.samples)])
+            folder.pack(packed, config.samples, list(map(how.label, range(config.samples))) if names else None)
             result["samples"]["npz"] = str(packed)
     return result
 
@@ -303,6 +335,8 @@ def _sample_folder(
         return None
     about = {
         "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,
+        "guide": config.guide and report.folder_hash(config.guide),
+        "sampler": type(pipeline.scheduler).__name__,
         "scheduler": {k: str(v) for k, v in _public(pipeline.scheduler.config).items()},
         **{key: getattr(how, key) for key in ("guidance_scale", "guidance_interval", "steps", "seed", "precision")},
         "first labels": [how.label(sample) for sample in range(100)],

@@ -37,12 +37,14 @@ class Examples:
 
 
 class Grid:
-    """A row of samples for each of a few classes, spaced evenly over all: {class: its first samples} in `of_class`."""
+    """A row of samples for each of a few classes, spaced evenly over all, or of no class: {class: its first samples} in
+    `of_class`."""
 
-    def __init__(self, samples: int, names: list[str], label: Callable[[int], int]):
+    def __init__(self, samples: int, names: list[str], label: Callable[[int], int | None]):
         self.names = names
         count = min(len(names), _GRID_CLASSES)
-        self.of_class: dict[int, list[int]] = {i * len(names) // count: [] for i in range(count)}
+        classes = [i * len(names) // count for i in range(count)] or [None]
+        self.of_class: dict[int | None, list[int]] = {c: [] for c in classes}
         for sample in range(samples):
             row = self.of_class.get(label(sample))
             if row is not None and len(row) < _GRID_SAMPLES:
@@ -70,4 +72,4 @@ class Grid:
         width = max(map(len, rows))
         tiles = [by_index[row[i]] if i < len(row) else blank for row in rows for i in range(width)]
         save_image(torch.stack(tiles) / 255, path, nrow=width, pad_value=1.0)
-        return {"file": str(path), "rows": [self.names[c] for c in self.of_class]}
+        return {"file": str(path), "rows": ["no class" if c is None else self.names[c] for c in self.of_class]}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
@@ -24,20 +24,23 @@ from common import config as configs
 from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
 from pipelines import ClassConditionalPipeline
+from tokenizer.pretrained import VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once
 
 
 @dataclass
 class Sampling:
-    """How samples are drawn. `label`: sample number -> class id; `precision`: autocast type of the transformer."""
+    """How samples are drawn. `label`: sample number -> class id, or None for "no class"; `precision`: autocast type of
+    the transformer; `guide`: transformer for autoguidance."""
 
     guidance_scale: float
     guidance_interval: tuple[float, float]
     steps: int
     seed: int
     precision: str
-    label: Callable[[int], int]
+    label: Callable[[int], int | None]
+    guide: ModelMixin | None = None
 
     @property
     def name(self) -> str:
@@ -46,13 +49,14 @@ class Sampling:
 
 
 def load_pipeline(folder: str) -> DiffusionPipeline:
-    """Read a class-conditional pipeline: ours, or any of diffusers that takes `class_labels` (folder or Hub id).
+    """Read a pipeline (folder or Hub id): ours, with classes or none, or any of diffusers that takes `class_labels`.
 
     Raises `UserError` where there is none.
     """
     try:
         index = DiffusionPipeline.load_config(folder)
-        ours = index["_class_name"] == "DiTPipeline" and index["vae"][1] == "VQModel"
+        decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(index["_class_name"])
+        ours = decoder is not None and index[decoder][1] in VQ_MODELS
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(
@@ -99,7 +103,8 @@ def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
     labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
     with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
         if is_ours(pipeline):
-            options |= {"guidance_interval": how.guidance_interval, "seeds": seeds, "output_type": "latent"}
+            options |= {"guidance_interval": how.guidance_interval, "guide": how.guide}
+            options |= {"seeds": seeds, "output_type": "latent"}
             latents = pipeline(labels, **options).images
         else:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -142,18 +147,20 @@ class SampleFolder:
             Image.fromarray(image).save(data, "png", compress_level=1)
             _write(self._path(sample), data.getvalue())
 
-    def pack(self, path: Path, labels: list[int]) -> None:
-        """Write all samples in ADM's format, one in memory at a time: uint8 arr_0 [N, S, S, 3], labels arr_1 [N]."""
+    def pack(self, path: Path, count: int, labels: list[int] | None) -> None:
+        """Write `count` samples in ADM's format, one in memory at a time: uint8 arr_0 [N, S, S, 3], and arr_1 [N] where
+        they have labels."""
         first = np.asarray(Image.open(self._path(0)))
         temporary = path.with_name(f".{path.name}.part")
         with zipfile.ZipFile(temporary, "w") as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as array:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape)}
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
                 npy.write_array_header_1_0(array, header)
-                for sample in range(len(labels)):
+                for sample in range(count):
                     array.write(np.asarray(Image.open(self._path(sample))).tobytes())
-            with file.open("arr_1.npy", "w") as array:
-                npy.write_array(array, np.array(labels, np.int64))
+            if labels is not None:
+                with file.open("arr_1.npy", "w") as array:
+                    npy.write_array(array, np.array(labels, np.int64))
         temporary.replace(path)
 
     def _path(self, sample: int) -> Path:

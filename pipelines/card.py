@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 PAPER = "2606.11363"
+_NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net"}
 
 
 def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
@@ -14,16 +15,16 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     """
     about = json.loads((folder / "nsvq.json").read_text())
     index = json.loads((folder / "model_index.json").read_text())
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    vae = json.loads((folder / ("vqvae" if "vqvae" in index else "vae") / "config.json").read_text())
+    names, variant = index.get("id2label", {}), about["config"]["model"]["variant"]
     parts = [
-        _front_matter(about),
-        _summary(about, index["id2label"], vae, transformer),
-        _use(index["id2label"]),
-        _training(about),
+        _front_matter(about, names, variant),
+        _summary(about, names, vae),
+        _use(names, variant, index["_class_name"]),
+        _training(about, bool(names)),
         _results(results or {}),
-        _limits(len(index["id2label"])),
-        _citation(),
+        _limits(len(names), index["scheduler"][1]),
+        _citation(variant),
     ]
     path = folder / "README.md"
     temporary = folder / ".README.md.part"
@@ -32,15 +33,15 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     return path
 
 
-def _front_matter(about: dict) -> str:
+def _front_matter(about: dict, names: dict[str, str], variant: str) -> str:
     source = about["config"]["data"]["source"]
     from_hub = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+    kind, network = "class-conditional" if names else "unconditional", "unet" if variant == "unet" else "dit"
     lines = [
         "---",
         "library_name: diffusers",
         "pipeline_tag: unconditional-image-generation",
-        "tags: [class-conditional-image-generation, diffusion, dit, rectified-flow, vector-quantization, nsvq, "
-        f"'arxiv:{PAPER}']",
+        f"tags: [{kind}-image-generation, diffusion, {network}, vector-quantization, nsvq, 'arxiv:{PAPER}']",
         *([f"datasets: [{source}]"] if from_hub else []),
         "# license: to be set by whoever publishes the model; it depends on the training data",
         "---",
@@ -48,67 +49,81 @@ def _front_matter(about: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(about: dict, names: dict[str, str], vae: dict, transformer: dict) -> str:
-    key, latents = about["latents"]["key"], about["latents"]
+def _summary(about: dict, names: dict[str, str], vae: dict) -> str:
+    key, latents, model = about["latents"]["key"], about["latents"], about["config"]["model"]
     _, channels, height, width = latents["shape"]
     shown = ", ".join(list(names.values())[:10]) + (", ..." if len(names) > 10 else "")
-    return f"""# Class-conditional DiT on vector-quantized latents
+    kind = f"{'Class-conditional' if names else 'Unconditional'} {_NETWORKS[model['variant']]}"
+    return f"""# {kind} on vector-quantized latents
 
-A diffusion transformer ({about["parameters"] / 1e6:.1f} M parameters, depth {transformer["num_layers"]}, patch
-{transformer["patch_size"]}), trained by rectified flow in the latent space of a frozen image tokenizer
-({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). It samples continuous latents, and the
-tokenizer's decoder quantizes them first.
+{about["parameters"] / 1e6:.1f} M parameters, trained in the latent space of a frozen image tokenizer
+({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). The tokenizer's
+decoder quantizes what it samples.
 
 - Images: {key["image_size"]} x {key["image_size"]} pixels; latents: {height} x {width} x {channels}
-- Classes: {len(names)}{f" ({shown})" if names else ""}
+- Classes: {f"{len(names)} ({shown})" if names else "none"}
 - Data: `{about["config"]["data"]["source"]}`, {latents["count"]} training images
 """
 
 
-def _use(names: dict[str, str]) -> str:
-    label = next(iter(names.values()), "0").split(",")[0].strip()
-    return f"""## Use
+def _use(names: dict[str, str], variant: str, pipeline: str) -> str:
+    code = ", trust_remote_code=True" if variant == "modern" else ""
+    intro = "With `diffusers` alone" + (", which runs the model's code in `transformer/nsvq_dit.py`:" if code else ":")
+    what = "" if pipeline == "LDMPipeline" else f"class_labels=[{0 if names else 1000}], "
+    what += "guidance_scale=2.0, " if names else ""
+    stock = f"""## Use
 
-With `diffusers` alone:
+{intro}
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipeline(class_labels=[0], guidance_scale=2.0, num_inference_steps=50).images[0]
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{code})
+image = pipeline({what}num_inference_steps=50).images[0]
 ```
-
-With the project's own class, which adds class names, one seed an image, batches, a guidance interval and callbacks:
+"""
+    adds = "one seed an image, batches, samplers by name and callbacks"
+    how = "[None], seeds=[0]"
+    if names:
+        adds = "class names, a guidance interval, " + adds
+        label = next(iter(names.values())).split(",")[0].strip()
+        how = f"[{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]"
+    return f"""{stock}
+With the project's own class, which adds {adds}:
 
 ```python
 from pipelines import ClassConditionalPipeline
 pipeline = ClassConditionalPipeline.from_pretrained("path/to/this/folder")
-image = pipeline([{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]).images[0]
+image = pipeline({how}).images[0]
 ```
 """
 
 
-def _training(about: dict) -> str:
+def _training(about: dict, conditional: bool) -> str:
     config, latents = about["config"], about["latents"]
-    optim, flow, run = config["optim"], config["flow"], config["run"]
+    optim, run, key = config["optim"], config["run"], latents["key"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     channel_means = [abs(value) for value in latents["mean"]]
+    dropped = f"; labels dropped with probability {config['model']['class_dropout']:g}" if conditional else ""
     return f"""## Training
 
 - Steps: {about["step"]}; batch {run["batch_size"]}; {about["samples_seen"]} samples seen
 - Optimizer: AdamW, learning rate {optim["lr"]:g}, betas {tuple(optim["betas"])}, weight decay
   {optim["weight_decay"]:g}, gradient norm at most {optim["clip_grad_norm"]:g}, {optim["warmup_steps"]} warm-up steps;
   mixed precision: {run["mixed_precision"]}; averaged weights with decay {optim["ema_decay"]:g}
-- Objective: v = noise - x0 at x = (1 - sigma) x0 + sigma noise; logit(sigma) normal with mean {flow["logit_mean"]:g}
-  and deviation {flow["logit_std"]:g}, then shifted by s = {about["flow_shift"]:.4g}, in sampling too; labels dropped
-  with probability {config["model"]["class_dropout"]:g}
-- Images: ADM's centre crop{", and its mirror image" if latents["key"]["flips"] == 2 else ""};
-  {latents["bad_images"]} images did not decode and were left out
-- Latents over the training set, as the transformer sees them: overall deviation {latents["overall_std"]:.4f};
-  deviation of a channel {min(latents["std"]):.4f} to {max(latents["std"]):.4f}; largest mean of a channel
-  {max(channel_means):.4f}
+- Objective: {about["objective"]}{dropped}
+- Images: {_views(key)}; {latents["bad_images"]} images did not decode and were left out
+- Latents: {key["latents"]}; over the training set, as the network sees them: overall deviation
+  {latents["overall_std"]:.4f}; deviation of a channel {min(latents["std"]):.4f} to
+  {max(latents["std"]):.4f}; largest mean of a channel {max(channel_means):.4f}
 - Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {latents["key"]["tokenizer"]}
 - Software: nsvq {about["nsvq"]}, {versions}; all settings are in `nsvq.json`
 """
+
+
+def _views(key: dict) -> str:
+    """Which crops of an image there are latents of."""
+    crops = "ADM's centre crop" + (f" and {key['crops'] - 1} of its random crops" if key["crops"] > 1 else "")
+    return crops + (", and the mirror image of each" if key["flips"] == 2 else "")
 
 
 def _tokenizer(about: dict | None) -> str:
@@ -150,20 +165,31 @@ def _measured(result: dict) -> str:
     return f"{line}; nsvq {result['versions']['nsvq']}."
 
 
-def _limits(classes: int) -> str:
+def _limits(classes: int, scheduler: str) -> str:
+    knows = f"its {classes} classes at its" if classes else "its"
+    guided = "uses guidance only for `guidance_scale` > 1, takes class ids, and " if classes else ""
+    steps = "in at most about 300 steps: its scheduler's timesteps are integers from 0 to 1000"
+    if scheduler == "DDIMScheduler":
+        steps = "in numbers of steps that divide 1000"
     return f"""## Limits
 
-- It knows its {classes} classes at its one image size, with the biases of its training data. Samples do not show real
+- It knows {knows} one image size, with the biases of its training data. Samples do not show real
   people, places or events, and must not be passed off as such.
 - An image's detail is bounded by the tokenizer: see its reconstruction figures.
-- The stock pipeline uses guidance only for `guidance_scale` > 1, takes class ids, and samples in at most about 300
-  steps: its scheduler's timesteps are integers from 0 to 1000.
+- The stock pipeline {guided}samples {steps}.
 """
 
 
-def _citation() -> str:
+def _citation(variant: str) -> str:
+    network = {
+        "dit": "Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748",
+        "modern": "Peebles and Xie, https://arxiv.org/abs/2212.09748, with the parts of LightningDiT (Yao et al., "
+        "https://arxiv.org/abs/2501.01423)",
+        "unet": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, "
+        "https://arxiv.org/abs/2112.10752",
+    }[variant]
     return f"""## Citation
 
 The tokenizer's method, NSVQ (non-stationary-aware vector quantization): https://arxiv.org/abs/{PAPER}.
-The transformer: Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748.
+The network: {network}.
 """

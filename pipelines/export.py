@@ -1,22 +1,41 @@
-"""From a trained DiT and its tokenizer to a folder that stock diffusers loads. No class of this project is in it, but
-where the tokenizer's method needs one (docs/tokenizers.md).
+"""From a trained network and its tokenizer to a folder that stock diffusers loads.
 
-<folder>/transformer (DiTTransformer2DModel)  vae (VQModel)  scheduler  model_index.json  nsvq.json  README.md
+<folder>/transformer  vae  scheduler    of `DiTPipeline`; the transformer is diffusers' own `DiTTransformer2DModel`, or
+                                        `UNet2DModel` with classes; `model.variant: modern` ships its code instead:
+                                        DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+<folder>/unet  vqvae  scheduler         of `LDMPipeline`, for a U-Net without classes
+<folder>/model_index.json  nsvq.json  README.md
+No class of this project is in it otherwise, but where the tokenizer's method needs one (docs/tokenizers.md).
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, SchedulerMixin, VQModel
+from accelerate import init_empty_weights
+from diffusers import (
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    LDMPipeline,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+    VQModel,
+)
 from torch import Tensor
 
 from common.errors import UserError
-from diffusion.model import DiT
+from diffusion import dit
+from diffusion.dit import DiT, PipelineDiT
+from diffusion.unet import UNet
 from pipelines.card import write_card
+from tokenizer.pretrained import VQ_MODELS
 
 STOCK_NULL_CLASS = 1000  # DiTPipeline's "no class", whatever the number of classes
+SHIPPED_MODULE = "nsvq_dit"  # the name of diffusion/dit.py in a folder
 
 
 def check_classes(count: int) -> None:
@@ -38,13 +57,26 @@ def label_table(embeddings: Tensor) -> Tensor:
     return torch.cat([classes, null_row.expand(STOCK_NULL_CLASS + 1 - len(classes), -1)])
 
 
-@torch.no_grad()
-def to_stock(model: DiT) -> DiTTransformer2DModel:
-    """The stock class with the same outputs to float error; the label `model.null_class` becomes 1000.
+def to_stock(model: DiT | UNet) -> DiTTransformer2DModel | PipelineDiT | UNet2DModel:
+    """The class that a pipeline holds, with the same outputs to float error; the label `model.null_class` becomes 1000.
 
-    Stock blocks each hold an embedder of time and class: each gets a copy of the one there is. Raises `UserError` where
-    there are more than 1000 classes.
+    Raises `UserError` where there are more than 1000 classes.
     """
+    if isinstance(model, UNet):
+        return _stock_unet(model)
+    if model.config.variant == "modern":
+        check_classes(model.config.num_classes)
+        # DiTPipeline asks the config for its out_channels.
+        shipped = PipelineDiT(**_arguments(model) | {"out_channels": model.config.in_channels})
+        shipped.load_state_dict(model.state_dict())
+        return shipped.eval()
+    return _stock_dit(model)
+
+
+@torch.no_grad()
+def _stock_dit(model: DiT) -> DiTTransformer2DModel:
+    """Stock blocks each hold an embedder of time and class, and the layer of their modulation: each gets a copy of the
+    embedder there is, and its rows of our one layer."""
     config = model.config
     stock = DiTTransformer2DModel(
         num_attention_heads=config.heads,
@@ -54,54 +86,163 @@ def to_stock(model: DiT) -> DiTTransformer2DModel:
         num_layers=config.depth,
         sample_size=config.sample_size,
         patch_size=config.patch_size,
+        activation_fn="gelu",
         num_embeds_ada_norm=STOCK_NULL_CLASS,
-        norm_eps=1e-6,
+        norm_eps=dit.EPS,
     )
-    own = model.state_dict()
+    own, layers = model.state_dict(), 2 * config.depth
     weights = {f"pos_embed.proj.{kind}": own[f"patch_embed.proj.{kind}"] for kind in ("weight", "bias")}
-    weights |= _linear(own, "modulation_out", "proj_out_1") | _linear(own, "proj_out", "proj_out_2")
+    weights |= _linear(own, "proj_out", "proj_out_2")
     labels = label_table(own["class_embed.weight"])
     for i in range(config.depth):
         ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
         for layer in ("linear_1", "linear_2"):
             weights |= _linear(own, f"time_embed.{layer}", f"{theirs}.norm1.emb.timestep_embedder.{layer}")
         weights[f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"] = labels
-        weights |= _linear(own, f"{ours}.modulation", f"{theirs}.norm1.linear")
         for kind in ("weight", "bias"):
-            for name, part in zip("qkv", own[f"{ours}.qkv.{kind}"].chunk(3), strict=True):
+            for name, part in zip("qkv", own[f"{ours}.attention.qkv.{kind}"].chunk(3), strict=True):
                 weights[f"{theirs}.attn1.to_{name}.{kind}"] = part
-        weights |= _linear(own, f"{ours}.attention_out", f"{theirs}.attn1.to_out.0")
-        weights |= _linear(own, f"{ours}.mlp_in", f"{theirs}.ff.net.0.proj")
-        weights |= _linear(own, f"{ours}.mlp_out", f"{theirs}.ff.net.2")
+        weights |= _linear(own, f"{ours}.attention.out", f"{theirs}.attn1.to_out.0")
+        weights |= _linear(own, f"{ours}.mlp.fc_in", f"{theirs}.ff.net.0.proj")
+        weights |= _linear(own, f"{ours}.mlp.fc_out", f"{theirs}.ff.net.2")
+    for kind in ("weight", "bias"):
+        rows = own[f"modulation.{kind}"].unflatten(0, (-1, config.width))
+        gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
+        for i in range(config.depth):
+            of_both = [part for k in (2 * i, 2 * i + 1) for part in (shift[k], scale[k], gate[k])]
+            weights[f"transformer_blocks.{i}.norm1.linear.{kind}"] = torch.cat(of_both)
+        weights[f"proj_out_1.{kind}"] = torch.cat([shift[-1], scale[-1]])
     stock.load_state_dict(weights)
     return stock.eval()
+
+
+@torch.no_grad()
+def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
+    """The inverse of `to_stock`, to sample faster: our class of 1000 classes, in the stock one's type and place. It
+    takes the weights out of `stock`, which has none afterwards, so that memory does not hold both.
+
+    Raises `ValueError` where it is not a model of ours, and leaves it as it is: where its embedders differ or its shape
+    has no counterpart.
+    """
+    config, device, theirs = stock.config, stock.device, stock.state_dict()
+    depth, heads = config.num_layers, config.num_attention_heads
+    width, layers = heads * config.attention_head_dim, 2 * depth
+    shape = (config.activation_fn, config.num_embeds_ada_norm, config.out_channels, config.norm_elementwise_affine)
+    if shape != ("gelu", STOCK_NULL_CLASS, config.in_channels, False) or not config.attention_bias:
+        raise ValueError("the transformer has another architecture than diffusion/dit.py")
+    blocks = [f"transformer_blocks.{i}" for i in range(depth)]
+    embedder = [name.removeprefix(blocks[0]) for name in theirs if name.startswith(f"{blocks[0]}.norm1.emb.")]
+    for name in embedder:
+        if not all(torch.equal(theirs[block + name], theirs[blocks[0] + name]) for block in blocks):
+            raise ValueError("the transformer's blocks embed time and class differently")
+    # A tensor goes when it is popped; all are copied, since one of them would keep the file that they are mapped from.
+    torch.nn.Module.to(stock, "meta")
+    for block in blocks[1:]:
+        for name in embedder:
+            del theirs[block + name]
+
+    labels = theirs.pop(f"{blocks[0]}.norm1.emb.class_embedder.embedding_table.weight")
+    weights = {"class_embed.weight": labels.clone()}
+    renamed = {"pos_embed.proj": "patch_embed.proj", "proj_out_2": "proj_out"}
+    for layer in ("linear_1", "linear_2"):
+        renamed[f"{blocks[0]}.norm1.emb.timestep_embedder.{layer}"] = f"time_embed.{layer}"
+    for i, block in enumerate(blocks):
+        renamed |= {f"{block}.attn1.to_out.0": f"blocks.{i}.attention.out"}
+        renamed |= {f"{block}.ff.net.0.proj": f"blocks.{i}.mlp.fc_in", f"{block}.ff.net.2": f"blocks.{i}.mlp.fc_out"}
+    for kind in ("weight", "bias"):
+        for old, new in renamed.items():
+            weights[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}").clone()
+        last = theirs.pop(f"proj_out_1.{kind}").unflatten(0, (2, width))
+        rows = last.new_empty(3 * layers + 2, *last.shape[1:])
+        gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
+        shift[-1], scale[-1] = last
+        for i, block in enumerate(blocks):
+            weights[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(
+                [theirs.pop(f"{block}.attn1.to_{name}.{kind}") for name in "qkv"]
+            )
+            parts = theirs.pop(f"{block}.norm1.linear.{kind}").unflatten(0, (6, width))
+            for k in (0, 1):  # attention, MLP
+                shift[2 * i + k], scale[2 * i + k], gate[2 * i + k] = parts[3 * k : 3 * k + 3]
+        weights[f"modulation.{kind}"] = rows.flatten(0, 1)
+    with init_empty_weights():
+        model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, depth, width,
+                            heads, out_channels=config.out_channels)  # fmt: skip
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()
 
 
 def _linear(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
     return {f"{new}.{kind}": weights[f"{old}.{kind}"] for kind in ("weight", "bias")}
 
 
+@torch.no_grad()
+def _stock_unet(model: UNet) -> UNet2DModel:
+    """With classes, as many embeddings as `DiTPipeline` has labels, so that it takes the U-Net for a transformer."""
+    config, weights = _arguments(model), model.state_dict()
+    if config["num_class_embeds"] is not None:
+        weights["class_embedding.weight"] = label_table(weights["class_embedding.weight"])
+        config["num_class_embeds"] = STOCK_NULL_CLASS + 1
+    stock = UNet2DModel(**config)
+    stock.load_state_dict(weights)
+    return stock.eval()
+
+
+def _arguments(model: ModelMixin) -> dict:
+    """What it was constructed with."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
 def save_pipeline(
     folder: Path,
-    transformer: DiTTransformer2DModel,
+    network: ModelMixin,
     vae: VQModel,
     scheduler: SchedulerMixin,
     classes: dict[int, str],
     about: dict | None = None,
 ) -> None:
-    """Write the stock pipeline folder in one step, class names included, in place of what was there.
+    """Write the pipeline folder of `network` (see `to_stock`) in one step, class names included, in place of what was
+    there.
 
     `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card.
     """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    DiTPipeline(transformer, vae, scheduler).save_pretrained(temporary)
-    # DiTPipeline reads its names from here, but does not save them.
-    index = temporary / "model_index.json"
-    names = {"id2label": {str(i): name for i, name in classes.items()}}
-    index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2, ensure_ascii=False) + "\n")
+    if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
+        LDMPipeline(vae, network, scheduler).save_pretrained(temporary)
+    else:
+        DiTPipeline(network, vae, scheduler).save_pretrained(temporary)
+        # DiTPipeline reads its names from here, but does not save them.
+        changes = {"id2label": {str(i): name for i, name in classes.items()}}
+        if isinstance(network, PipelineDiT):
+            shutil.copyfile(dit.__file__, temporary / "transformer" / f"{SHIPPED_MODULE}.py")
+            changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]
+        index = temporary / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | changes, indent=2, ensure_ascii=False) + "\n")
     if about is not None:
         (temporary / "nsvq.json").write_text(json.dumps(about, indent=2) + "\n")
         write_card(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def read_parts(source: str | Path, **options) -> dict | None:
+    """Arguments of `DiTPipeline` from a folder or Hub repository of an `LDMPipeline` or of "modern", which is read with
+    the code that is installed here: what it ships is not run. None for other pipelines.
+
+    `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like.
+    """
+    hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
+    index = DiffusionPipeline.load_config(source, **hub)
+    if index["_class_name"] == "LDMPipeline":
+        network, vae, network_class = "unet", "vqvae", UNet2DModel
+    elif index.get("transformer", [None])[0] == SHIPPED_MODULE:
+        network, vae, network_class = "transformer", "vae", PipelineDiT
+    else:
+        return None
+    scheduler = getattr(diffusers, index["scheduler"][1])
+    return {
+        "transformer": network_class.from_pretrained(source, subfolder=network, **options),
+        "vae": VQ_MODELS[index[vae][1]].from_pretrained(source, subfolder=vae, **options),
+        "scheduler": scheduler.from_pretrained(source, subfolder="scheduler", **hub),
+        "id2label": index.get("id2label"),
+    }

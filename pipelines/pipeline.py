@@ -1,27 +1,29 @@
-"""Class-conditional sampling from a stock pipeline folder, with what the stock class lacks.
+"""Sampling, with classes or without, from a stock pipeline folder, with what the stock class lacks.
 
 pipeline = ClassConditionalPipeline.from_pretrained("runs/dit-b/pipeline").to("cuda")
 images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).images
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusion.flow import sample
-from pipelines.export import STOCK_NULL_CLASS, save_pipeline
+from diffusion.dit import PipelineDiT
+from diffusion.sampling import make_sampler, sample, set_steps
+from pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
 
 
 class ClassConditionalPipeline(DiTPipeline):
-    """Loads and saves the folders of the stock `DiTPipeline`.
+    """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
     `id2label`: {class id: name}; names are their numbers where model_index.json holds none.
     """
@@ -31,11 +33,34 @@ class ClassConditionalPipeline(DiTPipeline):
         names = id2label or {i: str(i) for i in range(_trained_classes(transformer))}
         self.id2label = {int(i): name for i, name in names.items()}
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "ClassConditionalPipeline":
+        """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's. A
+        stock DiT of ours becomes our faster class."""
+        parts = read_parts(pretrained_model_name_or_path, **options)
+        if parts is not None:
+            return cls(**parts)
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        if isinstance(pipeline.transformer, DiTTransformer2DModel):
+            with contextlib.suppress(ValueError):  # of another architecture, it stays
+                pipeline.transformer = from_stock(pipeline.transformer)
+        return pipeline
+
     def save_pretrained(self, save_directory: str | Path, **ignored) -> None:
         """Write a folder of the stock class, class names included."""
         if ignored:
             raise ValueError(f"not supported: {', '.join(ignored)}; the folder is always safetensors, in one variant")
-        save_pipeline(Path(save_directory), self.transformer, self.vae, self.scheduler, self.id2label)
+        network = to_stock(self.transformer) if isinstance(self.transformer, PipelineDiT) else self.transformer
+        save_pipeline(Path(save_directory), network, self.vae, self.scheduler, self.id2label)
+
+    def load_guide(self, folder: str | Path) -> ModelMixin:
+        """The transformer of another pipeline, where this one's is, for autoguidance. Raises `ValueError` where it
+        knows other classes."""
+        other = type(self).from_pretrained(folder)
+        if other.id2label != self.id2label:
+            raise ValueError(f"the guide {folder} has other classes than this pipeline: take one of the same data")
+        _check_guide(other.transformer, self.transformer)
+        return other.transformer.to(self.device, self.transformer.dtype)
 
     def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
         """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
@@ -71,7 +96,7 @@ class ClassConditionalPipeline(DiTPipeline):
     def _classes(self) -> str:
         """The classes there are, in short."""
         shown = [f"{i} ({name})" for i, name in self.id2label.items()]
-        return "there are " + ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]])
+        return "there are " + (", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]) or "none")
 
     @torch.no_grad()
     def __call__(
@@ -80,6 +105,8 @@ class ClassConditionalPipeline(DiTPipeline):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 50,
+        sampler: str | None = None,
+        guide: ModelMixin | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seeds: list[int] | None = None,
         batch_size: int | None = None,
@@ -90,21 +117,28 @@ class ClassConditionalPipeline(DiTPipeline):
         """Images of the given classes, one each.
 
         class_labels: ids or names; None is "no class".
-        guidance_scale: v = v_null + scale (v_class - v_null), on all channels; 1 is without guidance, 0 unconditional.
-        guidance_interval: (low, high) in noise levels sigma, 0 to 1; outside of it only the class is evaluated.
+        guidance_scale: null + scale (class - null) of predictions, on all channels; 1 is without guidance, 0
+            unconditional.
+        guidance_interval: (low, high) in t / 1000, 0 to 1, which is sigma of a rectified flow; outside of it only the
+            class is evaluated.
+        sampler: a name in `diffusion.sampling.SAMPLERS` that fits the model; null is the folder's own scheduler.
+        guide: transformer of a smaller or earlier model of the same latents and classes, for autoguidance: guide +
+            scale (transformer - guide), both of the class.
         seeds: one an image. It alone decides the image's noise, so that an image does not depend on the others, on
             their number or on `batch_size`, but for float error.
         generator: one for all images, or one an image, as in stock pipelines; instead of seeds.
         batch_size: images to sample at once; null is all of them.
         output_type: "pil", "np" [N, H, W, 3] or "pt" [N, 3, H, W] in [0, 1], or "latent" [N, C, h, w] before decoding.
-        callback_on_step_end(pipeline, step, timestep, {"latents": latents}) is called after every step of every batch;
-            a dict that it returns may hold other latents to go on with.
+        callback_on_step_end(pipeline, step, timestep, {"latents": latents}) is called after every step of every batch
+            (Heun's method: every evaluation); a dict that it returns may hold other latents to go on with.
 
         Raises `ValueError` where a class does not exist or an argument has no meaning.
         """
         ids = self.class_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty")
+        if not self.id2label and guide is None:
+            guidance_scale = 1.0  # nothing to guide from
         low, high = guidance_interval
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", not {output_type!r}')
@@ -112,6 +146,8 @@ class ClassConditionalPipeline(DiTPipeline):
             raise ValueError(f"guidance_scale must be 0 or more, not {guidance_scale}")
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, not {(low, high)}")
+        if guide is not None:
+            _check_guide(guide, self.transformer)
         if num_inference_steps < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError("num_inference_steps and batch_size must be 1 or more")
         if seeds is not None:
@@ -121,13 +157,16 @@ class ClassConditionalPipeline(DiTPipeline):
         if isinstance(generator, list) and len(generator) != len(ids):
             raise ValueError(f"{len(ids)} images need {len(ids)} seeds or generators, not {len(generator)}")
 
+        scheduler = self.scheduler if sampler is None else make_sampler(sampler, self.scheduler)
+        evaluations = len(set_steps(scheduler, num_inference_steps))
+
         config, device = self.transformer.config, self._execution_device
         shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         labels = torch.tensor(ids, device=device, dtype=torch.int64)
         batches = [slice(i, i + (batch_size or len(ids))) for i in range(0, len(ids), batch_size or len(ids))]
         done = []
-        with self.progress_bar(total=len(batches) * num_inference_steps) as bar:
+        with self.progress_bar(total=len(batches) * evaluations) as bar:
 
             def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
                 bar.update()
@@ -138,14 +177,15 @@ class ClassConditionalPipeline(DiTPipeline):
 
             for part in batches:
                 latents = sample(
-                    lambda x, time, y: self.transformer(x, timestep=time, class_labels=y).sample,
-                    self.scheduler,
+                    _predictor(self.transformer),
+                    scheduler,
                     noise[part],
                     labels[part],
                     STOCK_NULL_CLASS,
                     steps=num_inference_steps,
                     guidance_scale=guidance_scale,
                     guidance_interval=guidance_interval,
+                    guide=None if guide is None else _predictor(guide),
                     generator=generator[part] if isinstance(generator, list) else generator,
                     on_step=on_step,
                 )
@@ -167,8 +207,37 @@ class ClassConditionalPipeline(DiTPipeline):
         return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
 
 
-def _trained_classes(transformer: DiTTransformer2DModel) -> int:
+def _predictor(transformer: ModelMixin) -> Callable:
+    """The transformer as `sample` calls it."""
+
+    without_classes = isinstance(transformer, UNet2DModel) and transformer.class_embedding is None
+
+    def predict(latents: Tensor, time: Tensor, labels: Tensor, **known) -> Tensor:
+        return transformer(latents, timestep=time, class_labels=None if without_classes else labels, **known).sample
+
+    # Where weights are offloaded, only the forward pass brings them to the device.
+    if isinstance(transformer, PipelineDiT) and not hasattr(transformer, "_hf_hook"):
+        predict.condition = transformer.condition
+    return predict
+
+
+def _check_guide(guide: ModelMixin, transformer: ModelMixin) -> None:
+    """Raises `ValueError` where the guide is of other latents."""
+    shapes = [(model.config.in_channels, model.config.sample_size) for model in (guide, transformer)]
+    if shapes[0] != shapes[1]:
+        theirs, ours = (f"{channels} x {side} x {side}" for channels, side in shapes)
+        raise ValueError(f"the guide is a model of {theirs} latents, not {ours}: take one of the same tokenizer")
+
+
+def _trained_classes(transformer: ModelMixin) -> int:
     """How many classes a model has whose folder has lost their names: unused rows repeat the null row."""
-    table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
-    used = (table[:STOCK_NULL_CLASS] != table[STOCK_NULL_CLASS]).any(1).nonzero()
+    if isinstance(transformer, UNet2DModel):
+        if transformer.class_embedding is None:
+            return 0
+        table = transformer.class_embedding.weight
+    elif isinstance(transformer, PipelineDiT):
+        table = transformer.class_embed.weight
+    else:
+        table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    used = (table[:-1] != table[-1]).any(1).nonzero()
     return int(used.max()) + 1 if len(used) else 0

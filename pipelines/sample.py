@@ -1,4 +1,4 @@
-"""Draw samples of chosen classes into one picture, a row of each class.
+"""Draw samples of chosen classes, or of none, into one picture, a row of each class.
 
 python pipelines/sample.py --pipeline runs/dit-b/pipeline --classes 207 "golden retriever" --output grid.png
 """
@@ -15,6 +15,7 @@ from common import config as configs
 from common import launch
 from common.config import Config
 from common.errors import UsageError, UserError
+from diffusion.sampling import SAMPLERS
 from pipelines import ClassConditionalPipeline
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -24,12 +25,16 @@ class SampleConfig(Config):
     """Samples of a pipeline as a picture, one row a class."""
 
     pipeline: Path = Field(description="Folder of a pipeline (<out>/pipeline).")
-    classes: list[int | str] = Field(description="Class ids or names.", min_length=1)
     output: Path = Field(description="The picture: .png, .jpg or .webp.")
+    classes: list[int | str] = Field([], description="Class ids or names; without any, images of no class.")
     per_class: int = Field(4, ge=1, description="Images of each class.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none, 0 unconditional.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Noise levels between which guidance acts.")
+    guide: Path | None = Field(
+        None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
+    )
+    sampler: Literal[SAMPLERS] | None = Field(None, description="Sampler that fits the model; null is the folder's.")
     seed: int = Field(0, ge=0, description="Seed of the first image; image i has seed + i.")
     batch_size: int = Field(16, ge=1, description="Images to sample at once.")
     device: str | None = Field(None, description="Such as cpu or cuda:1; null is a GPU where there is one.")
@@ -43,21 +48,25 @@ class SampleConfig(Config):
 
 def main() -> None:
     config = configs.parse(SampleConfig, sys.argv[1:])
-    if not (config.pipeline / "model_index.json").is_file():
-        raise UserError(f"there is no pipeline at {config.pipeline}: give the <out>/pipeline folder of a finished run")
+    for folder in filter(None, (config.pipeline, config.guide)):
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"there is no pipeline at {folder}: give the <out>/pipeline folder of a finished run")
     if config.output.suffix.lower() not in _SUFFIXES:
         raise UsageError(f"--output {config.output} must end in one of {', '.join(_SUFFIXES)}")
     pipeline = ClassConditionalPipeline.from_pretrained(config.pipeline)
     try:
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.to(device, getattr(torch, config.dtype))
-        ids = [i for i in pipeline.class_ids(config.classes) for _ in range(config.per_class)]
+        guide = pipeline.load_guide(config.guide) if config.guide else None
+        labels = [label for label in config.classes or [None] for _ in range(config.per_class)]
         images = pipeline(
-            ids,
+            labels,
             guidance_scale=config.guidance_scale,
             guidance_interval=config.guidance_interval,
             num_inference_steps=config.steps,
-            seeds=list(range(config.seed, config.seed + len(ids))),
+            sampler=config.sampler,
+            guide=guide,
+            seeds=list(range(config.seed, config.seed + len(labels))),
             batch_size=config.batch_size,
             output_type="pt",
         ).images
@@ -68,7 +77,7 @@ def main() -> None:
         save_image(images.float(), config.output, nrow=config.per_class)
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error}") from None
-    print(f"{len(ids)} images: {config.output}")
+    print(f"{len(labels)} images: {config.output}")
 
 
 if __name__ == "__main__":

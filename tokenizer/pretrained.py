@@ -17,7 +17,7 @@ from common.hashes import state_hash
 from tokenizer.codebook import nearest_code
 from tokenizer.vqmodel import QuantizerVQModel
 
-_CLASSES = {"VQModel": VQModel, "QuantizerVQModel": QuantizerVQModel}
+VQ_MODELS = {"VQModel": VQModel, "QuantizerVQModel": QuantizerVQModel}
 TRAINING_FILE = "nsvq.json"  # beside the weights of a tokenizer that this project trained
 
 
@@ -44,9 +44,9 @@ class Tokenizer(nn.Module):
         """Load `folder`, or a Hub id. Raises `UserError` where no `VQModel`, stock or ours, is there."""
         try:
             found = VQModel.load_config(folder).get("_class_name")
-            if found not in _CLASSES:
+            if found not in VQ_MODELS:
                 raise UserError(f"{folder} holds a {found}, not a VQModel")
-            return cls(_CLASSES[found].from_pretrained(folder, use_safetensors=True))
+            return cls(VQ_MODELS[found].from_pretrained(folder, use_safetensors=True))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(
                 f"no tokenizer at {folder}: give the <out>/tokenizer folder of a finished tokenizer run, "

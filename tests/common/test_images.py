@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.images import BadImage, center_crop, decode, to_tensor, training_crop
+from common.images import BadImage, center_crop, decode, several_crops, to_tensor, training_crop
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -136,6 +136,28 @@ def test_centre_crop_is_adms_box_halving_then_bicubic_then_the_centre(height, wi
     difference = np.abs(found - expected.clip(0, 255))
     assert difference.max() <= 1.5  # rounding after each of bicubic's two passes
     assert difference.mean() <= 0.5
+
+
+def test_several_crops_are_the_centre_crop_and_random_squares_of_the_image_at_random_sizes():
+    image, size, count, shorts = Image.fromarray(noise(60, 46)), 16, 60, []
+    crops = several_crops(image, size, count, "train[7]")
+    assert len(crops) == count
+    assert (np.asarray(crops[0]) == np.asarray(center_crop(image, size))).all()
+    halved = image.resize((23, 30), Image.Resampling.BOX)  # as 46 is twice 16 to 20, and 23 is not
+    for crop in map(np.asarray, crops[1:]):
+        places = []
+        for short in range(size, 21):
+            scaled = np.asarray(halved.resize((short, round(30 * short / 23)), Image.Resampling.BICUBIC))
+            windows = np.lib.stride_tricks.sliding_window_view(scaled, (size, size, 3))[:, :, 0]
+            places += [(short, *at) for at in np.argwhere((windows == crop).all((2, 3, 4)))]
+        assert len(places) == 1
+        shorts.append(places[0][0])
+    assert set(shorts) == set(range(size, 21))
+    again = several_crops(image, size, 3, "train[7]")
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(again, crops, strict=False))
+    other = several_crops(image, size, 3, "train[8]")
+    assert (np.asarray(other[0]) == np.asarray(crops[0])).all()
+    assert (np.asarray(other[1]) != np.asarray(crops[1])).any()
 
 
 def test_training_crop_takes_every_window_of_the_resized_image_and_mirrors_half():

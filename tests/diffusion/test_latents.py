@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import tarfile
@@ -9,11 +10,12 @@ from safetensors.torch import load_file
 
 from common.data import DataConfig, open_split
 from common.errors import UsageError, UserError
-from common.images import center_crop, to_tensor
+from common.images import center_crop, several_crops, to_tensor
 from diffusion import encode
 from diffusion.encode import open_cache
 from diffusion.latents import LatentCache, train_batches
 from tokenizer import Tokenizer
+from tokenizer.vqmodel import QuantizerVQModel
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +63,86 @@ def test_cache_holds_the_latents_of_every_image_and_of_its_mirror_image(cache, t
 
 def test_without_flips_only_the_images_are_cached(tmp_path, tokenizer, data, accelerator, cache):
     plain = open_cache(tmp_path / "plain", tokenizer, data.model_copy(update={"flip": False}), accelerator)
-    assert plain.flips == 1
+    assert plain.views == 1
     assert all(torch.equal(plain.read(i, 0)[0], cache.read(i, 0)[0]) for i in range(len(cache)))
+
+
+def test_with_several_crops_each_is_cached_with_its_mirror_image(
+    tmp_path, tokenizer, data, tar, accelerator, cache, capsys
+):
+    capsys.readouterr()
+    several = open_cache(tmp_path / "several", tokenizer, data, accelerator, crops=3)
+    assert "44 images x 3 crops x 2 flips" in capsys.readouterr().out
+    assert several.views == 6
+    images = open_split(data, "train")
+    for i in range(0, len(images), 7):
+        image, label = images.load(i)
+        pixels = to_tensor(several_crops(image, 16, 3, images.id(i)))
+        expected = tokenizer.latents(torch.cat([pixels, pixels.flip(-1)]))  # (crops of both flips, C, h, w)
+        for crop in range(3):
+            for flip in range(2):
+                latents, found = several.read(i, 2 * crop + flip)
+                torch.testing.assert_close(latents.float(), expected[3 * flip + crop], rtol=1e-3, atol=1e-3)
+                assert found == label
+        assert torch.equal(several.read(i, 0)[0], cache.read(i, 0)[0])
+    batches = train_batches(several, batch_size=44, seed=0)
+    seen = {row.numpy().tobytes() for _ in range(30) for row in next(batches)["latents"]}
+    assert len(seen) > 0.95 * 44 * 6  # views come over time: e^-5 of them are not seen in 30 epochs
+    stream = open_cache(tmp_path / "stream", tokenizer, tar, accelerator, crops=2)
+    samples = list(open_split(tar, "train").samples(tar.source))
+    split = open_split(tar, "train")
+    expected = to_tensor(several_crops(split.load(samples[3])[0], 16, 2, split.id(samples[3])))
+    torch.testing.assert_close(stream.read(3, 2)[0].float(), tokenizer.latents(expected)[1], rtol=1e-3, atol=1e-3)
+
+
+def test_quantized_latents_are_codes_and_decode_to_the_same_images(tmp_path, tokenizer, data, accelerator, cache):
+    codes = open_cache(tmp_path / "codes", tokenizer, data, accelerator, quantized=True)
+    scale, table = tokenizer.model.config.scaling_factor, tokenizer.codebook
+    for i in range(0, len(cache), 9):
+        rows = codes.read(i, 1)[0].float().flatten(1).T / scale  # (h w, d)
+        nearest = torch.cdist(cache.read(i, 1)[0].float().flatten(1).T / scale, table).argmin(1)
+        torch.testing.assert_close(rows, table[nearest], rtol=1e-3, atol=1e-4)
+    pair = torch.stack([cache.read(0, 0)[0], codes.read(0, 0)[0]]).float() / scale
+    with torch.no_grad():
+        continuous, quantized = tokenizer.model.decode(pair).sample
+    torch.testing.assert_close(quantized, continuous)
+    assert codes.std != cache.std
+
+
+def test_quantized_latents_are_refused_where_codes_are_not_their_own_nearest_ones(tmp_path, data, accelerator):
+    model = QuantizerVQModel(quantizer={"name": "fsq", "levels": [8, 8, 8]}, block_out_channels=(8, 8, 8),
+                             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                             norm_num_groups=4, num_vq_embeddings=512, vq_embed_dim=3, sample_size=16)  # fmt: skip
+    with pytest.raises(UsageError, match=r"latents: quantized needs a tokenizer whose codes.*use latents: continuous"):
+        open_cache(tmp_path / "latents", Tokenizer(model), data, accelerator, quantized=True)
+
+
+def test_the_manifest_holds_the_checksums_of_the_shards(cache):
+    for shard in cache.manifest["shards"]:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(load_file(cache.folder / shard["file"]).items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        assert shard["sha256"] == digest.hexdigest()
+        assert shard["bytes"] == (cache.folder / shard["file"]).stat().st_size
+
+
+def test_a_damaged_shard_is_found_by_its_size_or_on_request_by_its_checksum_and_encoded_again(
+    cache, tokenizer, data, accelerator
+):
+    path = cache.folder / cache.manifest["shards"][1]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert len(open_cache(cache.folder, tokenizer, data, accelerator)) == 44
+    with pytest.raises(UserError, match=rf"{path.name} not what was written: delete manifest.json and these shards"):
+        open_cache(cache.folder, tokenizer, data, accelerator, verify=True)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=rf"{path.name} not of the size that was written: delete manifest.json"):
+        open_cache(cache.folder, tokenizer, data, accelerator)
+    path.unlink()
+    (cache.folder / "manifest.json").unlink()
+    again = open_cache(cache.folder, tokenizer, data, accelerator)
+    assert again.manifest == cache.manifest
+    assert open_cache(cache.folder, tokenizer, data, accelerator, verify=True).manifest == cache.manifest
 
 
 def test_statistics_are_those_of_all_latents(cache):
@@ -110,11 +190,11 @@ def test_a_complete_cache_is_used_as_it_is(cache, tokenizer, data, accelerator, 
 
 
 @pytest.mark.parametrize("complete", [True, False])
-@pytest.mark.parametrize("changed", ["tokenizer", "data", "size", "limit", "flip"])
+@pytest.mark.parametrize("changed", ["tokenizer", "data", "size", "limit", "flip", "crops", "latents"])
 def test_a_stale_cache_is_refused(cache, tokenizer, data, accelerator, other_tokenizer_folder, changed, complete):
     if not complete:
         (cache.folder / "manifest.json").unlink()
-    limit = None
+    how = {}
     if changed == "tokenizer":
         tokenizer, what = Tokenizer.from_pretrained(other_tokenizer_folder), "another tokenizer"
     elif changed == "data":
@@ -124,9 +204,10 @@ def test_a_stale_cache_is_refused(cache, tokenizer, data, accelerator, other_tok
     elif changed == "flip":
         data, what = data.model_copy(update={"flip": False}), "another data.flip"
     else:
-        limit, what = 20, "another cache_images"
+        how, what = {"limit": ({"limit": 20}, "another cache_images"), "crops": ({"crops": 2}, "another cache_crops"),
+                     "latents": ({"quantized": True}, "another setting of latents")}[changed]  # fmt: skip
     with pytest.raises(UserError) as error:
-        open_cache(cache.folder, tokenizer, data, accelerator, limit=limit)
+        open_cache(cache.folder, tokenizer, data, accelerator, **how)
     assert str(error.value) == (f"{cache.folder} holds latents of {what}: delete that folder, or give another --cache")
 
 
@@ -175,6 +256,9 @@ def test_an_image_size_that_the_tokenizer_cannot_take_is_refused(tmp_path, token
         open_cache(tmp_path / "latents", tokenizer, data.model_copy(update={"image_size": 18}), accelerator)
 
 
+KEY = {"limit": None, "crops": 1}  # what of a cache's key the division of work asks for
+
+
 class Rank:
     """What the division of work asks an accelerator."""
 
@@ -188,10 +272,10 @@ def test_ranks_divide_the_shards_that_are_missing(cache, data):
     gone.unlink()
     for ranks, missing in [(1, [1]), (2, [1])]:
         names = [name for rank in range(ranks) for name, _ in
-                 encode._image_jobs(cache.folder, data, images, Rank(rank, ranks), None, 0)[1]]  # fmt: skip
+                 encode._image_jobs(cache.folder, data, images, Rank(rank, ranks), KEY, 0)[1]]  # fmt: skip
         assert names == [cache.manifest["shards"][i]["file"] for i in missing]
     shutil.rmtree(cache.folder)
-    jobs = [list(encode._image_jobs(cache.folder, data, images, Rank(rank, 2), None, 0)[1]) for rank in range(2)]
+    jobs = [list(encode._image_jobs(cache.folder, data, images, Rank(rank, 2), KEY, 0)[1]) for rank in range(2)]
     assert [len(part) for part in jobs] == [2, 1]
     seen = sorted(len(batch["label"]) for part in jobs for _, batches in part for batch in batches)
     assert sum(seen) == 44
@@ -253,7 +337,7 @@ def test_samples_depend_on_their_position_alone(cache):
 
 
 def test_every_image_comes_once_an_epoch_and_both_flips_come_over_time(cache):
-    stored = {cache.read(i, flip)[0].float().numpy().tobytes(): (i, flip) for i in range(44) for flip in range(2)}
+    stored = {cache.read(i, flip)[0].numpy().tobytes(): (i, flip) for i in range(44) for flip in range(2)}
     batches = train_batches(cache, batch_size=44, seed=0)
     epochs = [[stored[row.numpy().tobytes()] for row in next(batches)["latents"]] for _ in range(6)]
     assert all(sorted(i for i, _ in epoch) == list(range(44)) for epoch in epochs)

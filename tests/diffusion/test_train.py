@@ -3,9 +3,12 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from diffusers import DDIMScheduler, DiffusionPipeline
 from instrumented import attempts, samples
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,10 +17,13 @@ from common import checkpoints
 from common.errors import Stopped, UsageError, UserError
 from common.run import Run
 from diffusion import train
-from diffusion.flow import FlowConfig, drop_labels, flow_loss, make_scheduler, sample, training_sigma
+from diffusion.dit import DiT
 from diffusion.latents import LatentCache, train_batches
-from diffusion.model import DiT
+from diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
+from diffusion.sampling import sample
 from diffusion.train import main
+from eval import generation
+from pipelines import ClassConditionalPipeline
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -42,6 +48,14 @@ def arguments(tmp_path, tokenizer_folder, image_folder, latents):
     config.write_text(TINY)
     return ["--config", config, "--tokenizer", tokenizer_folder, "--data", image_folder, "--data.image_size", 16,
             "--data.holdout", 0.05, "--cache", latents]  # fmt: skip
+
+
+@pytest.fixture
+def distance(tiny_extractor, tmp_path, monkeypatch):
+    """Options that turn the Frechet distance on, with references kept in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "references"))  # of processes
+    monkeypatch.setattr("eval.monitor.DEFAULT_CACHE", tmp_path / "references")
+    return ["--sampling.fd_every", 2, "--sampling.fd_samples", 20, "--sampling.fd_features", tiny_extractor]
 
 
 def metrics(out):
@@ -70,9 +84,32 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instrumented, arguments, tmp_path):
+@pytest.mark.parametrize("conditional", ["true", "false"])
+@pytest.mark.parametrize("variant", ["modern", "unet"])
+def test_every_variant_trains_with_and_without_classes_into_its_pipeline(
+    run_script, arguments, tmp_path, variant, conditional
+):
+    text = arguments[1].read_text().replace("steps: 8", "steps: 2")
+    if variant == "unet":
+        text = text.replace("{size: tiny, depth: 2, width: 32, heads: 2}", "{width: 32, multipliers: [1], layers: 1}")
+    arguments[1].write_text(text)
+    run_script(main, *arguments, "--out", tmp_path / "run", "--model.variant", variant, "--model.conditional",
+               conditional, "--optim.ema_decay", 0.0)  # fmt: skip
+    weights = load_file(next((tmp_path / "run" / "checkpoints" / "step-2").glob("model.safetensors")))
+    index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
+    unconditional_unet = (variant, conditional) == ("unet", "false")
+    assert index["_class_name"] == ("LDMPipeline" if unconditional_unet else "DiTPipeline")
+    assert index.get("id2label", {}) == ({"0": "ant", "1": "bee"} if conditional == "true" else {})
+    part = "unet" if unconditional_unet else "transformer"
+    saved = load_file(tmp_path / "run" / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == weights.keys()
+    labels = {"class_embed.weight", "class_embedding.weight"}
+    assert all(torch.equal(saved[name], value) for name, value in weights.items() if name not in labels)
+
+
+def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instrumented, arguments, distance, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments += ["--run.accumulation", 2, "--run.log_every", 3, "--run.checkpoint_every", 3, "--out"]
+    arguments += [*distance, "--run.accumulation", 2, "--run.log_every", 3, "--run.checkpoint_every", 3, "--out"]
     run_instrumented(train, *arguments, whole, "--run.sample_every", 1, record=tmp_path / "whole-record")
     command = [*arguments, parts]
     for position, workers in ((12, 0), (33, 2)):  # in the second micro-batch of step 2 and the first of step 5
@@ -85,8 +122,54 @@ def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instr
     assert same(checkpoint(parts, 8), checkpoint(whole, 8))
     assert same(exported(parts), exported(whole))
     assert metrics(parts) == metrics(whole)
+    assert ["fd_tiny" in row for row in metrics(whole)] == [True, False, True, True, True]  # steps 2, 3, 4, 6 and 8
     assert samples(tmp_path / "whole-record") == samples(tmp_path / "parts-record")
     assert [first for first, _ in attempts(tmp_path / "parts-record")] == [0, 16, 40]
+
+
+def test_samples_and_distances_change_no_weight(run_script, arguments, distance, tmp_path):
+    run_script(main, *arguments, "--out", tmp_path / "without", "--steps", 4)
+    run_script(main, *arguments, "--out", tmp_path / "with", "--steps", 4, "--run.sample_every", 1, *distance)
+    assert same(exported(tmp_path / "with"), exported(tmp_path / "without"))
+
+
+def test_the_distance_in_training_is_that_of_the_evaluation(
+    run_script, arguments, distance, image_folder, tiny_extractor, tmp_path
+):
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 100)
+    run_script(generation.main, "--pipeline", out / "pipeline", "--data", image_folder, "--data.holdout", 0.05,
+               "--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--steps", 2, "--guidance_scale", 100,
+               "--workers", 0, "--cache", tmp_path / "others", "--output", result)  # fmt: skip
+    measured = json.loads(result.read_text())["metrics"]["fd_tiny"]
+    assert metrics(out)[-1]["fd_tiny"] == pytest.approx(measured, rel=1e-6)
+    assert metrics(out)[-1]["fd_tiny"] != metrics(out)[0]["fd_tiny"]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_ddpm_on_quantized_latents_of_several_crops_is_trained_and_exported(
+    run_script, arguments, prediction, tmp_path
+):
+    arguments[arguments.index("--cache") + 1] = tmp_path / "latents"
+    out = tmp_path / "out"
+    run_script(main, *arguments, "--out", out, "--steps", 2, "--objective.name", "ddpm", "--objective.prediction",
+               prediction, "--latents", "quantized", "--cache_crops", 2)  # fmt: skip
+    pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
+    assert type(pipeline.scheduler) is DDIMScheduler
+    assert pipeline.scheduler.config.prediction_type == {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+    card = (out / "pipeline" / "README.md").read_text()
+    assert "Objective: DDPM of 1000 steps" in card
+    assert "ADM's centre crop and 1 of its random crops, and the mirror image of each" in card
+    assert "Latents: quantized" in card
+
+
+def test_a_launch_with_fsdp_is_refused_with_what_to_do_instead(run_script, arguments, tmp_path, monkeypatch):
+    # accelerate turns FSDP on where there are several GPUs only.
+    monkeypatch.setattr(train, "make_accelerator", lambda *_: SimpleNamespace(distributed_type=DistributedType.FSDP))
+    with pytest.raises(UsageError, match=r"launch with DDP \(configs/accelerate/four-gpus\.yaml\)") as raised:
+        run_script(main, *arguments, "--out", tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_that_is_started_again_exports_again(run_script, arguments, tmp_path):
@@ -108,9 +191,10 @@ def test_micro_batches_change_no_number(run_script, arguments, tmp_path):
 
 
 def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_back(
-    run_instrumented, run_two_ranks, arguments, tmp_path
+    run_instrumented, run_two_ranks, arguments, distance, tmp_path
 ):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
+    arguments += distance
     run_instrumented(train, *arguments, "--out", alone, record=tmp_path / "alone-record", nan_at=[15])
     how = {"record": tmp_path / "shared-record", "nan_at": [15]}  # of the second rank, in step 2
     arguments += ["--out", shared]
@@ -131,9 +215,9 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
 def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
     run_script, arguments, small_disk, monkeypatch, capsys
 ):
-    ballast, steps, real = small_disk / "ballast", itertools.count(1), train.flow_loss
+    ballast, steps, real = small_disk / "ballast", itertools.count(1), Objective.losses
 
-    def flow_loss(*inputs):
+    def losses(*inputs):
         step = next(steps)
         if step == 3:
             with contextlib.suppress(OSError), open(ballast, "wb") as file:
@@ -142,7 +226,7 @@ def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
             ballast.unlink()
         return real(*inputs)
 
-    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    monkeypatch.setattr(Objective, "losses", losses)
     out = small_disk / "out"
     run_script(main, *arguments, "--out", out, "--run.checkpoint_every", 2, "--run.log_every", 1,
                "--run.keep_checkpoints", 1, "--model.depth", 1, "--model.width", 16)  # fmt: skip
@@ -155,26 +239,26 @@ def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
 
 
 def test_metrics_are_means_over_the_interval_with_warmup_and_quartiles(run_script, arguments, tmp_path, monkeypatch):
-    recorded, real = [], train.flow_loss
+    recorded, real = [], Objective.losses
 
-    def record(network, latents, noise, sigma, labels):
-        losses = real(network, latents, noise, sigma, labels)
-        recorded.append((losses.detach(), sigma))
+    def record(objective, network, latents, noise, levels, labels):
+        losses = real(objective, network, latents, noise, levels, labels)
+        recorded.append((losses.detach(), levels))
         return losses
 
-    monkeypatch.setattr(train, "flow_loss", record)
+    monkeypatch.setattr(Objective, "losses", record)
     run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 6)
     rows = metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert [row["samples_seen"] for row in rows] == [16, 32, 48]
     assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, 1e-3])
     for i, row in enumerate(rows):
-        losses, sigma = (torch.cat(parts) for parts in zip(*recorded[2 * i : 2 * i + 2], strict=True))
+        losses, levels = (torch.cat(parts) for parts in zip(*recorded[2 * i : 2 * i + 2], strict=True))
         assert row["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
         assert row["grad_norm"] > 0
         for q in range(4):
-            inside = (sigma >= q / 4) & (sigma < (q + 1) / 4)
-            mean = row.get(f"loss_sigma_q{q + 1}")
+            inside = (levels >= q / 4) & (levels < (q + 1) / 4)
+            mean = row.get(f"loss_level_q{q + 1}")
             assert (mean is not None) == bool(inside.any())
             if mean is not None:
                 assert mean == pytest.approx(losses[inside].mean().item(), rel=1e-5)
@@ -194,6 +278,20 @@ def test_pictures_and_pipeline_come_from_the_averaged_weights(run_script, argume
     assert torch.equal(exported(tmp_path / "out")["proj_out_2.weight"], averaged)
     assert not torch.equal(averaged, state["proj_out.weight"])
     assert Image.open(tmp_path / "out" / "samples" / "step-4.png").size == (2 * 18 + 2, 2 * 18 + 2)
+
+
+def test_earlier_pipelines_are_kept_with_their_averaged_weights_and_guide_the_last(run_script, arguments, tmp_path):
+    out = tmp_path / "out"
+    run_script(main, *arguments, "--out", out, "--steps", 4, "--run.checkpoint_every", 2, "--export_every", 2)
+    names = [name for name, _ in DiT(4, 3, 2, depth=2, width=32, heads=2).named_parameters()]
+    for step in (2, 4):
+        kept = load_file(out / "pipelines" / f"step-{step}" / "transformer" / "diffusion_pytorch_model.safetensors")
+        averaged = checkpoint(out, step)[f"ema/{names.index('proj_out.weight')}"]
+        assert torch.equal(kept["proj_out_2.weight"], averaged)
+    assert same(exported(out), kept)
+    run_script(main, *arguments, "--out", tmp_path / "without", "--steps", 4)
+    assert same(exported(tmp_path / "without"), kept)
+    ClassConditionalPipeline.from_pretrained(out / "pipeline").load_guide(out / "pipelines" / "step-2")
 
 
 def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_steps(
@@ -230,6 +328,8 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--model.width", "2"], UsageError, "model.width"),
         (["--model.width", "8", "--model.heads", "1", "--model.patch_size", "3"], UsageError, "patches of side 3"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], UsageError, "must be a multiple of ranks"),
+        (["--objective.name", "ddpm", "--sampling.steps", "30"], UsageError, "sampling.steps = 30 must divide 1000"),
+        (["--objective.name", "ddpm", "--objective.shift", "2"], UsageError, "objective.shift is a key of another"),
         (["--model.sizes", "S"], UsageError, "did you mean model.size"),
     ],
 )
@@ -264,29 +364,32 @@ def test_more_classes_than_the_stock_pipeline_has_are_refused_before_training(
 class TwoPoints:
     """A cache of two classes, all of whose latents are -1 or +1."""
 
-    shape, flips = (2, 4, 4), 1
+    shape, views = (2, 4, 4), 1
 
     def __len__(self):
         return 64
 
-    def read(self, index, flip):
+    def read(self, index, view):
         return torch.full(self.shape, 2.0 * (index % 2) - 1), index % 2
 
 
-def test_a_trained_network_samples_the_class_that_was_asked_for():
+@pytest.mark.parametrize("config", [FlowConfig(), DDPMConfig()], ids=["flow", "ddpm"])
+def test_a_trained_network_samples_the_class_that_was_asked_for(config):
+    objective = make_objective(config, TwoPoints.shape)
     model = DiT(sample_size=4, in_channels=2, num_classes=2, patch_size=2, depth=2, width=32, heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     batches = train_batches(TwoPoints(), batch_size=32, seed=0)
     for batch in itertools.islice(batches, 600):
-        sigma = training_sigma(batch["time_normal"], FlowConfig(), 1.0)
+        levels = objective.levels(batch["time_normal"])
         labels = drop_labels(batch["labels"], batch["drop_uniform"], 0.2, model.null_class)
-        flow_loss(model, batch["latents"], batch["noise"], sigma, labels).mean().backward()
+        objective.losses(model, batch["latents"], batch["noise"], levels, labels).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    labels = torch.tensor([0, 1] * 8)
-    got = sample(model, make_scheduler(1.0), torch.randn(16, 2, 4, 4), labels, model.null_class, steps=20)
-    assert (got - (2.0 * labels.view(-1, 1, 1, 1) - 1)).abs().mean() < 0.15
-    unlabelled = sample(model, make_scheduler(1.0), torch.randn(256, 2, 4, 4), torch.zeros(256, dtype=torch.int64), 2,
+    labels = torch.tensor([0, 1] * 32)
+    got = sample(model, objective.scheduler(), torch.randn(64, 2, 4, 4), labels, model.null_class, steps=20)
+    assert (got - (2.0 * labels.view(-1, 1, 1, 1) - 1)).abs().median() < 0.3
+    assert (got.mean((1, 2, 3)).sign() == 2 * labels - 1).float().mean() > 0.75  # by chance 0.5 +- 0.06
+    unlabelled = sample(model, objective.scheduler(), torch.randn(256, 2, 4, 4), torch.zeros(256, dtype=torch.int64), 2,
                         steps=20, guidance_scale=0.0)  # fmt: skip
     signs = unlabelled.mean((1, 2, 3)).sign()
     assert 32 < (signs > 0).sum() < 224, signs.sum()

@@ -13,47 +13,6 @@ from eval.generation import GenerationConfig, evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fakes.py and two_ranks.py, which processes of their own share
 
-EXTRACTOR = '''
-import torch
-from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-
-class Tiny(FeatureExtractorBase):
-    """Random projections of small images: "6" (an embedding), "classes" (4 logits), "spatial"."""
-
-    def __init__(self, name, features_list, **kwargs):
-        super().__init__(name, features_list)
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("project", torch.randn(3 * 8 * 8, 6, generator=generator) / 14)
-        self.register_buffer("classify", torch.randn(6, 4, generator=generator))
-
-    def forward(self, x):
-        x = torch.nn.functional.adaptive_avg_pool2d(x.float() / 64 - 2, (8, 8)).flatten(1)
-        embedding = torch.tanh(x @ self.project)
-        out = {"6": embedding, "classes": embedding @ self.classify, "spatial": x[:, 5:12]}
-        return tuple(out[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list():
-        return "6", "classes", "spatial"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return {"isc": "classes", "fid": "6", "kid": "6", "prc": "6", "sfid": "spatial"}[metric]
-
-
-register_feature_extractor("tiny", Tiny)
-'''
-
-
-@pytest.fixture(scope="session")
-def tiny_extractor(tmp_path_factory):
-    """A Python file that registers the extractor `tiny`."""
-    path = tmp_path_factory.mktemp("extractor") / "tiny.py"
-    path.write_text(EXTRACTOR)
-    return str(path)
-
 
 @pytest.fixture(scope="module")
 def accelerator():
@@ -109,10 +68,10 @@ def measure_samples(image_folder, tiny_extractor, tmp_path):
     """Evaluate a pipeline, or a stand-in for one, against the tiny images; returns the result."""
     from fakes import FakePipeline
 
-    def run(pipeline=None, data=None, **options):
+    def run(pipeline=None, data=None, folder="pipeline", **options):
         config = GenerationConfig(
             **{
-                "pipeline": str(tmp_path / "pipeline"),
+                "pipeline": str(tmp_path / folder),
                 "data": {"source": str(image_folder), "max_bad_fraction": 0.3, **(data or {})},
                 "output": tmp_path / "result.json",
                 "features": [tiny_extractor],

@@ -1,9 +1,10 @@
 """A stand-in for `pipelines.ClassConditionalPipeline`: each image is a function of its class and its seed alone."""
 
-import math
 from types import SimpleNamespace
 
 import torch
+
+from diffusion.sampling import flow_scheduler
 
 COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
 
@@ -15,7 +16,7 @@ class FakePipeline:
         self.id2label = dict(enumerate(names))
         self.transformer = SimpleNamespace(config=SimpleNamespace(sample_size=8))
         self.vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8)))
-        self.scheduler = SimpleNamespace(config={"flow_shift": 1.0, "lambda_min_clipped": -math.inf, "_private": 1})
+        self.scheduler = flow_scheduler(1.0)
         self.calls = []
 
     def __call__(self, class_labels, *, seeds, output_type, **options):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,16 +8,19 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
     UNet2DModel,
     VQModel,
 )
 from fakes import FakePipeline
+from PIL import Image
 
 from common.errors import UsageError, UserError
+from diffusion.sampling import ddpm_scheduler, flow_scheduler
 from eval import generation
+from eval.report import folder_hash
 from eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
 from pipelines.export import save_pipeline
 
@@ -43,23 +47,95 @@ def test_classes_are_balanced_each_image_has_its_own_seed_and_a_larger_set_begin
     assert pairs[1][:32] == pairs[0]
 
 
-def test_real_samples_depend_on_class_and_seed_alone(tokenizer_folder, tmp_path):
+@pytest.fixture
+def own_pipeline(tokenizer_folder, tmp_path):
+    """A pipeline as a run leaves it, by the number of its layers."""
+
+    def make(layers=1):
+        folder = tmp_path / f"pipeline-{layers}"
+        save_pipeline(folder, random_transformer(layers), VQModel.from_pretrained(tokenizer_folder),
+                      flow_scheduler(1.0), {0: "ant", 1: "bee", 2: "cat"})  # fmt: skip
+        pipeline = load_pipeline(str(folder))
+        pipeline.set_progress_bar_config(disable=True)
+        return folder, pipeline
+
+    return make
+
+
+def random_transformer(layers):
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=3,
-        num_layers=1,
+        num_layers=layers,
         sample_size=8,
         num_embeds_ada_norm=1000,
     )
     for weight in transformer.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    vae = VQModel.from_pretrained(tokenizer_folder)
-    save_pipeline(tmp_path / "pipeline", transformer, vae, scheduler, {0: "ant", 1: "bee", 2: "cat"})
-    pipeline = load_pipeline(str(tmp_path / "pipeline"))
+    return transformer
+
+
+def test_sampler_and_guide_make_the_samples_and_are_in_the_result(measure_samples, own_pipeline, tmp_path):
+    (folder, pipeline), (weak, _) = own_pipeline(), own_pipeline(2)
+    options = {"samples": 16, "steps": [2], "guidance_scale": [2.0], "metrics": ["fid"], "keep": "png"}
+    options |= {"folder": folder.name, "output": tmp_path / "result.json"}
+    plain = measure_samples(pipeline, **options | {"output": tmp_path / "plain.json"})
+    guided = measure_samples(pipeline, **options, sampler="heun", guide=weak)
+    assert plain["sampler"]["guide"] is None
+    assert plain["sampler"]["scheduler"] == "DPMSolverMultistepScheduler"
+    assert guided["sampler"]["scheduler"] == "FlowMatchHeunDiscreteScheduler"
+    assert guided["sampler"]["guide"] == {"folder": str(weak), "sha256": folder_hash(weak)}
+    pipeline = load_pipeline(str(folder))
+    how = Sampling(2.0, (0.0, 1.0), 2, 0, "no", lambda sample: sample % 3, pipeline.load_guide(weak))
+    pipeline.scheduler = flow_scheduler(1.0, "heun")
+    shown = np.stack([np.asarray(Image.open(Path(guided["samples"]["png"]) / f"{i:06}.png")) for i in range(16)])
+    assert (shown == draw(pipeline, how, range(16)).permute(0, 2, 3, 1).numpy()).all()
+    with pytest.raises(UsageError, match="samples of other settings"):
+        measure_samples(pipeline, **options, sampler="heun")
+
+
+def test_a_sampler_guide_or_number_of_steps_that_does_not_fit_is_told_at_once(
+    measure_samples, own_pipeline, stock_pipeline
+):
+    (folder, pipeline), stock = own_pipeline(), load_pipeline(str(stock_pipeline))
+    with pytest.raises(UsageError, match="'ddim' is no sampler of rectified flow"):
+        measure_samples(pipeline, sampler="ddim")
+    with pytest.raises(UsageError, match="a DiTPipeline, takes none"):
+        measure_samples(stock, guide=folder)
+    pipeline.scheduler = ddpm_scheduler("epsilon", {"beta_schedule": "linear"})
+    with pytest.raises(UsageError, match="must divide 1000, which 30 does not"):
+        measure_samples(pipeline, steps=[50, 30])
+    assert measure_samples(stock, sampler="dpm++", steps=[3], samples=16)["sampler"]["num_train_timesteps"] == 20
+
+
+def test_a_pipeline_without_classes_is_measured_on_samples_of_no_class(measure_samples, tokenizer_folder, tmp_path):
+    unet = UNet2DModel(8, 3, 3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+                       block_out_channels=(8,), norm_num_groups=4)  # fmt: skip
+    folder = tmp_path / "ldm"
+    save_pipeline(folder, unet, VQModel.from_pretrained(tokenizer_folder),
+                  ddpm_scheduler("epsilon", {"beta_schedule": "linear"}), {})  # fmt: skip
+    pipeline = load_pipeline(str(folder))
     pipeline.set_progress_bar_config(disable=True)
+    options = {"folder": folder.name, "output": tmp_path / "result.json", "samples": 16, "steps": [2]}
+    result = measure_samples(pipeline, **options, metrics=["fid"], keep="npz", seed=7)
+    assert result["metrics"].keys() == {"fd_tiny"}
+    assert (result["labels"], result["classes"], result["grid"]["rows"]) == ("no class", [], ["no class"])
+    assert not any("classes" in warning for warning in result["warnings"])
+    packed = np.load(result["samples"]["npz"])
+    assert packed.files == ["arr_0"]
+    stock = DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(16)]
+    expected = stock(16, generator=generators, num_inference_steps=2, output_type="np").images * 255
+    assert (np.abs(packed["arr_0"] - expected) < 1).mean() > 0.99
+    with pytest.raises(UsageError, match=r"need classes, and .* has none"):
+        measure_samples(pipeline, **options, labels="data")
+
+
+def test_real_samples_depend_on_class_and_seed_alone(own_pipeline):
+    _, pipeline = own_pipeline()
     how = Sampling(2.0, (0.0, 1.0), 2, 3, "no", lambda sample: sample % 3)
     together = draw(pipeline, how, range(6))
     apart = torch.cat([draw(pipeline, how, range(0, 1)), draw(pipeline, how, range(1, 6))])

@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from diffusion.flow import make_scheduler
-from diffusion.model import DiT
+from diffusion.dit import DiT
+from diffusion.sampling import flow_scheduler
 from pipelines import ClassConditionalPipeline
 from pipelines.export import save_pipeline, to_stock
 
@@ -14,21 +14,21 @@ ABOUT = {
     "step": 400,
     "samples_seen": 102400,
     "parameters": 1234567,
-    "flow_shift": 1.5,
+    "objective": "rectified flow, shifted by s = 1.5",
     "config": {
         "data": {"source": "someone/pets"},
         "optim": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip_grad_norm": 1.0, "warmup_steps": 50,
                   "ema_decay": 0.999},
-        "flow": {"logit_mean": 0.0, "logit_std": 1.0},
-        "model": {"class_dropout": 0.1},
+        "model": {"variant": "dit", "class_dropout": 0.1},
         "run": {"batch_size": 256, "mixed_precision": "bf16"},
     },
-    "latents": {"key": {"image_size": 16, "flips": 2, "tokenizer": "abc123"}, "shape": [2, 3, 4, 4], "count": 5000,
-                "bad_images": 7, "mean": [0.1, -0.2, 0.0], "std": [0.9, 1.1, 1.0], "overall_std": 1.01},
+    "latents": {"key": {"image_size": 16, "flips": 2, "crops": 1, "latents": "continuous", "tokenizer": "abc123"},
+                "shape": [2, 3, 4, 4], "count": 5000, "bad_images": 7,
+                "mean": [0.1, -0.2, 0.0], "std": [0.9, 1.1, 1.0], "overall_std": 1.01},
 }  # fmt: skip
 
 
-def random_dit(**options):
+def _random_dit(**options):
     """A DiT whose weights are all random: at initialisation its output is zero."""
     model = DiT(**{"sample_size": 4, "in_channels": 3, "num_classes": 5, "depth": 2, "width": 64, "heads": 2} | options)
     for parameter in model.parameters():
@@ -36,10 +36,22 @@ def random_dit(**options):
     return model
 
 
+@pytest.fixture
+def about():
+    """What training says of a run."""
+    return ABOUT
+
+
 @pytest.fixture(scope="session")
 def dit():
     torch.manual_seed(2)
-    return random_dit()
+    return _random_dit()
+
+
+@pytest.fixture(scope="session")
+def random_dit():
+    """random_dit(**options) -> another one."""
+    return _random_dit
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +77,7 @@ def vae():
 def folder(tmp_path_factory, dit, vae):
     """A pipeline as a run leaves it."""
     path = tmp_path_factory.mktemp("run") / "pipeline"
-    save_pipeline(path, to_stock(dit), vae, make_scheduler(1.5), NAMES, ABOUT)
+    save_pipeline(path, to_stock(dit), vae, flow_scheduler(1.5), NAMES, ABOUT)
     return path
 
 

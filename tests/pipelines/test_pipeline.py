@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
+from diffusion.objectives import DDPM, DDPMConfig
+from diffusion.sampling import flow_scheduler
 from pipelines import ClassConditionalPipeline
+from pipelines.export import save_pipeline, to_stock
 
 STEPS = 4
 
@@ -44,20 +53,77 @@ def test_an_image_depends_on_its_seed_and_class_but_not_on_its_batch(pipeline):
     assert (latents[1] - latents[3]).abs().max() > 1e-3  # one seed, two classes
 
 
-def test_seeds_hold_for_samplers_that_draw_noise_too(pipeline):
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
-    )
-    latents = images(pipeline, [0, 1, 2], seeds=[7, 8, 9], output_type="latent")
-    split = images(pipeline, [0, 1, 2], seeds=[7, 8, 9], output_type="latent", batch_size=2)
+@pytest.mark.parametrize(("scheduler", "sampler"), [(flow_scheduler(1.5), "sde"),
+                                                    (DDPM(DDPMConfig(prediction="v")).scheduler(), "ddpm")],
+                         ids=["flow", "ddpm"])  # fmt: skip
+def test_seeds_hold_for_samplers_that_draw_noise_too(pipeline, scheduler, sampler):
+    pipeline.scheduler = scheduler
+    how = {"sampler": sampler, "output_type": "latent"}
+    latents = images(pipeline, [0, 1, 2], seeds=[7, 8, 9], **how)
+    split = images(pipeline, [0, 1, 2], seeds=[7, 8, 9], batch_size=2, **how)
     torch.testing.assert_close(split, latents, rtol=1e-4, atol=1e-5)
+    assert (images(pipeline, [0], seeds=[8], **how) - latents[:1]).abs().max() > 0.1
 
 
-def test_other_flow_samplers_reach_about_the_same_image(pipeline):
+def test_samplers_by_name_reach_about_the_same_image_with_the_folder_s_shift(pipeline):
     options = {"seeds": [0, 1], "num_inference_steps": 100, "output_type": "latent"}
     latents = images(pipeline, [0, 1], **options)
+    assert torch.equal(images(pipeline, [0, 1], sampler="dpm++", **options), latents)
+    for sampler in ("euler", "heun"):
+        others = images(pipeline, [0, 1], sampler=sampler, **options)
+        assert not torch.equal(others, latents)
+        torch.testing.assert_close(others, latents, rtol=0, atol=0.1 * latents.std().item())
+    assert (images(pipeline, [0, 1], sampler="sde", **options) - latents).abs().max() > latents.std()
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.5)
-    torch.testing.assert_close(images(pipeline, [0, 1], **options), latents, rtol=0, atol=0.1 * latents.std().item())
+    torch.testing.assert_close(
+        images(pipeline, [0, 1], **options), images(pipeline, [0, 1], sampler="euler", **options)
+    )
+
+
+def test_the_progress_bar_counts_what_heun_evaluates(folder, capsys):
+    pipeline = ClassConditionalPipeline.from_pretrained(folder)
+    images(pipeline, [0, 1, 2], seeds=[0, 1, 2], batch_size=2, sampler="heun")
+    assert f"{2 * (2 * STEPS - 1)}/{2 * (2 * STEPS - 1)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [DDPMConfig(), DDPMConfig(prediction="v", schedule="cosine")], ids=["epsilon", "v"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_images_of_a_ddpm_equal_those_of_the_stock_pipeline(tmp_path, dit, vae, pipeline, config, guidance_scale):
+    save_pipeline(tmp_path / "ddpm", to_stock(dit), vae, DDPM(config).scheduler(), pipeline.id2label)
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "ddpm")
+    assert type(stock) is DiTPipeline
+    assert type(stock.scheduler) is DDIMScheduler
+    own = ClassConditionalPipeline.from_pretrained(tmp_path / "ddpm")
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 10}
+    expected = stock([0, 4, 2], generator=generators(5, 6, 7), output_type="pt", **options).images
+    assert expected.std() > 0.05
+    torch.testing.assert_close(images(own, [0, 4, 2], seeds=[5, 6, 7], **options), expected, rtol=0, atol=1e-5)
+
+
+def test_autoguidance_goes_from_the_guide_to_the_model(pipeline, tmp_path, random_dit, vae):
+    save_pipeline(tmp_path / "weak", to_stock(random_dit(depth=1)), vae, flow_scheduler(1.5), pipeline.id2label)
+    guide = pipeline.load_guide(tmp_path / "weak")
+    weak = ClassConditionalPipeline.from_pretrained(tmp_path / "weak")
+    options = {"seeds": [1, 2], "output_type": "latent"}
+    alone = images(pipeline, [0, 4], **options)
+    assert torch.equal(images(pipeline, [0, 4], guide=guide, guidance_scale=1.0, **options), alone)
+    assert torch.equal(images(pipeline, [0, 4], guide=guide, guidance_scale=0.0, **options),
+                       images(weak, [0, 4], **options))  # fmt: skip
+    guided = images(pipeline, [0, 4], guide=guide, guidance_scale=2.0, num_inference_steps=1, **options)
+    ends = [images(p, [0, 4], num_inference_steps=1, **options) for p in (pipeline, weak)]
+    torch.testing.assert_close(guided, ends[1] + 2.0 * (ends[0] - ends[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_guide_of_other_latents_or_classes_is_refused(pipeline, tmp_path, random_dit, vae):
+    other = to_stock(random_dit(sample_size=8))
+    save_pipeline(tmp_path / "size", other, vae, flow_scheduler(1.5), pipeline.id2label)
+    with pytest.raises(ValueError, match="the guide is a model of 3 x 8 x 8 latents, not 3 x 4 x 4"):
+        pipeline.load_guide(tmp_path / "size")
+    with pytest.raises(ValueError, match="the guide is a model of 3 x 8 x 8 latents"):
+        images(pipeline, [0], guide=other)
+    save_pipeline(tmp_path / "classes", to_stock(random_dit()), vae, flow_scheduler(1.5), {0: "cat"})
+    with pytest.raises(ValueError, match="has other classes than this pipeline"):
+        pipeline.load_guide(tmp_path / "classes")
 
 
 def test_as_many_steps_as_there_are_timesteps_work(pipeline):
@@ -86,6 +152,13 @@ def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_
     images(pipeline, [0, 4], guidance_scale=3.0, guidance_interval=(0.0, 0.5), **options)
     assert evaluated[0] == [0, 4]
     assert evaluated[-1] == [0, 4, 1000, 1000]
+
+
+def test_time_and_class_are_embedded_once_for_each_class_of_a_batch(pipeline):
+    rows = []
+    pipeline.transformer.modulation.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    images(pipeline, [0, 4, 4, 0, 4], seeds=range(5), guidance_scale=2.0)
+    assert rows == [3] * STEPS  # 0, 4 and "no class"
 
 
 def test_guidance_approaches_the_conditional_model_from_both_sides(pipeline):
@@ -186,6 +259,7 @@ def test_a_class_that_does_not_exist_is_told_with_those_near_it(pipeline, label,
         ({"output_type": "jpg"}, "output_type must be"),
         ({"num_inference_steps": 0}, "must be 1 or more"),
         ({"batch_size": 0}, "must be 1 or more"),
+        ({"sampler": "ddim"}, "'ddim' is no sampler of rectified flow"),
     ],
 )
 def test_an_argument_without_meaning_is_refused(pipeline, options, message):

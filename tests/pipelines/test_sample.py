@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UsageError, UserError
+from pipelines.export import save_pipeline, to_stock
 from pipelines.sample import main
 
 
@@ -19,9 +20,32 @@ def test_picture_has_a_row_a_class_with_one_seed_an_image(run_script, folder, pi
         assert np.abs(shown - np.asarray(image).astype(int)).max() <= 1
 
 
+def test_sampler_and_guide_reach_the_pipeline(run_script, folder, pipeline, random_dit, vae, tmp_path):
+    save_pipeline(tmp_path / "weak", to_stock(random_dit(depth=1)), vae, pipeline.scheduler, pipeline.id2label)
+    out = tmp_path / "grid.png"
+    run_script(main, "--pipeline", folder, "--classes", 4, "--output", out, "--per_class", 1, "--steps", 3, "--sampler",
+               "heun", "--guide", tmp_path / "weak", "--guidance_scale", 2.0, "--device", "cpu")  # fmt: skip
+    shown = np.asarray(Image.open(out)).astype(int)
+    how = {"seeds": [0], "num_inference_steps": 3, "guidance_scale": 2.0}
+    guide = pipeline.load_guide(tmp_path / "weak")
+    expected, others = (
+        np.asarray(pipeline([4], **how, **more).images[0]).astype(int)
+        for more in ({"sampler": "heun", "guide": guide}, {"sampler": "heun"})
+    )
+    assert np.abs(shown - expected).max() <= 1
+    assert np.abs(shown - others).max() > 1
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"--guide": "nowhere"}, UserError, "there is no pipeline at nowhere"),
+        (
+            {"--sampler": "ddim"},
+            UsageError,
+            "'ddim' is no sampler of rectified flow: take one of euler, heun, dpm++, sde",
+        ),
+        ({"--sampler": "dopri5"}, UsageError, "sampler = 'dopri5': it should be 'euler', 'heun'"),
         ({"--pipeline": "nowhere"}, UserError, "there is no pipeline at nowhere"),
         ({"--classes": "goldfisch"}, UsageError, "did you mean 'goldfish'"),
         ({"--classes": 7}, UsageError, "class 7 does not exist"),

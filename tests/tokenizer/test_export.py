@@ -125,14 +125,16 @@ def test_an_absent_or_foreign_folder_is_one_clear_line(tmp_path):
 def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_path):
     from diffusers import DiffusionPipeline, DiTPipeline
 
-    from diffusion.flow import make_scheduler
-    from diffusion.model import DiT
+    from diffusion.dit import DiT
+    from diffusion.sampling import flow_scheduler
+    from eval.samples import load_pipeline
+    from pipelines import ClassConditionalPipeline
     from pipelines.export import save_pipeline, to_stock
 
     encoder, decoder, images = build(make("fsq"))
     model = exported(encoder, decoder, images)
     dit = DiT(sample_size=8, in_channels=4, num_classes=2, depth=1, width=16, heads=2)
-    save_pipeline(tmp_path / "pipeline", to_stock(dit), model, make_scheduler(1.0), {0: "a", 1: "b"})
+    save_pipeline(tmp_path / "pipeline", to_stock(dit), model, flow_scheduler(1.0), {0: "a", 1: "b"})
     stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert type(stock) is DiTPipeline
     assert type(stock.vae) is QuantizerVQModel
@@ -140,3 +142,9 @@ def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_p
     torch.testing.assert_close(stock.vae.decode(latents).sample, model(images).sample)
     stock.set_progress_bar_config(disable=True)
     assert stock([1], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    modern = DiT(sample_size=8, in_channels=4, num_classes=2, depth=1, width=16, heads=2, variant="modern")
+    save_pipeline(tmp_path / "modern", to_stock(modern), model, flow_scheduler(1.0), {0: "a", 1: "b"})
+    for folder in (tmp_path / "pipeline", tmp_path / "modern"):
+        own = load_pipeline(str(folder))
+        assert (type(own), type(own.vae)) == (ClassConditionalPipeline, QuantizerVQModel)
+        torch.testing.assert_close(own.vae.decode(latents).sample, model(images).sample)

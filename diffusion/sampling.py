@@ -1,0 +1,189 @@
+"""Samplers by name, and the sampling loop: guidance by the null class or by a weaker model, on diffusers' schedulers.
+
+The network is called `predict(latents [B, C, H, W], timestep [B], class_labels [B]) -> prediction [B, C, H, W]`, with
+timesteps from 0 to 999.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+)
+from torch import Tensor
+
+TIMESTEPS = 1000  # the network's unit of time
+SAMPLERS = ("euler", "heun", "dpm++", "sde", "ddim", "ddpm")
+_FLOW_SAMPLERS, _DDPM_SAMPLERS = SAMPLERS[:4], SAMPLERS[2:]
+_ALGORITHMS = {"dpm++": "dpmsolver++", "sde": "sde-dpmsolver++"}
+_LOWEST_LOG_SNR = -5.1  # of lambda, half the log of the signal-to-noise ratio: where linear betas end
+# What of a scheduler's config the training decided.
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+
+def timestep(level: Tensor) -> Tensor:
+    """What the network is told of a time in [0, 1]: floor(1000 level), at most 999.
+
+    diffusers' multistep schedulers cut their timesteps to integers. A network trained on the exact 1000 sigma would be
+    told too small a time at every step of sampling, by 0.5 on average; so it is trained on what it will be told.
+    """
+    return _whole(TIMESTEPS * level)
+
+
+def _whole(time: Tensor) -> Tensor:
+    return torch.floor(time).clamp(max=TIMESTEPS - 1)
+
+
+def flow_scheduler(shift: float, sampler: str = "dpm++") -> SchedulerMixin:
+    """A sampler of rectified flow with the shift of training."""
+    if sampler == "euler":
+        return FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift)
+    if sampler == "heun":
+        return FlowMatchHeunDiscreteScheduler(TIMESTEPS, shift)
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=TIMESTEPS,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        algorithm_type=_ALGORITHMS[sampler],
+    )
+
+
+def ddpm_scheduler(prediction_type: str, noise_schedule: Mapping, sampler: str = "ddim") -> SchedulerMixin:
+    """A sampler of a DDPM. `prediction_type`: "epsilon" or "v_prediction"; `noise_schedule`: diffusers' arguments for
+    the betas, and their number where it is not 1000.
+
+    Nothing is clipped, as latents have no range. The cosine schedule leaves almost no signal at its last timesteps
+    (sqrt(alpha_bar) = 5e-5), so that dividing by it turns a small error of epsilon into a large one of x_0: epsilon
+    starts one stride below them, and multistep solvers start where linear betas end.
+    """
+    common = {"num_train_timesteps": TIMESTEPS, "prediction_type": prediction_type, **noise_schedule}
+    cosine = noise_schedule["beta_schedule"] == "squaredcos_cap_v2"
+    if sampler in _ALGORITHMS:
+        lowest = _LOWEST_LOG_SNR if cosine else -float("inf")
+        return DPMSolverMultistepScheduler(
+            **common, algorithm_type=_ALGORITHMS[sampler], lambda_min_clipped=lowest, timestep_spacing="linspace"
+        )
+    spacing = "leading" if cosine and prediction_type == "epsilon" else "trailing"
+    return {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampler](
+        **common, clip_sample=False, timestep_spacing=spacing
+    )
+
+
+def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The sampler of that name for the model that `scheduler` belongs to.
+
+    Raises `ValueError` where there is none of that name, or none for models of this kind.
+    """
+    config = scheduler.config
+    flow = config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch")
+    names = _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
+    if sampler not in names:
+        kind = "rectified flow" if flow else "a DDPM"
+        raise ValueError(f"{sampler!r} is no sampler of {kind}: take one of {', '.join(names)}")
+    if flow:
+        return flow_scheduler(config.get("flow_shift") or config.get("shift", 1.0), sampler)
+    noise_schedule = {name: config[name] for name in _NOISE_SCHEDULE if config.get(name) is not None}
+    return ddpm_scheduler(config.prediction_type, noise_schedule, sampler)
+
+
+def set_steps(scheduler: SchedulerMixin, steps: int) -> Tensor:
+    """Prepare `scheduler` for sampling in that many steps; returns the timesteps at which the network is evaluated (one
+    a step; Heun's method takes two, but in the last step).
+
+    Raises `ValueError` for numbers of steps with which DDIM and DDPM would leave out a part of the noise.
+    """
+    if isinstance(scheduler, DDIMScheduler | DDPMScheduler) and scheduler.config.num_train_timesteps % steps:
+        count = scheduler.config.num_train_timesteps
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        near = [max(n for n in divisors if n < steps), *[n for n in divisors if n > steps][:1]]
+        raise ValueError(f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not: "
+                         f"take {' or '.join(map(str, near))}")  # fmt: skip
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Equal steps before the shift, as diffusers' flow pipelines ask for; by default it shifts its last one twice.
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+    # Timesteps that are equal after rounding would otherwise make the scheduler look up the wrong start.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    return scheduler.timesteps
+
+
+@torch.no_grad()
+def sample(
+    predict: Callable,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    labels: Tensor,
+    null_class: int,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guide: Callable | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """From noise [B, C, H, W] to latents of the classes `labels` [B].
+
+    While t / 1000 lies in `guidance_interval`, weak + guidance_scale (predict - weak) on all channels; outside of it
+    `predict` alone. `weak` is `predict` at the null class (classifier-free guidance, Ho and Salimans, arXiv
+    2207.12598), or `guide`, a weaker model that is asked for the same classes (autoguidance, Karras et al., arXiv
+    2406.02507). A scale of 1 evaluates `predict` only, 0 `weak` only.
+
+    `generator` is for samplers that draw noise. `on_step(step, timestep, latents)` returns the latents to go on with.
+    Raises what `set_steps` does.
+    """
+    null_labels = torch.full_like(labels, null_class)
+    strong = _at(predict, labels)
+    weak = _at(predict, null_labels) if guide is None else _at(guide, labels)
+    pair = _at(predict, torch.cat([labels, null_labels])) if guide is None else None
+    drawing = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+    def guided(latents: Tensor, time: Tensor, scale: float) -> Tensor:
+        if scale in (0, 1):
+            return (weak, strong)[int(scale)](latents, time)
+        if pair is None:
+            main, base = strong(latents, time), weak(latents, time)
+        else:
+            main, base = pair(torch.cat([latents, latents]), time.repeat(2)).chunk(2)
+        return base + scale * (main - base)
+
+    latents = noise
+    for i, t in enumerate(set_steps(scheduler, steps)):
+        time = _whole(t).to(latents.device).expand(len(latents))  # some schedulers have fractions
+        inside = guidance_interval[0] <= float(t) / TIMESTEPS <= guidance_interval[1]
+        prediction = guided(latents, time, guidance_scale if inside else 1.0)
+        latents = scheduler.step(prediction, t, latents, return_dict=False, **drawing)[0]
+        if on_step is not None:
+            latents = on_step(i, t, latents)
+    return latents
+
+
+def _at(predict: Callable, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`predict` at these classes, all at one time. A network that offers `condition(timestep, class_labels)`, which its
+    call takes as `condition`, computes it once for each class in the batch: all unconditional rows share one."""
+    if not hasattr(predict, "condition"):
+        return lambda latents, time: predict(latents, time, labels)
+    classes, rows = labels.unique(return_inverse=True)
+
+    def shared(latents: Tensor, time: Tensor) -> Tensor:
+        condition = predict.condition(time[: len(classes)], classes)[rows]
+        return predict(latents, time, labels, condition=condition)
+
+    return shared
