@@ -46,10 +46,13 @@ class ClassConditionalPipeline(DiTPipeline):
                 pipeline.transformer = from_stock(pipeline.transformer)
         return pipeline
 
-    def save_pretrained(self, save_directory: str | Path, **ignored) -> None:
-        """Write a folder of the stock class, class names included."""
-        if ignored:
-            raise ValueError(f"not supported: {', '.join(ignored)}; the folder is always safetensors, in one variant")
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, **ignored
+    ) -> None:
+        """Write a folder of the stock class, class names included; `push_to_hub` uploads the same."""
+        if ignored or not safe_serialization or variant is not None:
+            given = ", ".join(ignored or (["variant"] if variant is not None else ["safe_serialization=False"]))
+            raise ValueError(f"not supported: {given}; the folder is always safetensors, in one variant")
         network = to_stock(self.transformer) if isinstance(self.transformer, PipelineDiT) else self.transformer
         save_pipeline(Path(save_directory), network, self.vae, self.scheduler, self.id2label)
 

@@ -1,3 +1,6 @@
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,12 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.utils import hub_utils
+from huggingface_hub import ModelCard
 
 from diffusion.objectives import DDPM, DDPMConfig
 from diffusion.sampling import flow_scheduler
@@ -267,3 +273,25 @@ def test_an_argument_without_meaning_is_refused(pipeline, options, message):
         pipeline([0, 1], **options)
     with pytest.raises(ValueError, match="empty"):
         pipeline([])
+
+
+def test_what_is_pushed_to_the_hub_loads_with_stock_diffusers_and_gives_equal_images(pipeline, tmp_path, monkeypatch):
+    """The network calls alone are replaced: uploading is a copy, and the local copy stands for the download."""
+    repository = tmp_path / "hub" / "someone" / "pipeline"
+
+    def upload(repo_id, folder_path, **options):
+        assert repo_id == "someone/pipeline"
+        shutil.copytree(folder_path, repository)
+        return "done"
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *a, **o: ModelCard("---\ntags: []\n---\n# x"))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    assert pipeline.push_to_hub("someone/pipeline") == "done"
+    again = ClassConditionalPipeline.from_pretrained(repository)
+    assert again.id2label == pipeline.id2label
+    options = {"seeds": [3], "num_inference_steps": 2, "output_type": "pt"}
+    assert torch.equal(again([1], **options).images, pipeline([1], **options).images)
+    assert isinstance(DiffusionPipeline.from_pretrained(repository).transformer, DiTTransformer2DModel)
+    with pytest.raises(ValueError, match="not supported: variant; the folder is always safetensors"):
+        pipeline.save_pretrained(tmp_path / "other", variant="fp16")
