@@ -87,9 +87,11 @@ class EvidenceConfig(configs.Config):
     data: DataConfig = Field(default_factory=DataConfig, description="The images.")
     out: Path = Field(Path("runs/evidence"), description="Folder of the runs.")
     pages: Path = Field(Path("docs/evidence"), description="Folder of the pages and of records/.")
-    runs: list[str] | None = Field(None, min_length=1, description="Train only these; null is all of the study's.")
-    seeds: list[int] | None = Field(None, min_length=1, description="Seeds to train; null is the study's.")
-    jobs: int = Field(1, ge=0, description="Runs at once, on as many GPUs if there are; 0 only writes the page.")
+    runs: list[str] = Field([], description="Train only these; none given: all of the study's.")
+    seeds: list[int] = Field([], description="Seeds to train; none given: the study's.")
+    jobs: int = Field(
+        1, ge=0, description="Runs at once, each on a GPU of its own where there are several and no launcher is given; "
+        "0 only writes the page.")  # fmt: skip
     limit: int | None = Field(None, ge=1, description="Test images to measure; null is all of them.")
     features: str = Field("none", description="As --features of eval/reconstruction.py.")
     lpips: str = Field("none", description="As --lpips of eval/reconstruction.py.")
@@ -213,7 +215,7 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "nsvq"}  # text as text, and equal files twice
     found = [run for runs in by_seed.values() for run in runs.values()]
     distances = sorted({m for run in found for m in run if m.startswith("rf")})
     metrics = [m for m in ("psnr", "relative_error", "utilization", *distances) if all(m in run for run in found)]
@@ -247,6 +249,8 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
 def write_page(study: Study, config: EvidenceConfig, records: dict[str, dict[int, dict]], measured: list[str]) -> Path:
     """<pages>/<study>.md and .svg from records by run and seed. Returns the page."""
     command = ["python", "benchmarks/evidence.py", "--study", config.study, "--data", config.data.source, *measured]
+    if config.lpips_weights and "--lpips_weights" not in measured:
+        command += ["--lpips_weights", config.lpips_weights]
     by_seed = {name: {seed: r["metrics"] for seed, r in runs.items()} for name, runs in records.items() if runs}
     page = config.pages / f"{config.study.stem}.md"
     lacking = [f"{name} ({', '.join(map(str, missing))})" for name, runs in records.items()
@@ -290,9 +294,10 @@ def _device() -> torch.device:
 def main() -> None:
     config = configs.parse(EvidenceConfig, sys.argv[1:])
     study = configs.validate(Study, configs.read_yaml(config.study), source=str(config.study))
-    if unknown := set(config.runs or []) - set(study.runs):
+    if unknown := set(config.runs) - set(study.runs):
         raise UserError(f"no such runs: {', '.join(sorted(unknown))}; there are {', '.join(study.runs)}")
-    study.seeds = config.seeds or study.seeds
+    chosen = config.seeds or study.seeds
+    study.seeds = sorted({*study.seeds, *chosen})
     fingerprint = open_split(config.data, "train").fingerprint
     measured = ["--features", config.features, "--lpips", config.lpips]
     measured += ["--limit", str(config.limit)] if config.limit else []
@@ -307,7 +312,7 @@ def main() -> None:
             file = config.pages / "records" / f"{record_key(values, fingerprint, measured)}.json"
             if file.exists():
                 records[name][seed] = json.loads(file.read_text())
-            elif config.runs is None or name in config.runs:
+            elif seed in chosen and (not config.runs or name in config.runs):
                 waiting.append((name, seed, values, file))
     page = write_page(study, config, records, measured)
     if not config.jobs:
@@ -320,7 +325,9 @@ def main() -> None:
 
     def job(name: str, values: dict, file: Path) -> dict:
         slot = slots.get()
-        environment = {"CUDA_VISIBLE_DEVICES": str(slot)} if torch.cuda.device_count() > 1 else {}
+        environment = {}
+        if config.jobs > 1 and torch.cuda.device_count() > 1 and not config.launcher:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
         if config.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.jobs))
         try:

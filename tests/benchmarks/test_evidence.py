@@ -93,9 +93,12 @@ def test_unprotected_vq_collapses_where_nsvq_does_not_and_a_finished_study_is_no
     command = [sys.executable, ROOT / "benchmarks" / "evidence.py", "--study", "configs/evidence/short.yaml"]
     command += ["--data", "synthetic", "--limit", 256, "--out", tmp_path / "runs", "--pages", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for jobs in (2, 0):
-        subprocess.run([*map(str, command), "--jobs", str(jobs)], cwd=ROOT, env=environment, check=True)
+    pages = []
+    for options in (["--jobs", "2"], ["--jobs", "0"], ["--seeds", "0", "--runs", "vq"]):
+        subprocess.run([*map(str, command), *options], cwd=ROOT, env=environment, check=True)
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        pages.append([(tmp_path / name).read_bytes() for name in ("short.md", "short.svg")])
+    assert pages[0] == pages[1] == pages[2]
     records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
     used = {record["name"]: record["metrics"]["utilization"] for record in records}
     assert used.keys() == {"vq", "nsvq"}
