@@ -277,7 +277,7 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--model.chanels", "8"], "did you mean model.channels"),
         (["--quantizer.codebook_size", "many"], "quantizer.codebook_size = 'many'"),
         (["--quantizer.name", "simvq"], "schedule.replace: false"),
-        (["--quantizer.name", "ema"], "loss.nonstationary_weight: 0"),
+        (["--quantizer.name", "ibq"], "loss.nonstationary_weight: 0"),
         (["--quantizer.decay", "0.9"], "quantizer.decay is a key of another choice"),
         (["--data.image_size", "17"], "multiple of f = 2"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], "must be a multiple of ranks"),
