@@ -52,13 +52,14 @@ class EpochUsage:
         self.errors = torch.zeros(codebook_size, dtype=torch.float64, device=accelerator.device)
         self.commitment = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum, images
 
-    def update(self, indices: Tensor | None, errors: Tensor, commitment: Tensor, images: int) -> None:
+    def update(self, indices: Tensor | None, errors: Tensor | None, commitment: Tensor, images: int) -> None:
         """indices [B, h, w] of one micro-batch (None where there are no codes yet), the squared errors [B, h, w] of its
-        tokens, its mean commitment loss, and B."""
+        tokens (None where nobody asks for them), its mean commitment loss, and B."""
         if indices is not None:
             indices, size = indices.flatten(), len(self.counts)
             self.counts += torch.bincount(indices, minlength=size)
-            self.errors += torch.bincount(indices, errors.flatten().double(), minlength=size)
+            if errors is not None:
+                self.errors += torch.bincount(indices, errors.flatten().double(), minlength=size)
         self.commitment += torch.stack([commitment.detach().double() * images, commitment.new_tensor(images)])
 
     def total(self) -> tuple[Tensor, Tensor, float]:

@@ -261,7 +261,9 @@ def main() -> None:
                     terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
                     accelerator.backward(terms["discriminator"])
             terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
-            errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
+            errors = None
+            if config.schedule.replace_from == "error":
+                errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
             results.append((terms, quantized.indices, errors))
         accelerator.unscale_gradients()
         norms = {"grad_norm": clip_grad_norm_(parameters, optim.clip_grad_norm or math.inf)}
