@@ -22,7 +22,7 @@ quickstart: .venv/installed
 	$(LAUNCH) eval/reconstruction.py --tokenizer "$(OUT)/tokenizer" --data "$(DATA)" --features "$(FEATURES)" \
 		--lpips none --workers 0 --limit 2000 --output "$(OUT)/reconstruction.json"
 	$(LAUNCH) eval/generation.py --pipeline "$(OUT)/pipeline" --data "$(DATA)" --features "$(FEATURES)" \
-		--workers 0 --reference_limit 2000 --samples 200 --guidance_scale 3 --steps 25 $(if $(SYNTHETIC),--classifier true) \
+		--workers 0 --reference_limit 2000 --samples 200 --guidance_scale 3 --steps 25 $(if $(SYNTHETIC),--classifier trained) \
 		--output "$(OUT)/generation.json"
 	$(BIN)/python pipelines/summary.py --out "$(OUT)"
 

@@ -1,23 +1,31 @@
-"""Whether samples are of the class asked for, in the eyes of a classifier trained on the data (eval/classifier.py)."""
+"""Whether samples are of the class asked for, in the eyes of a classifier: a small one trained on the data
+(eval/classifier.py), or a feature extractor's own class outputs."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from common.data import DataConfig
-from common.errors import UserError
+from common.errors import UsageError, UserError
 from common.image_metrics import to_uint8
-from eval.classifier import Classifier, train_classifier
+from eval.classifier import train_classifier
+from eval.features import Extractor
 from eval.ranks import gather_by_index
 from eval.reference import real_batches
 
+_IMAGES_PER_CLASS = 50  # real ones, to find out which output of an extractor means which class
+
 MEANINGS = {
-    "class_accuracy": "share of samples that a network trained on the data puts into the class asked for",
+    "class_accuracy": "share of samples that the classifier (--classifier) puts into the class asked for",
     "class_accuracy_real": "the same of real test images",
 }
+
+Classifier = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> a score for each class [B, C]
 
 
 def train_on_one_rank(data: DataConfig, workers: int, accelerator: Accelerator) -> Classifier:
@@ -33,6 +41,36 @@ def train_on_one_rank(data: DataConfig, workers: int, accelerator: Accelerator) 
     if isinstance(trained, UserError):
         raise trained
     return trained.to(accelerator.device)
+
+
+@torch.no_grad()
+def from_outputs(
+    extractor: Extractor, data: DataConfig, classes: int, accelerator: Accelerator, **loading: int
+) -> Classifier:
+    """The extractor as a classifier of the data: each class is the output that real training images of it excite most,
+    no output two classes. `loading`: batch_size and workers.
+
+    Raises `UsageError` where the extractor has no class outputs, or too few. A collective call.
+    """
+    layer = extractor.layers.get("isc")
+    if layer is None:
+        raise UsageError(f"--classifier features needs class outputs, and {extractor.name} has none, or --metrics "
+                         "leaves out isc, which reads them: use --classifier trained")  # fmt: skip
+    one_image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=accelerator.device)
+    outputs = extractor(one_image)[layer].shape[1]
+    if outputs < classes:
+        raise UsageError(f"--classifier features: {extractor.name} has {outputs} outputs for {classes} classes")
+    sums = torch.zeros(classes, outputs, dtype=torch.float64, device=accelerator.device)
+    for batch in real_batches(data, "train", _IMAGES_PER_CLASS * classes, accelerator, **loading):
+        images, labels = batch["image"].to(accelerator.device), batch["label"].to(accelerator.device)
+        if len(images):
+            scores = extractor(to_uint8(images))[layer].double().softmax(1)
+            sums.index_add_(0, labels[labels >= 0], scores[labels >= 0])
+    sums = accelerator.reduce(sums, "sum").cpu()
+    if not sums.sum(1).all():
+        raise UsageError(f"--classifier features: of some class {data.source} has no labelled training image")
+    chosen = torch.from_numpy(linear_sum_assignment(sums / sums.sum(1, keepdim=True), maximize=True)[1])
+    return lambda images: extractor(images)[layer][:, chosen.to(images.device)]
 
 
 class ClassAccuracy:

@@ -1,7 +1,7 @@
 """Measure a pipeline: sample it, and compare the samples with real images.
 
 accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --output result.json    # ImageNet-1k, protocol adm
-accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --samples 200 --classifier true
+accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --classifier trained
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --guidance_scale 1 1.5 2 --steps 50
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --keep png     # goes on after a kill
 
@@ -28,7 +28,6 @@ from common.errors import UsageError
 from common.hashes import file_hash
 from diffusion.sampling import SAMPLERS, make_sampler, set_steps
 from eval import class_accuracy, report
-from eval.classifier import Classifier
 from eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
 from eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
 from eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
@@ -88,8 +87,10 @@ class GenerationConfig(report.EvaluationConfig):
         "none",
         description="Keep samples beside the result: PNG files, from which sampling resumes; npz: also ADM's file.",
     )
-    classifier: bool = Field(
-        False, description="Also report which share is of the class asked for, by a small network trained on the data."
+    classifier: Literal["none", "trained", "features"] = Field(
+        "none",
+        description="Also report which share is of the class asked for: by a small network trained on the data, or by "
+        "the class outputs of the first extractor.",
     )
 
     @field_validator("guidance_scale", "steps")
@@ -127,17 +128,17 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     result = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config)
     if not names:
-        if config.classifier or config.labels == "data":
-            raise UsageError(f"--classifier true and --labels data need classes, and {config.pipeline} has none")
+        if config.classifier != "none" or config.labels == "data":
+            raise UsageError(f"--classifier and --labels data need classes, and {config.pipeline} has none")
     elif images.classes != names:
         difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
-        if config.classifier or config.labels == "data":
-            raise UsageError(f"--classifier true and --labels data need the same classes: {difference}")
+        if config.classifier != "none" or config.labels == "data":
+            raise UsageError(f"--classifier and --labels data need the same classes: {difference}")
         result["warnings"].append(difference)
     extractors = report.load_extractors(
         config, accelerator, tuple(config.metrics), result, lambda e: names_of(config.metrics, e)
     )
-    classifier = class_accuracy.train_on_one_rank(data, config.workers, accelerator) if config.classifier else None
+    classifier = _classifier(extractors, data, len(names), config, accelerator)
     real, reference = _real_sets(extractors, data, split, images, config, accelerator)
     label = _label_rule(config, data, len(names))
     runs = []
@@ -175,6 +176,19 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
         **report.provenance(accelerator, config.model_copy(update={"data": data})),
     }  # fmt: skip
+
+
+def _classifier(
+    extractors: dict[str, Extractor], data: DataConfig, classes: int, config: GenerationConfig, accelerator: Accelerator
+) -> class_accuracy.Classifier | None:
+    if config.classifier == "none":
+        return None
+    if config.classifier == "trained":
+        return class_accuracy.train_on_one_rank(data, config.workers, accelerator)
+    if not extractors:
+        raise UsageError("--classifier features needs an extractor: give --features")
+    loading = {"batch_size": config.batch_size, "workers": config.workers}
+    return class_accuracy.from_outputs(next(iter(extractors.values())), data, classes, accelerator, **loading)
 
 
 def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
@@ -276,7 +290,7 @@ def _run(
     names: list[str],
     extractors: dict[str, Extractor],
     real: dict[str, FeatureSet],
-    classifier: Classifier | None,
+    classifier: class_accuracy.Classifier | None,
     config: GenerationConfig,
     accelerator: Accelerator,
 ) -> dict | None:

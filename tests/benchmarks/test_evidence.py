@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -11,50 +11,58 @@ import pytest
 from common.config import read_yaml, validate
 from common.data import DataConfig
 from common.errors import UsageError, UserError
+from diffusion.train import TrainConfig as DiffusionConfig
 from tokenizer.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
-evidence = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(evidence)
+evidence, evidence_study, evidence_page = map(importlib.import_module, ("evidence", "evidence_study", "evidence_page"))
 sys.path.remove(str(ROOT / "benchmarks"))
 STUDIES = [p for p in sorted((ROOT / "configs" / "evidence").glob("*.yaml")) if "runs" in read_yaml(p)]
 
 
 def read(path):
-    return validate(evidence.Study, read_yaml(path) | {"base": ROOT / read_yaml(path)["base"]})
+    return validate(evidence_study.Study, read_yaml(path) | {"base": ROOT / read_yaml(path)["base"]})
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_run_of_every_study_is_a_valid_training_config_of_its_own(path):
     study = read(path)
-    configs = [evidence.training_config(study, name, 5, DataConfig(source="synthetic")) for name in study.runs]
+    study.diffusion = study.diffusion and ROOT / study.diffusion
+    configs = [evidence_study.training_config(study, name, 5, DataConfig(source="synthetic")) for name in study.runs]
     assert all(validate(TrainConfig, values).run.seed == 5 for values in configs)
+    if study.diffusion:
+        diffusion = [evidence_study.diffusion_config(study, name, 5, DataConfig(source="here")) for name in study.runs]
+        assert all(validate(DiffusionConfig, values).run.seed == 5 for values in diffusion)
+        configs = list(zip(configs, diffusion, strict=True))
     assert len({json.dumps(values) for values in configs}) == len(configs)
 
 
 def test_a_wrong_study_is_told_by_name():
     base = read_yaml(STUDIES[0])
     with pytest.raises(UsageError, match="'nobody' is not one of the runs"):
-        validate(evidence.Study, base | {"against": "nobody"})
+        validate(evidence_study.Study, base | {"against": "nobody"})
+    with pytest.raises(UsageError, match="need the study's diffusion config"):
+        validate(evidence_study.Study, base | {"samples": {"samples": 10}})
+    with pytest.raises(UsageError, match="sampels"):
+        validate(evidence_study.Study, base | {"diffusion": "x.yaml", "samples": {"sampels": 10}})
     with pytest.raises(UsageError, match="unknown: psnrr"):
-        validate(evidence.Study, base | {"columns": ["psnrr"]})
+        validate(evidence_study.Study, base | {"columns": ["psnrr"]})
 
 
 def test_a_record_is_named_after_what_decides_its_numbers():
     values = {"data": {"source": "here", "image_size": 64}, "optim": {"lr": 1e-3}}
-    key = evidence.record_key(values, "photos", [])
-    assert key == evidence.record_key(values | {"data": {"source": "there", "image_size": 64}}, "photos", [])
+    key = evidence_study.record_key(values, "photos", [])
+    assert key == evidence_study.record_key(values | {"data": {"source": "there", "image_size": 64}}, "photos", [])
     others = [(values, "others", []), (values, "photos", ["--limit", "9"]), (values | {"optim": {}}, "photos", [])]
-    assert len({key, *(evidence.record_key(*other) for other in others)}) == 4
+    assert len({key, *(evidence_study.record_key(*other) for other in others)}) == 4
 
 
 def test_a_method_of_another_name_takes_over_no_option_of_the_base():
     base = {"quantizer": {"name": "nsvq", "init": "latents"}, "loss": {"a": 1, "b": 2}}
-    changed = evidence.merged(base, {"quantizer": {"name": "fsq"}, "loss": {"b": 3}})
+    changed = evidence_study.merged(base, {"quantizer": {"name": "fsq"}, "loss": {"b": 3}})
     assert changed == {"quantizer": {"name": "fsq"}, "loss": {"a": 1, "b": 3}}
-    assert evidence.merged(base, {"quantizer": {"init": "uniform"}})["quantizer"]["name"] == "nsvq"
+    assert evidence_study.merged(base, {"quantizer": {"init": "uniform"}})["quantizer"]["name"] == "nsvq"
 
 
 def test_the_table_holds_means_and_spread_and_the_comparison_is_seed_by_seed():
@@ -66,11 +74,11 @@ def test_the_table_holds_means_and_spread_and_the_comparison_is_seed_by_seed():
         "nsvq": {0: run(21.0, 0.1, 9.0), 1: run(25.0, 0.1, 16.0)},
         "late": {7: run(30.0, 0.1, 1.0)},
     }
-    lines = evidence.table({n: list(r.values()) for n, r in runs.items()}, ["psnr", "rf"]).splitlines()
+    lines = evidence_page.table({n: list(r.values()) for n, r in runs.items()}, ["psnr", "rf"]).splitlines()
     assert lines[0] == "| run | seeds | PSNR, dB | FD |"
     assert lines[2] == "| vq | 2 | 21.00 ± 1.41 | 15.0 ± 7.1 |"
     assert lines[4] == "| late | 1 | 30.00 | 1.0 |"
-    lines = evidence.comparison(runs, "vq").splitlines()
+    lines = evidence_page.comparison(runs, "vq").splitlines()
     assert lines[2:] == ["| nsvq | 2 | +2.00 ± 1.41 | 0.38x ± 0.18x | 0.85x ± 0.07x |"]
 
 
@@ -87,6 +95,53 @@ def test_drift_is_taken_from_stage_1_and_utilization_from_its_lowest_epoch():
 def test_a_script_that_fails_is_told_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"vq: false .*tokenizer/train\.py .* ended with 1; see .*\.log"):
         evidence.train_and_measure("vq", {"data": {"source": "synthetic"}}, tmp_path / "run", [], "false", {})
+
+
+def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_path, monkeypatch):
+    """The scripts are played: each writes what the real one would leave."""
+    study = {"title": "T", "question": "Q", "base": str(ROOT / "configs/evidence/synthetic32.yaml"), "against": "a",
+             "diffusion": str(ROOT / "configs/evidence/dit64.yaml"), "columns": ["fd_at_", "accuracy_at_"],
+             "samples": {"guidance_scale": [1, 3]},
+             "runs": {"a": {}, "b": {"diffusion": {"steps": 7}}}}  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    calls = []
+
+    def play(name, script, options, folder, *how):
+        calls.append((name, script))
+        trained = read_yaml(folder / "study.yaml")
+        line = {"phase": "stage1", "images_per_second": 1, "memory_gib": 1, "latent_rms": 2, "utilization": 1}
+        if script == "tokenizer/train.py":
+            (folder / "metrics.jsonl").write_text(json.dumps(line))
+            for part in ("checkpoints", "tokenizer"):
+                (folder / part).mkdir()
+        elif script == "eval/reconstruction.py":
+            result = {"psnr": 20.0, "quantization_error": 0.4}
+            (folder / "reconstruction.json").write_text(json.dumps({"metrics": result}))
+        elif script == "diffusion/train.py":
+            assert Path(trained["tokenizer"]).is_dir()
+            assert trained["data"]["image_size"] == 64
+            for part in ("checkpoints", "latents"):
+                (folder / part).mkdir()
+        else:
+            assert options[-3:] == ["--guidance_scale", "1", "3"]
+            metrics = {scale: {"fd_x": trained["steps"] / scale, "class_accuracy": scale / 4} for scale in (1.0, 3.0)}
+            sweep = [{"guidance_scale": scale, "metrics": found} for scale, found in metrics.items()]
+            (folder / "generation.json").write_text(json.dumps({"sweep": sweep, "metrics": {}}))
+
+    monkeypatch.setattr(evidence, "run_script", play)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--study", str(tmp_path / "study.yaml"), "--data", "synthetic",
+                                      "--out", str(tmp_path / "runs"), "--pages", str(tmp_path / "pages")])  # fmt: skip
+    evidence.main()
+    diffusion = ["diffusion/train.py", "eval/generation.py"]
+    assert [script for _, script in calls] == ["tokenizer/train.py", "eval/reconstruction.py", *diffusion, *diffusion]
+    page = (tmp_path / "pages" / "study.md").read_text()
+    assert "| FD of samples, guidance 1 | FD of samples, guidance 3 | in their class, guidance 1 |" in page
+    assert "| b | 1 | 7.0 | 2.3 | 25.0% | 75.0% |" in page
+    assert "| b | 1 | +0.00 | 1.00x | 0.00x | 0.00x |" in page
+    calls.clear()
+    evidence.main()
+    assert not calls
+    assert (tmp_path / "pages" / "study.md").read_text() == page
 
 
 def test_unprotected_vq_collapses_where_nsvq_does_not_and_a_finished_study_is_not_run_again(tmp_path):

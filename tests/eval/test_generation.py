@@ -111,13 +111,42 @@ class AlwaysBee(torch.nn.Module):
 def test_class_accuracy_is_the_share_of_the_class_asked_for_and_of_real_test_images(measure_samples, monkeypatch):
     monkeypatch.setattr(class_accuracy, "train_classifier", lambda data, workers, device: AlwaysBee())
     for options in ({}, {"reference": "train"}, {"reference_limit": 4}):
-        result = measure_samples(samples=10, classifier=True, features=["none"], **options)
+        result = measure_samples(samples=10, classifier="trained", features=["none"], **options)
         assert result["metrics"]["class_accuracy"] == pytest.approx(3 / 10)
         assert result["class_accuracy_by_class"] == {"ant": 0, "bee": 1, "cat": 0}
         if options != {"reference_limit": 4}:
             assert result["metrics"]["class_accuracy_real"] == pytest.approx(8 / 23)
-    with pytest.raises(UsageError, match=r"--classifier .* the 3 classes .* are not the 2"):
-        measure_samples(FakePipeline(("ant", "bee")), classifier=True)
+    with pytest.raises(UsageError, match=r"--classifier .*the 3 classes .* are not the 2"):
+        measure_samples(FakePipeline(("ant", "bee")), classifier="trained")
+
+
+def test_an_extractor_judges_by_its_own_class_outputs_whatever_their_order(measure_samples, monkeypatch, tiny):
+    """Output 4 is excited most by reddish images, 0 by greenish, 2 by bluish ones: classes 0, 1, 2 of the samples."""
+    paint = np.array([[4, 0, 2].index(i) if i in (4, 0, 2) else -1 for i in range(5)])
+
+    def outputs(images):
+        means = images.float().mean((2, 3)) / 25  # (B, 3)
+        return torch.stack([means[:, c] if c >= 0 else torch.zeros(len(images)) for c in paint.tolist()], 1)
+
+    real = {"image": COLOURS.view(3, 3, 1, 1).expand(3, 3, 16, 16) * 2 - 1, "label": torch.tensor([0, 1, 2])}
+    empty = {"image": torch.zeros(0, 3, 16, 16), "label": torch.zeros(0, dtype=torch.int64)}
+    unlabelled = {"image": real["image"], "label": torch.tensor([-1, -1, -1])}
+    monkeypatch.setattr(class_accuracy, "real_batches", lambda *args, **kwargs: iter([real, empty, unlabelled]))
+    monkeypatch.setattr(type(tiny), "__call__", with_outputs(type(tiny).__call__, tiny.layers["isc"], outputs))
+    result = measure_samples(samples=12, classifier="features")
+    assert result["metrics"]["class_accuracy"] == 1
+    assert result["metrics"]["class_accuracy_real"] == 1
+    monkeypatch.setattr(class_accuracy, "real_batches", lambda *args, **kwargs: iter([unlabelled]))
+    with pytest.raises(UsageError, match="no labelled training image"):
+        measure_samples(classifier="features")
+    with pytest.raises(UsageError, match="has none, or --metrics leaves out isc"):
+        measure_samples(classifier="features", metrics=["fid"])
+    with pytest.raises(UsageError, match="needs an extractor"):
+        measure_samples(classifier="features", features=["none"])
+
+
+def with_outputs(extract, layer, outputs):
+    return lambda self, images: extract(self, images) | {layer: outputs(images)}
 
 
 def test_the_hash_of_a_pipeline_is_that_of_its_files_but_the_card(tmp_path):

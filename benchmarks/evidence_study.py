@@ -1,0 +1,108 @@
+"""A study as its YAML says it: what its runs train, what sets them apart, and the names of their records."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from common import config as configs
+from common.data import DataConfig
+from diffusion.train import TrainConfig as DiffusionConfig
+from eval.generation import GenerationConfig
+from tokenizer.config import TrainConfig
+
+COLUMNS = {  # of the table: metric (or its start, with _ at the end), heading, format
+    "psnr": ("PSNR, dB", "{:.2f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "lpips_": ("LPIPS", "{:.3f}"),
+    "rf": ("FD", "{:.1f}"),
+    "fd_at_": ("FD of samples, guidance {}", "{:.1f}"),
+    "accuracy_at_": ("in their class, guidance {}", "{:.1%}"),
+    "accuracy_real": ("real photos", "{:.1%}"),
+    "quantization_error": ("quantization MSE", "{:.4f}"),
+    "relative_error": ("MSE / mean z²", "{:.4f}"),
+    "utilization": ("utilization", "{:.1%}"),
+    "perplexity_fraction": ("perplexity / K", "{:.3f}"),
+    "codebook_size": ("K", "{:.0f}"),
+    "bits_per_token": ("bits a token", "{:.1f}"),
+    "tokens_per_image": ("tokens", "{:.0f}"),
+    "lowest_utilization": ("lowest utilization in training", "{:.1%}"),
+    "drift_rms": ("drift", "{:.3f}"),
+    "drift_relative": ("drift / RMS(z)", "{:.3f}"),
+    "churn": ("churn", "{:.2f}"),
+    "winner_mass": ("winner's mass", "{:.2f}"),
+    "step_ms": ("step, ms", "{:.0f}"),
+    "memory_gib": ("memory, GiB", "{:.2f}"),
+}
+MAIN = ["psnr", "ssim", "lpips_", "rf", "quantization_error", "relative_error", "utilization", "perplexity_fraction"]
+CURVES = {"val_psnr", "val_quantization_error", "utilization", "perplexity", "epoch_commitment", "latent_rms",
+          "drift_rms", "drift_relative", "churn", "winner_mass", "effective_codes"}  # fmt: skip
+
+
+class Study(configs.Config):
+    """What a study trains and shows."""
+
+    title: str = Field(description="Heading of its page.")
+    question: str = Field(description="What it asks, and what is equal for all of its runs: the page's first lines.")
+    base: Path = Field(description="Tokenizer config of what all runs have in common,")
+    common: dict[str, Any] = Field({}, description="and what the study changes in it for all of them.")
+    diffusion: Path | None = Field(None, description="Diffusion config: trains a model on each run's tokenizer.")
+    samples: dict[str, Any] = Field({}, description="Options of eval/generation.py, which then measures that model.")
+    seeds: list[int] = Field([0], min_length=1, description="One training of each run for each.")
+    runs: dict[str, dict[str, Any]] = Field(
+        min_length=1, description="Name: what sets it apart, as a tokenizer config, with its diffusion config as a "
+        "section `diffusion`.")  # fmt: skip
+    against: str | None = Field(None, description="Run that the others are compared with, seed by seed.")
+    columns: list[str] = Field(MAIN, min_length=1, description="Of the table.")
+    curves: list[str] = Field([], description="Keys of metrics.jsonl to plot over the tokenizer's training.")
+
+    @model_validator(mode="after")
+    def _known(self) -> "Study":
+        for given, known in ((self.columns, COLUMNS), (self.curves, CURVES)):
+            if unknown := set(given) - set(known):
+                raise ValueError(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+        if self.against is not None and self.against not in self.runs:
+            raise ValueError(f"against: {self.against!r} is not one of the runs")
+        if self.diffusion is None and (self.samples or any("diffusion" in run for run in self.runs.values())):
+            raise ValueError("samples and a run's section `diffusion` need the study's diffusion config")
+        configs.validate(GenerationConfig, {"pipeline": "", "output": "x.json"} | self.samples, source="samples")
+        return self
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """`base` with the leaves of `changes`; a quantizer of another name takes over none of the base's options."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        same = isinstance(old, dict) and isinstance(value, dict) and ("name" not in value or key != "quantizer")
+        result[key] = merged(old, value) if same else value
+    return result
+
+
+def training_config(study: Study, name: str, seed: int, data: DataConfig, lpips_weights: Path | None = None) -> dict:
+    """The tokenizer config of one run, as written: no defaults in it, and no `out`."""
+    changes = {key: value for key, value in study.runs[name].items() if key != "diffusion"}
+    values = merged(merged(configs.read_yaml(study.base), study.common), changes)
+    values = merged(values, {"data": configs.to_dict(data) | {"image_size": values["data"]["image_size"]}})
+    values = merged(values, {"run": {"seed": seed}})
+    if lpips_weights is not None and values.get("loss", {}).get("perceptual", "vgg") != "none":
+        values = merged(values, {"loss": {"perceptual_weights": str(lpips_weights)}})
+    configs.validate(TrainConfig, values, source=f"run {name!r}")
+    return values
+
+
+def diffusion_config(study: Study, name: str, seed: int, data: DataConfig) -> dict:
+    """The same of what is trained on its tokenizer: no `out` and no `tokenizer` in it."""
+    values = merged(configs.read_yaml(study.diffusion), study.runs[name].get("diffusion", {}))
+    values = merged(values, {"data": configs.to_dict(data) | {"image_size": values["data"]["image_size"]}})
+    values = merged(values, {"run": {"seed": seed}})
+    configs.validate(DiffusionConfig, values, source=f"run {name!r}")
+    return values
+
+
+def record_key(values: dict, fingerprint: str, measured: list[str]) -> str:
+    """Names what decides a run's numbers: config, data (by what is in it, not where it lies), what is measured."""
+    content = values | {"data": values["data"] | {"source": fingerprint}}
+    return hashlib.sha256(json.dumps([content, measured], sort_keys=True).encode()).hexdigest()[:16]
