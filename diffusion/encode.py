@@ -100,7 +100,8 @@ def _check_codes(tokenizer: Tokenizer) -> None:
     """Raises `UsageError` where the decoder, which quantizes, would see a code as another one."""
     codes = tokenizer.codebook[:_CODES_CHECKED]
     again = tokenizer.codebook[tokenizer.quantize(codes.T[None, :, None])[0, 0]]
-    if not torch.allclose(again, codes, rtol=0, atol=1e-3 * float(codes.std())):
+    # Clones that replacement left may stand for each other: a distance of nearly zero is not exact in float32.
+    if not torch.allclose(again, codes, rtol=0, atol=1e-2 * float(codes.std())):
         raise UsageError("latents: quantized needs a tokenizer whose codes are their own nearest codes, and this one "
                          "compares latents elsewhere: use latents: continuous")  # fmt: skip
 

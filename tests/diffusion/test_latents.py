@@ -117,6 +117,21 @@ def test_quantized_latents_are_refused_where_codes_are_not_their_own_nearest_one
         open_cache(tmp_path / "latents", Tokenizer(model), data, accelerator, quantized=True)
 
 
+def test_clones_of_a_code_may_stand_for_each_other(tmp_path, tokenizer, data, accelerator, monkeypatch):
+    table, quantize = tokenizer.codebook.detach(), Tokenizer.quantize
+    table[1] = table[0] + 5e-3 * table.std()
+
+    def confused(self, z):
+        found = quantize(self, z)
+        return torch.where(found < 2, 1 - found, found)
+
+    monkeypatch.setattr(Tokenizer, "quantize", confused)
+    open_cache(tmp_path / "codes", tokenizer, data, accelerator, quantized=True)
+    table[1] = table[0] + 5e-2 * table.std()
+    with pytest.raises(UsageError, match="codes are their own nearest codes"):
+        open_cache(tmp_path / "others", tokenizer, data, accelerator, quantized=True)
+
+
 def test_the_manifest_holds_the_checksums_of_the_shards(cache):
     for shard in cache.manifest["shards"]:
         digest = hashlib.sha256()
