@@ -67,10 +67,15 @@ def _seed(batches: Callable[[], Iterable[Tensor]], k: int, generator: torch.Gene
     points = torch.cat(found)[: _SEEDING_POINTS * k] if found else torch.zeros(0, 1)
     if len(points) < k:
         raise ValueError(f"k-means needs at least as many points as centroids: {len(points)} < {k}")
+    centered = points - points.mean(0)
+    norms = centered.square().sum(1)
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     distances = points.new_full((len(points),), torch.inf)
     for draw in torch.rand(k - 1, generator=generator, dtype=torch.float64).tolist():
-        distances = torch.minimum(distances, (points - points[chosen[-1]]).square().sum(1))
+        last = chosen[-1]
+        to_last = torch.addmv(norms + norms[last], centered, centered[last], alpha=-2)  # one pass over the points
+        distances = torch.minimum(distances, to_last.clamp_(min=0))
+        distances[last] = 0
         clipped = distances.clamp(max=distances.kthvalue(math.ceil(0.9 * len(points))).values)
         cumulative = clipped.double().cumsum(0)
         chosen.append(min(int(torch.searchsorted(cumulative, draw * cumulative[-1])), len(points) - 1))
