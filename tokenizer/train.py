@@ -310,7 +310,7 @@ def main() -> None:
             bad = {"bad_image_ids": ids} if (ids := bad_images.news()) else {}
             values = run.log(values, phase=phase, epoch=schedule.epoch, **bad)
             show(bar, values, ("l1", "commitment", "utilization", "val_psnr"), phase=phase)
-            for alarm in alarms(values, config.quantizer.codebook_size):
+            for alarm in alarms(values, quantizer.codebook_size):
                 run.warn(f"step {run.step}: {alarm}")
         if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
             draw()
