@@ -12,15 +12,17 @@ import pytest
 import soak
 import torch
 from instrumented import attempts, samples
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common import checkpoints
 from common.config import read_yaml, validate
 from common.data import eval_batches
 from common.errors import Stopped, UsageError, UserError
+from common.image_metrics import psnr, to_uint8
 from tokenizer import Tokenizer, train
 from tokenizer.config import TrainConfig
 from tokenizer.model import make_encoder
+from tokenizer.quantizers import QUANTIZERS
 from tokenizer.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +87,27 @@ def test_a_run_trains_in_each_phase_what_the_paper_lists(run_script, tiny, tmp_p
     exported = load_file(out / "tokenizer" / "diffusion_pytorch_model.safetensors")
     live = weights(out, 16, "encoder")
     assert all(torch.equal(exported[f"encoder.{name}"], value) for name, value in live.items())
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_method_trains_by_the_same_command_to_a_tokenizer_that_loads(run_script, tiny, tmp_path, name):
+    save_file({"features": torch.randn(64, 5)}, tmp_path / "features.safetensors")
+    options = {"fsq": {"levels": [4, 4, 2, 2]}, "fsp": {"levels": [4, 4, 2, 2]}, "lfq": {}, "bsq": {},
+               "lc": {"features": str(tmp_path / "features.safetensors")}}.get(name, {"codebook_size": 64})  # fmt: skip
+    config = read_yaml(tiny) | {"quantizer": {"name": name, **options}}
+    config["model"]["latent_channels"] = 6 if name in ("lfq", "bsq") else 4  # K = 64 has 6 bits
+    config["loss"]["nonstationary_weight"] = 0.0
+    config["schedule"] |= {"epochs": 2, "freeze": False, "replace": False}
+    (tmp_path / "method.yaml").write_text(json.dumps(config))
+    run_script(main, "--config", tmp_path / "method.yaml", "--out", tmp_path / "run")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
+    images = next(iter(eval_batches(validate(TrainConfig, config).data, "test", batch_size=8, limit=8)))["image"]
+    codes = tokenizer.encode(images)
+    assert codes.min() >= 0
+    assert codes.max() < tokenizer.codebook_size == 64
+    decibels = psnr(to_uint8(tokenizer.decode(codes)), to_uint8(images)).mean().item()
+    if name != "vp":  # it perturbs in validation, and quantizes once it is exported
+        assert decibels == pytest.approx(metrics(tmp_path / "run")[-1]["val_psnr"], abs=0.02)
 
 
 def test_exported_latents_have_mean_zero_and_deviation_one(run_script, tiny, tmp_path):
