@@ -1,6 +1,7 @@
 """A whole training step of NSVQ against SimVQ and plain VQ, at the paper's shape unless told otherwise.
 
 python benchmarks/tokenizer_step.py                                  # 128 px, K = 65,536, d = 128, batch 32
+python benchmarks/tokenizer_step.py --reference vq --methods vq fsq lfq ibq
 python benchmarks/tokenizer_step.py --batch 8 --codebook_size 8192 --rounds 5
 Stage 1 with L1 and the quantizer's losses, without LPIPS and GAN: they cost every method the same, so that the ratios
 here are above those of a full run. Steps are interleaved; a time is the median of the rounds, a ratio that of ratios.
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["nsvq", "simvq", "vq"], help="configs of configs/imagenet128")
     parser.add_argument("--reference", default="simvq", help="the method that ratios refer to")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--codebook_size", type=int, default=65_536, help="K")
+    parser.add_argument("--codebook_size", type=int, help="K; none given: the configs', 65,536 or the nearest there is")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -38,23 +39,25 @@ def main() -> None:
         step()  # allocates gradients and Adam's moments
     memory = {name: peak_memory(step, device) + step.held() for name, step in steps.items()}
     seconds = interleaved(steps, options.rounds, device)
-    tokens = options.batch * 256
-    print(f"{machine(device)}; batch {options.batch} of 128 x 128, {tokens} tokens, K = {options.codebook_size:,}, "
-          f"d = 128, bfloat16 autocast, {options.rounds} rounds\n")  # fmt: skip
+    print(f"{machine(device)}; batch {options.batch} of 128 x 128, {options.batch * 256} tokens, bfloat16 autocast, "
+          f"{options.rounds} rounds\n")  # fmt: skip
     reference = options.reference
-    print(f"| method | s a step | times {reference} | GiB | times {reference} |\n|---|---|---|---|---|")
-    for name in steps:
-        print(f"| {name} | {statistics.median(seconds[name]):.3f} | {ratio(seconds[name], seconds[reference]):.3f} | "
-              f"{memory[name] / 2**30:.2f} | {memory[name] / memory[reference]:.3f} |")  # fmt: skip
+    print(f"| method | K | d | s a step | times {reference} | GiB | times {reference} |\n|---|---|---|---|---|---|---|")
+    for name, step in steps.items():
+        quantizer, times = step.decoder.quantizer, ratio(seconds[name], seconds[reference])
+        print(f"| {name} | {quantizer.codebook_size:,} | {quantizer.dim} | {statistics.median(seconds[name]):.3f} | "
+              f"{times:.3f} | {memory[name] / 2**30:.2f} | {memory[name] / memory[reference]:.3f} |")  # fmt: skip
 
 
 class TrainingStep:
     """Networks and optimizer of a config of configs/imagenet128, and a call that trains them one step."""
 
-    def __init__(self, name: str, batch: int, codebook_size: int, device: torch.device):
-        config = configs.parse(TrainConfig, [f"--quantizer.codebook_size={codebook_size}"], CONFIGS / f"{name}.yaml")
+    def __init__(self, name: str, batch: int, codebook_size: int | None, device: torch.device):
+        options = [f"--quantizer.codebook_size={codebook_size}"] if codebook_size else []
+        config = configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
         torch.manual_seed(0)
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
+        quantizer.nonstationary_weight = config.loss.nonstationary_weight
         self.encoder = make_encoder(config.model).to(device)
         self.decoder = QuantizedDecoder(config.model, quantizer).to(device)
         self.images = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1
