@@ -24,13 +24,19 @@ class LCConfig(QuantizerOptions):
 
 
 class LC(NearestQuantizer):
-    """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code."""
+    """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code.
+
+    Features are centered and brought to a mean square length of 1, so that codes of any encoder start as those of SimVQ
+    do, at N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there.
+    """
 
     Config = LCConfig
 
     def __init__(self, config: LCConfig, dim: int):
         super().__init__(config, dim)
-        self.register_buffer("features", load_features(config.features))
+        features = load_features(config.features)
+        features = features - features.mean(0)
+        self.register_buffer("features", features / features.square().sum(1).mean().sqrt())
         self.codebook_size = len(self.features)
         self.projector = nn.Linear(self.features.shape[1], dim)
         nn.init.normal_(self.projector.weight, std=dim**-0.5)
@@ -48,4 +54,6 @@ def load_features(path: Path) -> Tensor:
                         "tokenizer/make_codebook.py, and give it as --quantizer.features") from None  # fmt: skip
     if features.dim() != 2 or len(features) < 2 or not features.isfinite().all():
         raise UserError(f"{path}: features must be finite and [K, D] with K >= 2, not {tuple(features.shape)}")
+    if not (features != features[0]).any():
+        raise UserError(f"{path}: all {len(features)} features are the same, of which no codebook can be made")
     return features
