@@ -216,6 +216,8 @@ class Run:
         if error is not None:
             raise error
         if folder is None:
+            if self.accelerator.is_main_process:
+                self._log.drop_after(0)
             return None
         weights, state = checkpoints.read(folder)
         for name, module in self._modules.items():

@@ -159,6 +159,16 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resuming(accelerator, tmp_p
     assert [(row["step"], row["samples_seen"], row["loss"]) for row in rows] == [(1, 8, 0.5), (2, 16, 1.0)]
 
 
+def test_metrics_of_a_start_that_left_no_checkpoint_are_dropped(accelerator, tmp_path):
+    for step in (1, 2):
+        run, model = make(accelerator, tmp_path)
+        assert run.load() is None
+        advance(run, model, step)
+        run.log({"loss": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2]
+
+
 def test_another_config_is_refused_unless_it_changes_no_number(accelerator, tmp_path):
     make(accelerator, tmp_path)
     make(accelerator, tmp_path, run=RunConfig(trackers=[], workers=9, log_every=3))
