@@ -78,6 +78,8 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
         for i, name in enumerate(names):
             axes.plot([run[metric] for run in by_seed[name].values()], [i] * len(by_seed[name]), "o", alpha=0.7)
         axes.set_xlabel(headings[metric])
+        if metric == "relative_error":
+            axes.set_xscale("log")
         axes.set_yticks(range(len(names)), names)
         axes.grid(axis="x", alpha=0.3)
     parts[0].axes[0].invert_yaxis()
