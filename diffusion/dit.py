@@ -101,8 +101,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rotation: Tensor | None) -> Tensor:
         """x (B, N, D); shift, scale and gate (2, B, 1, D), of attention and of MLP -> (B, N, D)."""
-        x = x + gate[0] * self.attention(torch.addcmul(shift[0], self.norm1(x).to(scale.dtype), scale[0]), rotation)
-        return x + gate[1] * self.mlp(torch.addcmul(shift[1], self.norm2(x).to(scale.dtype), scale[1]))
+        x = x + gate[0] * self.attention(self.norm1(x).to(scale.dtype) * scale[0] + shift[0], rotation)
+        return x + gate[1] * self.mlp(self.norm2(x).to(scale.dtype) * scale[1] + shift[1])
 
 
 def branch_dtype(x: Tensor) -> torch.dtype:
