@@ -1,10 +1,12 @@
 """A run's folder: resolved config, metrics, checkpoints. The only clock is the number of samples seen.
 
 <out>/config.yaml  <out>/metrics.jsonl  <out>/checkpoints/step-N/  <out>/samples/step-N.png
-<out>/stopped is there while a run that a signal ended waits to be started again.
+<out>/stopped is there while a run that a signal ended waits to be started again; <out>/.lock is locked while one runs.
 """
 
 import contextlib
+import errno
+import fcntl
 import shlex
 import shutil
 import signal
@@ -119,7 +121,7 @@ class Run:
     `modules` and `optimizers`, as accelerate prepared them, are what a checkpoint holds beside the trainer's own state.
     Attributes: `step` (optimizer steps done), `samples_seen` (global, over all ranks) and `layout` (ranks, and loading
     processes of each: what the order of streamed data depends on).
-    Raises `UsageError` where `out` holds a run of another config.
+    Raises `UsageError` where `out` holds a run of another config, or one that another process trains.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Run:
         path = self.out / "config.yaml"
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
             if path.exists() and (changed := _changes(configs.read_yaml(path).get("config", {}), self._config)):
                 raise UsageError(
@@ -163,6 +166,19 @@ class Run:
             write_atomically(path, yaml.safe_dump(about, sort_keys=False))
         except OSError as error:
             raise UsageError(f"cannot write to out = {self.out}: {error.strerror}") from None
+
+    def _lock(self) -> None:
+        """Two trainers in one folder would write each other's checkpoints. The lock ends with this process, however it
+        ends, and data loading processes that outlive it do not hold it."""
+        self._locked = open(self.out / ".lock", "a")  # noqa: SIM115, closed with the run
+        try:
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UsageError(
+                    f"another process trains in {self.out}: wait for its end, stop it, or choose another --out"
+                ) from None
+            self.warn(f"{self.out} cannot be locked ({error.strerror}): start no second training in it")
 
     # Checkpoints
 

@@ -1,6 +1,11 @@
+import errno
+import fcntl
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,6 +172,36 @@ def test_metrics_of_a_start_that_left_no_checkpoint_are_dropped(accelerator, tmp
         run.log({"loss": 1.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2]
+
+
+def test_a_folder_that_another_process_trains_in_is_refused_until_that_is_killed(accelerator, tmp_path):
+    program = "import sys, time; from test_run import *; held = make(Accelerator(cpu=True), Path(sys.argv[1])); " \
+              "print('held', flush=True); time.sleep(600)"  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    try:
+        assert "held" in other.stdout.readline()
+        with pytest.raises(UsageError, match=f"another process trains in {tmp_path}"):
+            make(accelerator, tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    make(accelerator, tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(accelerator, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    run, _ = make(accelerator, tmp_path)
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    run.save({})
+    assert saved(tmp_path) == ["step-0"]
 
 
 def test_another_config_is_refused_unless_it_changes_no_number(accelerator, tmp_path):
