@@ -1,5 +1,6 @@
 """What every method keeps, whatever it is."""
 
+import copy
 import multiprocessing
 
 import pytest
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 from tokenizer.codebook import nonstationary_loss
 from tokenizer.kmeans import kmeans
 from tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer, ranks
-from tokenizer.quantizers.base import NearestQuantizer
+from tokenizer.quantizers.base import NearestQuantizer, rotated
 
 ALL = sorted(QUANTIZERS)
 NEAREST = [name for name in ALL if issubclass(QUANTIZERS[name], NearestQuantizer)]
@@ -167,6 +168,55 @@ def test_gradient_passes_straight_through_to_the_encoder_and_not_to_the_codes(ma
     (quantizer(z).z_q * upstream).sum().backward()
     torch.testing.assert_close(z.grad, upstream)
     assert all(parameter.grad is None for parameter in quantizer.parameters())
+
+
+def test_the_rotated_gradient_is_that_of_the_turn_from_latent_to_code_and_nothing_else():
+    z, code, other, upstream = torch.randn(4, 6, 7, dtype=torch.float64)
+    z.requires_grad_()
+    jacobians = torch.autograd.functional.jacobian(lambda x: rotated(x, code), z)
+    rotated(z, code).mul(upstream).sum().backward()
+    for i in range(6):
+        s = code[i].norm() / z[i].norm()
+        turn = jacobians[i, :, i] / s
+        torch.testing.assert_close(s * turn @ z[i], code[i])
+        torch.testing.assert_close(turn @ turn.T, torch.eye(7, dtype=torch.float64))
+        assert torch.linalg.det(turn) > 0  # it does not mirror
+        plane = torch.linalg.qr(torch.stack([z[i], code[i]], 1)).Q
+        beside = other[i] - plane @ (plane.T @ other[i])
+        torch.testing.assert_close(turn @ beside, beside)
+        torch.testing.assert_close(z.grad[i], s * turn.T @ upstream[i])
+    with torch.no_grad():
+        torch.testing.assert_close(rotated(z, code), code)
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_with_the_rotation_values_losses_and_the_gradients_of_codes_stay(make, name):
+    plain = make(name)
+    turned = copy.deepcopy(plain)
+    turned.config = turned.config.model_copy(update={"gradient": "rotation"})
+    z, upstream = torch.randn(2, 1, 6, 4, 4)
+    results = []
+    for quantizer in (plain, turned):
+        latents = z.clone().requires_grad_()
+        out = quantizer(latents)
+        (out.z_q * upstream).sum().backward()
+        results.append((out, latents.grad, [p.grad for p in quantizer.parameters()]))
+    (a, grad, of_codes), (b, turned_grad, turned_of_codes) = results
+    torch.testing.assert_close(a.z_q, b.z_q)
+    assert torch.equal(a.indices, b.indices)
+    assert all(torch.equal(a.losses[key], b.losses[key]) for key in a.losses)
+    assert of_codes == turned_of_codes == [None] * len(of_codes)
+    assert not torch.allclose(grad, turned_grad)
+    assert turned_grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("latent", "code"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_without_a_direction_the_gradient_passes_straight_through(latent, code):
+    z, value, upstream = torch.full((2, 3), latent, requires_grad=True), torch.full((2, 3), code), torch.randn(2, 3)
+    out = rotated(z, value)
+    (out * upstream).sum().backward()
+    assert torch.equal(out.detach(), value)
+    assert torch.equal(z.grad, upstream)
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNED if name != "ns-vq"])

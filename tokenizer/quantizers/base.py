@@ -1,8 +1,9 @@
-"""What every quantizer shares: its place between encoder and decoder, straight-through gradients, the two VQ losses."""
+"""What every quantizer shares: its place between encoder and decoder, the decoder's gradient, the two VQ losses."""
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -21,6 +22,14 @@ class CodebookConfig(QuantizerOptions):
     """Options of a method with K codes."""
 
     codebook_size: int = Field(65_536, ge=2, description="K, the number of codes.")
+
+
+class NearestConfig(QuantizerOptions):
+    """Options of a method whose code is the nearest one."""
+
+    gradient: Literal["straight-through", "rotation"] = Field(
+        "straight-through", description="How the decoder's gradient reaches a latent: as it is, or turned and scaled "
+        "as the latent is to its code (the rotation trick).")  # fmt: skip
 
 
 class Quantized(NamedTuple):
@@ -134,6 +143,7 @@ class Quantizer(nn.Module):
 class NearestQuantizer(Quantizer):
     """A quantizer whose code is the nearest one of a codebook [K, d], which a method gives by `codebook`."""
 
+    config: NearestConfig
     terms = ("codebook", "commitment")
     learns_codes = True
 
@@ -148,7 +158,8 @@ class NearestQuantizer(Quantizer):
             losses["nonstationary"] = ns.loss
             stats = {"winner_mass": ns.winner_mass, "effective_codes": ns.effective_codes}
         self.searched(z.detach(), indices, ns)
-        return straight_through(z, codes), indices, losses, stats
+        with_gradient = rotated if self.config.gradient == "rotation" else straight_through
+        return with_gradient(z, codes), indices, losses, stats
 
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
         """After a search for prepared tokens z [N, d] with winners [N], in training and in evaluation."""
@@ -173,6 +184,23 @@ class NearestQuantizer(Quantizer):
 def straight_through(z: Tensor, value: Tensor) -> Tensor:
     """`value`, with the gradient of z."""
     return z + (value - z).detach()
+
+
+def rotated(z: Tensor, value: Tensor) -> Tensor:
+    """`value` [N, d], with the gradient of s R z (the rotation trick, arXiv 2410.06424): R is the rotation in the plane
+    of z and `value` that brings one's direction to the other's, s = |value| / |z|, and both count as constants.
+
+    R = 1 - 2 r r^T + 2 v u^T with the unit vectors u of z, v of `value`, r of u + v. Where z or `value` is 0 and there
+    is no direction, the gradient passes straight through.
+    """
+    with torch.no_grad():
+        length, goal = z.norm(dim=1, keepdim=True), value.norm(dim=1, keepdim=True)
+        u, v = F.normalize(z, dim=1), F.normalize(value, dim=1)
+        r = F.normalize(u + v, dim=1)
+        directed = torch.minimum(length, goal) > 1e-6
+    along_r, along_u = (z * r).sum(1, keepdim=True), (z * u).sum(1, keepdim=True)
+    turned = goal / length.clamp(min=1e-6) * (z - 2 * along_r * r + 2 * along_u * v)
+    return straight_through(torch.where(directed, turned, z), value)
 
 
 def vq_losses(z: Tensor, codes: Tensor) -> dict[str, Tensor]:

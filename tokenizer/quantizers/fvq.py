@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestQuantizer
+from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
-class FVQConfig(CodebookConfig):
+class FVQConfig(CodebookConfig, NearestConfig):
     """VQBridge over a free table."""
 
     name: Literal["fvq"] = Field(description="fvq: a free table through VQBridge.")

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import UserError
-from tokenizer.quantizers.base import NearestQuantizer, QuantizerOptions
+from tokenizer.quantizers.base import NearestConfig, NearestQuantizer
 
 
-class LCConfig(QuantizerOptions):
+class LCConfig(NearestConfig):
     """A trained projection of frozen features."""
 
     name: Literal["lc"] = Field(description="lc: a trained projection of clustered features of a vision encoder.")

@@ -6,10 +6,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestQuantizer
+from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
-class SimVQConfig(CodebookConfig):
+class SimVQConfig(CodebookConfig, NearestConfig):
     """One linear map of a frozen base."""
 
     name: Literal["simvq"] = Field(description="simvq: a linear map of frozen Gaussian codes.")

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestQuantizer
+from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
-class TransVQConfig(CodebookConfig):
+class TransVQConfig(CodebookConfig, NearestConfig):
     """One attention block over a frozen base."""
 
     name: Literal["transvq"] = Field(description="transvq: frozen Gaussian codes through a linear-attention block.")

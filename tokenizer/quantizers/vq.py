@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestQuantizer
+from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
-class TableConfig(CodebookConfig):
+class TableConfig(CodebookConfig, NearestConfig):
     """Options of a method with a free table of codes."""
 
     init: Literal["latents", "uniform"] = Field(
