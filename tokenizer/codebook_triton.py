@@ -124,7 +124,7 @@ def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
 def softmax_sums(
     z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_tiled_softmax_sums` of tokenizer/codebook.py, for tensors on the GPU."""
+    """As in tokenizer/codebook_tiles.py, for tensors on the GPU."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
     found, log_total = _search(z, codebook, 1 / temperature, exclude_self=False, normalize=True)

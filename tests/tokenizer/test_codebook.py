@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenizer import codebook as engine
+from tokenizer import codebook_tiles
 from tokenizer.codebook import (
     nearest_code,
     nearest_neighbor_distance,
@@ -51,8 +51,14 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize("temperature", [0.01, 0.35, 10.0])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("shape", [(203, 97, 16), (150, 300, 128), (1, 40, 8), (30, 1, 8)])
-def test_nonstationary_loss_and_gradient_equal_a_dense_float64_reference(monkeypatch, shape, offset, temperature):
-    monkeypatch.setattr(engine, "_LOGITS", 64 * 100)  # several uneven tiles
+@pytest.mark.parametrize("sparse", [False, True])
+def test_nonstationary_loss_and_gradient_equal_a_dense_float64_reference(
+    monkeypatch, sparse, shape, offset, temperature
+):
+    monkeypatch.setattr(codebook_tiles, "_WEIGHTS", 64 * 100)  # several uneven tiles
+    monkeypatch.setattr(codebook_tiles, "_PAIRS", 64 * 6)
+    monkeypatch.setattr(codebook_tiles, "_SPARSE_FROM", 1 if sparse else 1000)
+    monkeypatch.setattr(codebook_tiles, "_SPARSE_SHARE", 1)
     n, k, d = shape
     z, codes = 0.1 * torch.randn(n, d) + offset, 0.1 * torch.randn(k, d) + offset
     if k > 5:
@@ -73,6 +79,28 @@ def test_nonstationary_loss_and_gradient_equal_a_dense_float64_reference(monkeyp
         assert float(ns.winner_mass) == pytest.approx(float(mass), rel=1e-5)
         assert float(ns.effective_codes) == pytest.approx(float(effective), rel=1e-4)
     assert torch.equal(found, nearest_code(z, codes))
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.1, "_add_near"), (10.0, "_add_all")])
+def test_blocks_of_negligible_weight_are_passed_over_where_they_are_many(monkeypatch, temperature, expected):
+    called = set()
+    for name in ("_add_near", "_add_all"):
+        way = getattr(codebook_tiles, name)
+        monkeypatch.setattr(codebook_tiles, name, lambda *a, way=way, name=name: called.add(name) or way(*a))
+    z, codes = torch.randn(600, 128), torch.randn(2000, 128, requires_grad=True)
+    indices, ns = search_with_nonstationary_loss(z, codes, temperature)
+    assert called == {expected}
+    ns.loss.backward()
+    loss, gradient, _, _ = dense_reference(z, codes, indices, temperature)
+    assert relative(ns.loss, loss) < 5e-4  # what float32 distances allow here, see below
+    assert relative(codes.grad, gradient) < 5e-4
+
+
+@pytest.mark.parametrize("count", [30, 600])
+def test_a_latent_that_is_not_a_number_makes_the_loss_none(count):
+    z = torch.randn(count, 128)
+    z[3, 2] = torch.nan
+    assert search_with_nonstationary_loss(z, torch.randn(2000, 128), 0.1)[1].loss.isnan()
 
 
 def test_a_sharp_softmax_is_as_exact_as_float32_distances_allow():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tokenizer import codebook as engine
-from tokenizer.codebook import nearest_code, nearest_neighbor_distance
+from tokenizer import codebook_tiles as engine
+from tokenizer.codebook import _centered, nearest_code, nearest_neighbor_distance
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ KINDS = ["gaussian", "offset", "one channel", "scales", "parallel", "opposite", 
 @pytest.mark.parametrize("kind", [*KINDS, "small", "large"])
 def test_no_bound_is_above_its_distance(kind, centered):
     z, codes = bounded(kind)
-    z, codes = engine._centered(z, codes) if centered else (z, codes)
+    z, codes = _centered(z, codes) if centered else (z, codes)
     keys, queries, squares = engine._lower_bounds(z, codes)
     distances = torch.cdist(codes.double(), z.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     assert (keys[: len(codes)].double() @ queries.double().T <= distances).all()
@@ -98,7 +98,7 @@ def test_winners_that_bfloat16_cannot_tell_apart_are_found(answers):
     codes = torch.randn(1000, 128)
     codes = torch.cat([codes, codes + 0.005 * torch.randn(1000, 128)])  # twins in other blocks
     z = codes[torch.randint(2000, (600,))] + 0.05 * torch.randn(600, 128)
-    z, codes = engine._centered(z, codes)
+    z, codes = _centered(z, codes)
     distances = torch.cdist(z.double(), codes.double()).square()
     best, rounding = distances.amin(1), 1e-4  # about 2^-20 |z||c|
     picked = distances.gather(1, nearest_code(z, codes)[:, None]).flatten()
@@ -165,7 +165,7 @@ def test_no_latents_have_no_codes(answers):
     assert nearest_code(torch.zeros(0, 4), torch.randn(9, 4)).shape == (0,)
 
 
-@pytest.mark.skipif(not engine._has_bfloat16_tiles(), reason="needs a CPU with a matrix unit for bfloat16")
+@pytest.mark.skipif(not engine._has_fast_bfloat16(), reason="needs a CPU that multiplies bfloat16 numbers faster")
 def test_the_filter_is_used_where_it_pays():
     channels, latents, codes = engine._FILTER_FROM
     z, codebook = torch.zeros(latents, channels), torch.zeros(codes, channels)

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from tokenizer import codebook as engine
+from tokenizer import codebook_tiles
+from tokenizer.codebook import _centered
 
 pytest.importorskip("triton")
 from tokenizer import codebook_triton as kernels
@@ -30,7 +31,7 @@ def test_kernels_through_the_interpreter():
 def latents_and_codes(shape):
     n, k, d = shape
     z, codes = 0.1 * torch.randn(n, d, device=DEVICE), 0.1 * torch.randn(k, d, device=DEVICE)
-    return engine._centered(z, codes)
+    return _centered(z, codes)
 
 
 @runs_kernels
@@ -40,7 +41,7 @@ def test_search_finds_what_the_plain_search_finds(monkeypatch, shape, programs):
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)  # one part of the codebook, or several that are merged
     z, codes = latents_and_codes(shape)
     codes = torch.cat([codes, codes])  # twins: the lower index wins
-    assert torch.equal(kernels.nearest_code(z, codes, False), engine._tiled_search(z, codes, False))
+    assert torch.equal(kernels.nearest_code(z, codes, False), codebook_tiles.nearest_code(z, codes, False))
 
 
 @runs_kernels
@@ -48,7 +49,7 @@ def test_search_leaves_a_code_itself_out():
     _, codes = latents_and_codes((1, 150, 16))
     expected = torch.cdist(codes.double(), codes.double()).fill_diagonal_(torch.inf).argmin(1)
     assert torch.equal(kernels.nearest_code(codes, codes, True), expected)
-    assert torch.equal(engine._tiled_search(codes, codes, True), expected)
+    assert torch.equal(codebook_tiles.nearest_code(codes, codes, True), expected)
 
 
 @runs_kernels
