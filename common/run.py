@@ -68,7 +68,7 @@ class RunConfig(configs.Config):
     )
 
 
-# Keys that may change between two starts of the same run: they change none of its weights.
+# Keys that may change between two starts of the same run: they change none of the weights that it has by then.
 _FREE_KEYS = (
     "out:",
     "run.workers",
@@ -84,6 +84,7 @@ _FREE_KEYS = (
     "cache:",
     "cache_verify:",
     "export_every:",
+    "steps:",
 )
 
 

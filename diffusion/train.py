@@ -92,7 +92,7 @@ class TrainConfig(Config):
     latents: Literal["continuous", "quantized"] = Field(
         "continuous", description="Train on the encoder's latents or on their codes; the decoder quantizes either way."
     )
-    steps: int = Field(400_000, ge=1, description="Optimizer steps.")
+    steps: int = Field(400_000, ge=1, description="Optimizer steps; a run may go on to more of them.")
     export_every: int | None = Field(
         None, ge=1, description="Optimizer steps between two pipelines kept in <out>/pipelines/step-N, such as a guide "
         "for autoguidance; null: none.")  # fmt: skip
@@ -177,6 +177,8 @@ def main() -> None:
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         ema.to(device)
+    if run.step > config.steps:
+        raise UsageError(f"{config.out} has been trained for {run.step} steps: --steps {config.steps} is too few")
 
     def states() -> dict:
         return {name: part.state_dict() for name, part in stateful.items()}

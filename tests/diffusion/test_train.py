@@ -181,6 +181,16 @@ def test_a_finished_run_that_is_started_again_exports_again(run_script, argument
     assert metrics(tmp_path / "out") == log
 
 
+def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_been_asked_for_them_at_once(run_script, arguments, tmp_path):
+    run_script(main, *arguments, "--out", tmp_path / "whole", "--steps", 4)
+    for steps in (2, 4):
+        run_script(main, *arguments, "--out", tmp_path / "parts", "--steps", steps)
+    assert same(exported(tmp_path / "parts"), exported(tmp_path / "whole"))
+    assert same(checkpoint(tmp_path / "parts", 4), checkpoint(tmp_path / "whole", 4))
+    with pytest.raises(UsageError, match="trained for 4 steps: --steps 3 is too few"):
+        run_script(main, *arguments, "--out", tmp_path / "parts", "--steps", 3)
+
+
 def test_micro_batches_change_no_number(run_script, arguments, tmp_path):
     run_script(main, *arguments, "--out", tmp_path / "one", "--steps", 4)
     run_script(main, *arguments, "--out", tmp_path / "four", "--steps", 4, "--run.accumulation", 4)
