@@ -1,22 +1,25 @@
 """A whole training step of NSVQ against SimVQ and plain VQ, at the paper's shape unless told otherwise.
 
 python benchmarks/tokenizer_step.py                                  # 128 px, K = 65,536, d = 128, batch 32
-python benchmarks/tokenizer_step.py --reference vq --methods vq fsq lfq ibq
+python benchmarks/tokenizer_step.py --reference vq --methods vq fsq lfq ibq --bare
 python benchmarks/tokenizer_step.py --batch 8 --codebook_size 8192 --rounds 5
-Stage 1 with L1 and the quantizer's losses, without LPIPS and GAN: they cost every method the same, so that the ratios
-here are above those of a full run. Steps are interleaved; a time is the median of the rounds, a ratio that of ratios.
+A step of stage 1 with all of its losses and both optimizers; LPIPS has random weights, which cost the same. --bare
+leaves out LPIPS and GAN, which cost every method the same, so that its ratios are farther from 1 than those of a run.
+Steps are interleaved; a time is the median of the rounds, a ratio that of ratios.
 """
 
 import argparse
 import statistics
 from pathlib import Path
 
+import lpips
 import torch
 from measure import interleaved, machine, peak_memory, ratio
 
 from common import config as configs
 from tokenizer.config import TrainConfig
-from tokenizer.losses import phase_weights
+from tokenizer.discriminator import PatchDiscriminator
+from tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
 from tokenizer.model import QuantizedDecoder, make_encoder
 from tokenizer.quantizers import make_quantizer
 
@@ -29,18 +32,21 @@ def main() -> None:
     parser.add_argument("--reference", default="simvq", help="the method that ratios refer to")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--codebook_size", type=int, help="K; none given: the configs', 65,536 or the nearest there is")
+    parser.add_argument("--bare", action="store_true", help="without LPIPS and GAN")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
 
-    steps = {name: TrainingStep(name, options.batch, options.codebook_size, device) for name in options.methods}
+    steps = {
+        name: TrainingStep(name, options.batch, options.codebook_size, options.bare, device) for name in options.methods
+    }
     for step in steps.values():
         step()  # allocates gradients and Adam's moments
     memory = {name: peak_memory(step, device) + step.held() for name, step in steps.items()}
     seconds = interleaved(steps, options.rounds, device)
     print(f"{machine(device)}; batch {options.batch} of 128 x 128, {options.batch * 256} tokens, bfloat16 autocast, "
-          f"{options.rounds} rounds\n")  # fmt: skip
+          f"{'without LPIPS and GAN, ' if options.bare else ''}{options.rounds} rounds\n")  # fmt: skip
     reference = options.reference
     print(f"| method | K | d | s a step | times {reference} | GiB | times {reference} |\n|---|---|---|---|---|---|---|")
     for name, step in steps.items():
@@ -50,9 +56,9 @@ def main() -> None:
 
 
 class TrainingStep:
-    """Networks and optimizer of a config of configs/imagenet128, and a call that trains them one step."""
+    """Networks and optimizers of a config of configs/imagenet128, and a call that trains them one step."""
 
-    def __init__(self, name: str, batch: int, codebook_size: int | None, device: torch.device):
+    def __init__(self, name: str, batch: int, codebook_size: int | None, bare: bool, device: torch.device):
         options = [f"--quantizer.codebook_size={codebook_size}"] if codebook_size else []
         config = configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
         torch.manual_seed(0)
@@ -63,28 +69,51 @@ class TrainingStep:
         self.images = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1
         if count := quantizer.initial_latents():
             quantizer.initialize(torch.randn(count, config.model.latent_channels, device=device))
-        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=config.optim.lr, betas=config.optim.betas)
-        weights = phase_weights(config.loss, "stage1", 0.0, quantizer)
-        self.weights = {term: weight for term, weight in weights.items() if term not in ("perceptual", "adversarial")}
-        self.temperature = config.loss.temperature if "nonstationary" in weights else None
+        self.weights = phase_weights(config.loss, "stage1", 1.0, quantizer)
+        self.temperature = config.loss.temperature if "nonstationary" in self.weights else None
+        self.lpips = self.discriminator = None
+        if bare:
+            self.weights = {k: v for k, v in self.weights.items() if k not in ("perceptual", "adversarial")}
+        else:
+            self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device).requires_grad_(False)
+            self.discriminator = PatchDiscriminator(
+                config.loss.discriminator_channels, config.loss.discriminator_layers
+            ).to(device)
+        self.modules = [module for module in (self.encoder, self.decoder, self.discriminator) if module is not None]
+        generator = [*self.encoder.parameters(), *self.decoder.parameters()]
+        trained = [generator, *([] if bare else [self.discriminator.parameters()])]
+        self.optimizers = [torch.optim.Adam(each, lr=config.optim.lr, betas=config.optim.betas) for each in trained]
 
     def __call__(self) -> None:
         with torch.autocast(self.images.device.type, torch.bfloat16):
             output, quantized = self.decoder(self.encoder(self.images), self.temperature)
-        terms = {"l1": (output.float() - self.images).abs().mean(), **quantized.losses}
+        output = output.float()
+        terms = {"l1": (output - self.images).abs().mean(), **quantized.losses}
+        if self.lpips is not None:
+            terms["perceptual"] = self.lpips(output, self.images).mean()
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)
+            terms["adversarial"] = generator_adversarial(self.logits(output))
+            self.discriminator.requires_grad_(True)
         sum(weight * terms[term] for term, weight in self.weights.items()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.discriminator is not None:
+            discriminator_hinge(*self.logits(torch.cat([self.images, output.detach()])).chunk(2)).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.decoder.quantizer.end_step(True)
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.discriminator(images).float()
 
     def held(self) -> int:
         """Bytes of parameters, buffers and moments, which are there before a step."""
-        tensors = [*self.encoder.parameters(), *self.decoder.parameters(), *self.decoder.buffers()]
-        moments = [
-            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
+        tensors = [tensor for module in self.modules for tensor in (*module.parameters(), *module.buffers())]
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if torch.is_tensor(value)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 if __name__ == "__main__":
