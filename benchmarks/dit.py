@@ -9,15 +9,12 @@ median of the rounds, a ratio the median of ratios. Memory is the peak in a proc
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 
 import torch
 from diffusers import DiTPipeline, VQModel
-from measure import interleaved, machine, peak_memory, ratio
+from measure import interleaved, machine, peak_elsewhere, peak_memory, ratio
 
 from diffusion.dit import DiT
 from diffusion.model import SIZES, DiTConfig, make_model
@@ -124,11 +121,8 @@ def memory_here(options, device: torch.device) -> int:
 def memory_elsewhere(task: str, side: str, size: str, dtype: str, options) -> int:
     """The same in a process of its own."""
     chosen = {"memory_of": side, "tasks": task, "sizes": size, "dtypes": dtype, "batch": options.batch,
-              "steps": min(options.steps, 2), "device": options.device}  # fmt: skip
-    command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in chosen.items())]
-    if options.compile:
-        command.append("--compile")
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+              "steps": min(options.steps, 2), "device": options.device, "compile": options.compile}  # fmt: skip
+    return peak_elsewhere(__file__, chosen)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -68,6 +70,19 @@ def peak_memory(way: Callable, device: torch.device) -> int:
         stop.set()
         watcher.join()
     return peak[0]
+
+
+def peak_elsewhere(script: str, options: dict[str, object]) -> int:
+    """Bytes that `script` prints last when it runs in a process of its own with these options. True gives one without a
+    value, None and False leave it out."""
+    words = []
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name}={value}")
+    command = [sys.executable, script, *words]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def matmul_rate(device: torch.device, size: int = 4096) -> Callable[[], float]:

@@ -5,7 +5,8 @@ python benchmarks/tokenizer_step.py --reference vq --methods vq fsq lfq ibq --ba
 python benchmarks/tokenizer_step.py --batch 8 --codebook_size 8192 --rounds 5
 A step of stage 1 with all of its losses and both optimizers; LPIPS has random weights, which cost the same. --bare
 leaves out LPIPS and GAN, which cost every method the same, so that its ratios are farther from 1 than those of a run.
-Steps are interleaved; a time is the median of the rounds, a ratio that of ratios.
+Steps are interleaved; a time is the median of the rounds, a ratio that of ratios. Memory is the peak in a process of
+its own, weights and all.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import lpips
 import torch
-from measure import interleaved, machine, peak_memory, ratio
+from measure import interleaved, machine, peak_elsewhere, peak_memory, ratio
 
 from common import config as configs
 from tokenizer.config import TrainConfig
@@ -35,15 +36,25 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true", help="without LPIPS and GAN")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory_of", help="print the peak bytes of this method's steps, and end")
     options = parser.parse_args()
     device = torch.device(options.device)
 
-    steps = {
-        name: TrainingStep(name, options.batch, options.codebook_size, options.bare, device) for name in options.methods
-    }
-    for step in steps.values():
-        step()  # allocates gradients and Adam's moments
-    memory = {name: peak_memory(step, device) + step.held() for name, step in steps.items()}
+    def make(name: str) -> TrainingStep:
+        return TrainingStep(name, options.batch, options.codebook_size, options.bare, device)
+
+    def twice() -> None:
+        """In the second step optimizers hold their moments."""
+        step = make(options.memory_of)
+        step()
+        step()
+
+    if options.memory_of:
+        print(peak_memory(twice, device))
+        return
+    chosen = {name: getattr(options, name) for name in ("batch", "codebook_size", "bare", "device")}
+    memory = {name: peak_elsewhere(__file__, chosen | {"memory_of": name}) for name in options.methods}
+    steps = {name: make(name) for name in options.methods}
     seconds = interleaved(steps, options.rounds, device)
     print(f"{machine(device)}; batch {options.batch} of 128 x 128, {options.batch * 256} tokens, bfloat16 autocast, "
           f"{'without LPIPS and GAN, ' if options.bare else ''}{options.rounds} rounds\n")  # fmt: skip
@@ -79,7 +90,6 @@ class TrainingStep:
             self.discriminator = PatchDiscriminator(
                 config.loss.discriminator_channels, config.loss.discriminator_layers
             ).to(device)
-        self.modules = [module for module in (self.encoder, self.decoder, self.discriminator) if module is not None]
         generator = [*self.encoder.parameters(), *self.decoder.parameters()]
         trained = [generator, *([] if bare else [self.discriminator.parameters()])]
         self.optimizers = [torch.optim.Adam(each, lr=config.optim.lr, betas=config.optim.betas) for each in trained]
@@ -106,14 +116,6 @@ class TrainingStep:
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
             return self.discriminator(images).float()
-
-    def held(self) -> int:
-        """Bytes of parameters, buffers and moments, which are there before a step."""
-        tensors = [tensor for module in self.modules for tensor in (*module.parameters(), *module.buffers())]
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                tensors += [value for value in state.values() if torch.is_tensor(value)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 if __name__ == "__main__":
