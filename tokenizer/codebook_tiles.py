@@ -163,10 +163,11 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
 def _keys(codebook: Tensor) -> Tensor:
     """[-2 c, |c|^2, 1], with K rounded up to whole blocks by keys that never win: (K', d + 2)."""
     count, dim = codebook.shape
-    keys = codebook.new_ones(count + -count % _BLOCK, dim + 2)
+    keys = codebook.new_empty(count + -count % _BLOCK, dim + 2)
     torch.mul(codebook, -2, out=keys[:count, :dim])
     keys[:count, dim] = codebook.square().sum(1)
     keys[count:, :dim], keys[count:, dim] = 0, torch.inf
+    keys[:, dim + 1] = 1
     return keys
 
 
