@@ -115,7 +115,7 @@ def _add_near(
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    """2 to these, in place; none is negligible beyond what the sums can hold."""
+    """2 to these, in place, but never a subnormal number."""
     return exponents.clamp_(min=-_NEGLIGIBLE * math.log2(math.e)).exp2_()
 
 
