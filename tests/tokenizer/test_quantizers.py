@@ -76,7 +76,7 @@ def test_a_table_for_export_finds_the_same_codes_by_distance(make, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_after_save_and_load_training_goes_on_as_if_undisturbed(make, name):
-    options = {"revive_below": 0.5} if name == "ema" else {}
+    options = {"revive_after": 2} if name == "ema" else {}
     one = make(name, **options)
     if name == "vp":
         one.fitted.fill_(False)
@@ -254,7 +254,7 @@ def test_evaluation_talks_to_no_other_rank(make, monkeypatch, name):
 # Two ranks as one
 
 CROSS_RANK = {  # what has a state or a loss over all ranks
-    "ema": {"codebook_size": 20, "revive_below": 0.9},
+    "ema": {"codebook_size": 20, "revive_after": 2},
     "lfq": {"temperature": 0.5},
     "bsq": {"temperature": 0.2},
     "ibq": {"codebook_size": 20, "temperature": 0.5},

@@ -25,9 +25,9 @@ class EMAConfig(TableConfig):
     name: Literal["ema"] = Field(description="ema: codes are moving averages of their latents.")
     decay: float = Field(0.99, ge=0, lt=1, description="Decay g of counts and sums at each step.")
     eps: float = Field(1e-5, gt=0, description="Laplace smoothing of the counts.")
-    revive_below: float = Field(
-        0.0, ge=0, lt=1, description="A code whose moving count falls below this share of the mean count moves onto a "
-        "random latent of the step; 0 revives none.")  # fmt: skip
+    revive_after: float = Field(
+        0.0, ge=0, description="A code that has won no token while the mean code won this many moves onto a random "
+        "latent of the step; 0 revives none.")  # fmt: skip
 
 
 class EMAQuantizer(TableQuantizer):
@@ -43,6 +43,8 @@ class EMAQuantizer(TableQuantizer):
         self.register_buffer("counts", torch.zeros(k))
         self.register_buffer("sums", torch.zeros(k, dim))
         self._start_averages()
+        self.register_buffer("waited", torch.zeros(k))  # tokens that the mean code won since each code's last one
+        self.register_buffer("step_wins", torch.zeros(k), persistent=False)
         self.register_buffer("step_counts", torch.zeros(k), persistent=False)
         self.register_buffer("step_sums", torch.zeros(k, dim), persistent=False)
         self.draws = ranks.Draws()
@@ -60,7 +62,9 @@ class EMAQuantizer(TableQuantizer):
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
         if not self.training:
             return
-        self.step_counts += torch.bincount(indices, minlength=self.codebook_size)
+        wins = torch.bincount(indices, minlength=self.codebook_size)
+        self.step_wins += wins
+        self.step_counts += wins
         self.step_sums.index_add_(0, indices, z)
         self.latest = z
         if ns is not None:
@@ -74,22 +78,28 @@ class EMAQuantizer(TableQuantizer):
             if stepped:
                 average.lerp_(ranks.total(step), 1 - self.config.decay)
             step.zero_()
-        if not stepped:
-            return
-        n, k = self.counts.sum(), self.codebook_size
-        smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
-        self.weight.copy_(self.sums / smoothed[:, None])
-        if self.config.revive_below > 0:
-            self._revive(torch.nonzero(self.counts < self.config.revive_below * n / k).flatten())
+        if stepped:
+            n, k = self.counts.sum(), self.codebook_size
+            smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
+            self.weight.copy_(self.sums / smoothed[:, None])
+            if self.config.revive_after > 0:
+                self._revive(ranks.total(self.step_wins))
+        self.step_wins.zero_()
 
-    def _revive(self, dead: Tensor) -> None:
+    def _revive(self, wins: Tensor) -> None:
+        self.waited += wins.mean()
+        self.waited[wins > 0] = 0
+        dead = torch.nonzero(self.waited > self.config.revive_after).flatten()
         tokens = len(self.latest) * ranks.world()[1]
-        positions = torch.randint(tokens, (len(dead),), generator=self.draws.generator()).to(dead.device)
+        positions = torch.randperm(tokens, generator=self.draws.generator())[: len(dead)].to(dead.device)
+        longest = self.waited[dead].argsort(descending=True, stable=True)
+        dead = dead[longest[: len(positions)]]  # where latents are too few, the others move in the next steps
         self.weight[dead] = ranks.rows(self.latest, positions)
         self.rows_written(dead)
 
     @torch.no_grad()
     def rows_written(self, rows: Tensor) -> None:
-        """A written code counts as one of mean use, so that it is not revived at once."""
+        """A written code counts as one of mean use that has just won."""
+        self.waited[rows] = 0
         self.counts[rows] = self.counts.mean()
         self.sums[rows] = self.weight[rows] * self.counts[rows, None]

@@ -61,20 +61,34 @@ def test_micro_batches_make_one_update_and_evaluation_none(make):
     torch.testing.assert_close(two.weight, before, rtol=1e-3, atol=1e-5)
 
 
-def test_revival_moves_exactly_the_rare_codes_onto_latents_of_the_step(make):
-    quantizer = make("ema", revive_below=0.5, decay=0.5)
+def test_codes_that_win_nothing_for_long_enough_move_onto_latents_of_the_step(make):
+    quantizer = make("ema", revive_after=10)
     with torch.no_grad():
         quantizer.weight[:10] += 50  # out of reach
-    z = torch.randn(8, 6, 8, 8)
-    for _ in range(3):
-        counts = quantizer.counts.clone()
-        out = step(quantizer, z)
-        hits = torch.bincount(out.indices.flatten(), minlength=40)
-        counts = 0.5 * counts + 0.5 * hits
-        alive = counts >= 0.5 * counts.sum() / 40
-        assert not alive.all()
-        latents = z.permute(0, 2, 3, 1).reshape(-1, 6)
-        is_latent = (quantizer.weight[:, None] == latents).all(-1).any(1)
-        assert torch.equal(is_latent, ~alive)
-        torch.testing.assert_close(quantizer.counts[alive], counts[alive])
+    quantizer._start_averages()
+    waited, revived = torch.zeros(40), []
+    for _ in range(25):
+        z = torch.randn(1, 6, 8, 8)  # 64 tokens: 1.6 a code
+        wins = torch.bincount(step(quantizer, z).indices.flatten(), minlength=40)
+        waited = torch.where(wins > 0, 0, waited + 1.6)
+        dead = waited > 10
+        waited[dead] = 0
+        is_latent = (quantizer.weight[:, None] == z.permute(0, 2, 3, 1).reshape(-1, 6)).all(-1)
+        assert torch.equal(is_latent.any(1), dead)
+        assert int(is_latent.sum(0).max()) <= 1  # of two codes on one latent, one would never win
+        revived.append(int(dead.sum()))
+    assert revived[:6] == [0] * 6  # 6 x 1.6 < 10
+    assert revived[6] >= 10
     assert float(quantizer.weight.abs().max()) < 20
+
+
+def test_where_the_dead_outnumber_the_latents_the_rest_moves_in_later_steps(make):
+    quantizer = make("ema", revive_after=0.2)
+    with torch.no_grad():
+        quantizer.weight[:39] += 50
+    quantizer._start_averages()
+    left = []
+    for _ in range(5):
+        step(quantizer, 0.01 * torch.randn(1, 6, 2, 5))  # 10 tokens
+        left.append(int((quantizer.weight.abs().amax(1) > 20).sum()))
+    assert left == [29, 19, 9, 0, 0]
