@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -39,6 +40,7 @@ from common import checkpoints
 from common import config as configs
 from common.errors import Stopped, UsageError, UserError
 from common.metrics import MetricsLog, surviving, warn, write_atomically
+from common.sharding import load_module, load_optimizer, whole
 
 
 class RunConfig(configs.Config):
@@ -88,8 +90,10 @@ _FREE_KEYS = (
 )
 
 
-def make_accelerator(config: RunConfig, out: Path) -> Accelerator:
-    """The accelerator of a run, its seed set alike on every rank (so that weights start equal)."""
+def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -> Accelerator:
+    """The accelerator of a run, its seed set alike on every rank (so that weights start equal).
+
+    Raises `UsageError` where it was launched with FSDP and the trainer cannot shard its networks, or with FSDP1."""
     # Its successor, forward_sync_buffers, is newer than the oldest torch that the project runs on.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
@@ -101,6 +105,14 @@ def make_accelerator(config: RunConfig, out: Path) -> Accelerator:
         # The loss is a mean over the micro-batch of this rank; buffers are constant, so none is broadcast.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not may_shard:
+            raise UsageError("these networks are small, and FSDP has nothing to gain: launch with DDP "
+                             "(configs/accelerate/four-gpus.yaml)")  # fmt: skip
+        if not accelerator.is_fsdp2:
+            raise UsageError("FSDP1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
+        # Parameters stay float32, as in DDP: autocast casts what it should, and leaves the rest as it is.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     set_seed(config.seed)
     return accelerator
 
@@ -188,13 +200,14 @@ class Run:
         return self.step % self.settings.checkpoint_every == 0 or self.step == self._retry_at
 
     def save(self, state: dict) -> None:
-        """Write `checkpoints/step-N`: modules, optimizers, and `state` (tensors and plain values; equal on all ranks).
+        """Write `checkpoints/step-N`: modules, optimizers, and `state` (tensors and plain values; equal on all ranks,
+        or split over them).
 
         A failed write leaves the older checkpoints and the run as they were; the next try is due soon."""
-        failure = [None]
+        failure, contents = [None], self._contents(state)
         if self.accelerator.is_main_process:
             try:
-                self._write(self._checkpoints / f"step-{self.step}", state)
+                self._write(self._checkpoints / f"step-{self.step}", contents)
                 checkpoints.prune(self._checkpoints, self.settings.keep_checkpoints, self.settings.keep_every)
             except OSError as error:
                 failure = [str(error)]
@@ -204,7 +217,8 @@ class Run:
             self.warn(f"no checkpoint at step {self.step} ({failure}); training goes on, the next try is at step "
                       f"{self._retry_at}")  # fmt: skip
 
-    def _write(self, folder: Path, state: dict) -> None:
+    def _contents(self, state: dict) -> tuple[dict, dict]:
+        """Weights by module, and everything else, whole; a collective call."""
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -215,7 +229,10 @@ class Run:
             **state,
         }
         weights = {name: self.accelerator.unwrap_model(m).state_dict() for name, m in self._modules.items()}
-        checkpoints.write(folder, weights, state, {"nsvq": code_version(), "config": self._config})
+        return whole((weights, state), keep=self.accelerator.is_main_process)
+
+    def _write(self, folder: Path, contents: tuple[dict, dict]) -> None:
+        checkpoints.write(folder, *contents, {"nsvq": code_version(), "config": self._config})
 
     def load(self) -> dict | None:
         """Restore the newest undamaged checkpoint and return the `state` it was saved with; None where there is none.
@@ -238,9 +255,9 @@ class Run:
             return None
         weights, state = checkpoints.read(folder)
         for name, module in self._modules.items():
-            self.accelerator.unwrap_model(module).load_state_dict(weights[name])
+            load_module(self.accelerator.unwrap_model(module), weights[name])
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_optimizer(optimizer, state["optimizers"][name])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
@@ -276,12 +293,12 @@ class Run:
         """Raises `UserError` after `skipped` steps in a row that were not finite. What is needed to look into it goes
         to <out>/failed: the state like a checkpoint, and the micro-batches of each rank."""
         folder, rank = self.out / "failed", self.accelerator.process_index
-        failure = None
+        failure, contents = None, self._contents(state)
         try:
             folder.mkdir(exist_ok=True)
             torch.save(batches, folder / f"step-{self.step}-batches-{rank}.pt")
             if self.accelerator.is_main_process:
-                self._write(folder / f"step-{self.step}", state)
+                self._write(folder / f"step-{self.step}", contents)
         except (OSError, RuntimeError) as error:
             failure = error
         ids = gather_object([id for batch in batches for id in batch["id"]])

@@ -6,14 +6,17 @@ accelerate launch --num_processes 4 --mixed_precision bf16 diffusion/train.py --
 The same command goes on from the newest checkpoint; the finished pipeline is in <out>/pipeline.
 """
 
+import contextlib
+import copy
 import math
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
@@ -34,6 +37,7 @@ from common.run import (
     micro_batch_size,
     progress_bar,
 )
+from common.sharding import split_like, whole
 from diffusion.encode import open_cache
 from diffusion.latents import train_batches
 from diffusion.model import DiTConfig, ModelConfig, make_model
@@ -124,11 +128,7 @@ def main() -> None:
     if not (config.tokenizer / "config.json").is_file():
         raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
                         "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
-    accelerator = make_accelerator(config.run, config.out)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError("checkpoints and averaged weights are of whole networks, and FSDP splits them: launch with "
-                         "DDP (configs/accelerate/four-gpus.yaml), and --model.gradient_checkpointing for large "
-                         "models")  # fmt: skip
+    accelerator = make_accelerator(config.run, config.out, may_shard=True)
     micro_batch = micro_batch_size(config.run, accelerator)
     device, optim = accelerator.device, config.optim
 
@@ -161,11 +161,13 @@ def main() -> None:
         raise UsageError(f"the model does not fit these latents: {error}") from None
     if config.model.compile:
         model.compile()
-    parameters = list(model.parameters())
+    # What draws and is exported: of a network that FSDP splits, a copy that is not.
+    drawing = copy.deepcopy(model).requires_grad_(False).to(device) if accelerator.is_fsdp2 else model
     optimizer = torch.optim.AdamW(
-        parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=device.type in ("cpu", "cuda")
+        model.parameters(), optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=device.type in ("cpu", "cuda")
     )
     network, optimizer = accelerator.prepare(model, optimizer)
+    parameters = list(model.parameters())
     ema = EMAModel(parameters, decay=optim.ema_decay, foreach=True)
 
     # State
@@ -176,6 +178,7 @@ def main() -> None:
     if state is not None:
         for name, part in stateful.items():
             part.load_state_dict(state[name])
+        ema.shadow_params = [split_like(a, p) for a, p in zip(ema.shadow_params, parameters, strict=True)]
         ema.to(device)
     if run.step > config.steps:
         raise UsageError(f"{config.out} has been trained for {run.step} steps: --steps {config.steps} is too few")
@@ -183,14 +186,25 @@ def main() -> None:
     def states() -> dict:
         return {name: part.state_dict() for name, part in stateful.items()}
 
+    @contextlib.contextmanager
+    def averaged() -> Iterator[None]:
+        """With EMA weights in `drawing`; a collective call."""
+        if drawing is not model:
+            for parameter, average in zip(drawing.parameters(), ema.shadow_params, strict=True):
+                parameter.copy_(whole(average))
+            yield
+            return
+        with averaged_weights(ema, parameters):
+            yield
+
     @torch.no_grad()
     def draw(labels: list[int], seeds: range, guidance_scale: float) -> torch.Tensor:
         """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds."""
         noise = torch.stack([torch.randn(cache.shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
         with accelerator.autocast():
             latents = sample(
-                model, objective.scheduler(), noise.to(device), torch.tensor(labels, device=device), model.null_class,
-                steps=sampling.steps, guidance_scale=guidance_scale,
+                drawing, objective.scheduler(), noise.to(device), torch.tensor(labels, device=device),
+                drawing.null_class, steps=sampling.steps, guidance_scale=guidance_scale,
             )  # fmt: skip
         latents = latents / tokenizer.model.config.scaling_factor
         return torch.cat([tokenizer.model.decode(part).sample for part in latents.split(8)])
@@ -198,34 +212,30 @@ def main() -> None:
     def draw_picture() -> None:
         count = sampling.images
         labels = [i * (len(names) or 1) // count for i in range(count)]
-        with averaged_weights(ema, parameters):
-            images = draw(labels, range(count), sampling.guidance_scale)
-        run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
+        run.save_picture(draw(labels, range(count), sampling.guidance_scale), per_row=math.isqrt(count - 1) + 1)
 
     def distance() -> dict[str, float]:
         """Of samples of all classes in turn, over all ranks."""
-        with averaged_weights(ema, parameters):
+        with averaged():
             return monitor.measure(
                 lambda seeds: draw([i % (len(names) or 1) for i in seeds], seeds, sampling.fd_guidance_scale),
                 sampling.fd_samples,
             )
 
     def export(folder: Path) -> None:
-        """The pipeline, with EMA weights."""
+        """The pipeline, of the weights in `drawing`."""
         about = {
             "nsvq": code_version(),
             "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
             "step": run.step,
             "samples_seen": run.samples_seen,
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": sum(p.numel() for p in drawing.parameters()),
             "objective": objective.description,
             "config": configs.to_dict(config),
             "latents": {name: value for name, value in cache.manifest.items() if name not in ("shards", "classes")},
             "tokenizer": read_training(config.tokenizer),
         }
-        with averaged_weights(ema, parameters):
-            exported = to_stock(model)
-        save_pipeline(folder, exported, tokenizer.model, objective.scheduler(), names, about)
+        save_pipeline(folder, to_stock(drawing), tokenizer.model, objective.scheduler(), names, about)
 
     # Training
     batches = train_batches(
@@ -245,11 +255,12 @@ def main() -> None:
             levels = objective.levels(batch["time_normal"])
             labels = drop_labels(batch["labels"], batch["drop_uniform"], config.model.label_dropout(), model.null_class)
             with accelerator.accumulate(network), run.counting_flops("step", micro_batch):
-                losses = objective.losses(network, batch["latents"], batch["noise"], levels, labels)
+                with accelerator.autocast():  # accelerate puts none around a network that FSDP2 splits
+                    losses = objective.losses(network, batch["latents"], batch["noise"], levels, labels)
                 accelerator.backward(losses.mean())
             results.append((losses.detach(), levels))
         accelerator.unscale_gradients()
-        norm = clip_grad_norm_(parameters, optim.clip_grad_norm)
+        norm = whole(clip_grad_norm_(parameters, optim.clip_grad_norm))
         if guard.step([optimizer], [norm, *(losses.mean() for losses, _ in results)]):
             ema.step(parameters)
             share = micro_batch * config.run.accumulation
@@ -269,20 +280,26 @@ def main() -> None:
             values |= {"skipped_steps": guard.skipped}
         if values:
             show(bar, run.log(values), ("loss", "grad_norm"))
-        if (run.step % config.run.sample_every == 0 or last) and accelerator.is_main_process:
-            draw_picture()
-        if config.export_every and run.step % config.export_every == 0 and accelerator.is_main_process:
-            with surviving(f"pipelines/step-{run.step}"):
-                (config.out / "pipelines").mkdir(exist_ok=True)
-                export(config.out / "pipelines" / f"step-{run.step}")
+        picture = run.step % config.run.sample_every == 0 or last
+        kept = config.export_every is not None and run.step % config.export_every == 0
+        if picture or kept:
+            with averaged():
+                if picture and accelerator.is_main_process:
+                    draw_picture()
+                if kept and accelerator.is_main_process:
+                    with surviving(f"pipelines/step-{run.step}"):
+                        (config.out / "pipelines").mkdir(exist_ok=True)
+                        export(config.out / "pipelines" / f"step-{run.step}")
         if run.checkpoint_due() or last or guard.stop:
             run.save(states())
         if guard.stop:
             run.stop(guard.stop)
     bar.close()
 
+    with averaged():
+        if accelerator.is_main_process:
+            export(config.out / "pipeline")
     if accelerator.is_main_process:
-        export(config.out / "pipeline")
         accelerator.print(f"pipeline: {config.out / 'pipeline'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

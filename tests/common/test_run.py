@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from instrumented import Sharding
 from pydantic import Field
 
 from common import checkpoints, metrics
 from common.config import Config
 from common.errors import UsageError
-from common.run import Run, RunConfig, micro_batch_size
+from common.run import Run, RunConfig, make_accelerator, micro_batch_size
 
 
 class Settings(Config):
@@ -217,3 +219,22 @@ def test_a_global_batch_that_does_not_divide_is_refused(accelerator):
     assert micro_batch_size(RunConfig(batch_size=12, accumulation=3), accelerator) == 4
     with pytest.raises(UsageError, match=r"run\.batch_size = 10"):
         micro_batch_size(RunConfig(batch_size=10, accumulation=3), accelerator)
+
+
+@pytest.mark.parametrize(
+    ("version", "may_shard", "advice"),
+    [(2, False, r"launch with DDP \(configs/accelerate/four-gpus\.yaml\)"), (1, True, "fsdp_version: 2")],
+)
+def test_a_launch_with_fsdp_is_refused_where_it_does_not_work(
+    run_script, monkeypatch, tmp_path, version, may_shard, advice
+):
+    class Launched(Sharding):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.state.fsdp_plugin.fsdp_version = version
+
+    monkeypatch.setattr("common.run.Accelerator", Launched)
+    config = RunConfig(trackers=[], mixed_precision="no")
+    with pytest.raises(UsageError, match=advice):
+        run_script(lambda: make_accelerator(config, tmp_path, may_shard=may_shard))
+    AcceleratorState._reset_state(reset_partial_state=True)  # or what follows would be split too

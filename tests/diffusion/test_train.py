@@ -3,11 +3,9 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler, DiffusionPipeline
 from instrumented import attempts, samples
 from PIL import Image
@@ -163,15 +161,6 @@ def test_a_ddpm_on_quantized_latents_of_several_crops_is_trained_and_exported(
     assert "Latents: quantized" in card
 
 
-def test_a_launch_with_fsdp_is_refused_with_what_to_do_instead(run_script, arguments, tmp_path, monkeypatch):
-    # accelerate turns FSDP on where there are several GPUs only.
-    monkeypatch.setattr(train, "make_accelerator", lambda *_: SimpleNamespace(distributed_type=DistributedType.FSDP))
-    with pytest.raises(UsageError, match=r"launch with DDP \(configs/accelerate/four-gpus\.yaml\)") as raised:
-        run_script(main, *arguments, "--out", tmp_path / "out")
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_finished_run_that_is_started_again_exports_again(run_script, arguments, tmp_path):
     run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 2)
     before, log = exported(tmp_path / "out"), metrics(tmp_path / "out")
@@ -220,6 +209,29 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
     for a, b in zip(metrics(alone), metrics(shared), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert metrics(shared)[-1]["skipped_steps"] == 1
+
+
+def test_networks_that_fsdp_splits_train_as_whole_ones_do_also_from_one_to_the_other_and_back(
+    run_instrumented, run_two_ranks, arguments, distance, tmp_path
+):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    arguments += [*distance, "--export_every", 4]
+    run_instrumented(train, *arguments, "--out", alone, record=tmp_path / "record", nan_at=[15])
+    how = {"record": tmp_path / "record", "nan_at": [15], "shard": True}
+    arguments += ["--out", shared]
+    code, error = run_two_ranks("diffusion", *arguments, **how, signal_at=22)
+    assert "SIGTERM at step 3" in error
+    assert code != 0
+    with pytest.raises(Stopped, match="at step 5"):
+        run_instrumented(train, *arguments, record=tmp_path / "record", signal_at=32)
+    code, error = run_two_ranks("diffusion", *arguments, **how)
+    assert code == 0, error
+    torch.testing.assert_close(exported(shared), exported(alone), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(checkpoint(shared, 8), checkpoint(alone, 8), rtol=1e-4, atol=1e-6)
+    for a, b in zip(metrics(alone), metrics(shared), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert (shared / "samples" / "step-8.png").is_file()
+    assert (shared / "pipelines" / "step-4" / "model_index.json").is_file()
 
 
 def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(

@@ -1,6 +1,7 @@
 """python tests/harness/instrumented.py SPEC [arguments of the trainer]: records each sample that it trains on.
 
-SPEC is JSON: {"stage": "tokenizer" or "diffusion", "record": FILE, "signal_at": position, "nan_at": [positions]}.
+SPEC is JSON: {"stage": "tokenizer" or "diffusion", "record": FILE, "signal_at": position, "nan_at": [positions],
+"shard": whether networks are split by FSDP2}.
 FILE-rank gets a line [start] for each time that the rank begins to read, and [position, ids] for each micro-batch. The
 rank that loads the sample at `signal_at` gets SIGTERM; the samples at `nan_at` are not numbers.
 """
@@ -13,7 +14,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from common import launch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+
+from common import launch, run
+
+
+class Sharding(Accelerator):
+    """Splits networks over CPU processes, which a launch with FSDP does on GPUs only."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
 
 
 def instrument(train, record: str, signal_at: int = -1, nan_at: Sequence[int] = ()) -> None:
@@ -66,5 +80,7 @@ if __name__ == "__main__":
     launch.start_cpu_ranks()  # while the arguments are as they came
     spec = json.loads(sys.argv.pop(1))
     module = import_module(f"{spec.pop('stage')}.train")
+    if spec.pop("shard", False):
+        run.Accelerator = Sharding
     instrument(module, **spec)
     launch.run(module.main)

@@ -1,0 +1,44 @@
+"""Tensors that FSDP2 splits over the ranks: put together for checkpoints and samples, split again on loading."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """`value`, of any dicts, lists and tuples, with split tensors put together. Ranks that do not `keep` them get None.
+
+    A collective call where anything is split; nothing changes where nothing is."""
+    if isinstance(value, dict):
+        return {key: whole(part, keep=keep) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(part, keep=keep) for part in value)
+    if isinstance(value, DTensor):
+        full = value.detach().full_tensor()
+        return full if keep else None
+    return value
+
+
+def split_like(value: Tensor, like: Tensor | None) -> Tensor:
+    """This rank's part of a whole tensor, which is equal on all ranks, where `like` is split; else `value` itself."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def load_module(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """`weights`, whole, into a module that may be split. Raises what `load_state_dict` does."""
+    own = module.state_dict()
+    module.load_state_dict({name: split_like(value, own.get(name)) for name, value in weights.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The `state` of an optimizer of whole parameters into one whose parameters may be split."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: split_like(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": moments})
