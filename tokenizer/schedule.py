@@ -82,6 +82,11 @@ class Schedule:
         """Whether dead codes are replaced at the end of the epoch that was just closed (a.3)."""
         return self.config.replace and self.phase == "stage1" and self.epoch > self.config.replace_after
 
+    def revives_codes(self) -> bool:
+        """Whether a method may revive codes of its own accord: until the epoch's end first replaces them, or the encoder
+        is frozen."""
+        return not self.config.replace or (self.phase == "stage1" and self.epoch <= self.config.replace_after)
+
     def adversarial_factor(self, samples_seen: int) -> float:
         """r in [0, 1], the factor on the GAN loss: 1 in stage1, 0 in warmup, a linear ramp in stage2."""
         if self.phase == "warmup":

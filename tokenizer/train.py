@@ -222,6 +222,7 @@ def main() -> None:
     bar = progress_bar(accelerator, total_steps, run.step)
     for _ in guard.until(lambda: run.step == total_steps):
         phase, frozen = schedule.phase, schedule.phase != "stage1"
+        quantizer.revives = schedule.revives_codes()
         weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen), quantizer)
         if run.samples_seen < config.schedule.adversarial_after * epoch_samples:
             weights.pop("adversarial", None)

@@ -56,6 +56,7 @@ class Quantizer(nn.Module):
     terms: ClassVar[tuple[str, ...]] = ()  # of "codebook" and "commitment", those that the method trains with
     learns_codes: ClassVar[bool] = False  # in training, so that the NS loss means something
     nonstationary_weight: float = 0.0  # alpha, for a method that moves its codes other than by their gradient
+    revives: bool = True  # the schedule's word on a method that revives codes
     dim: int
     codebook_size: int
 

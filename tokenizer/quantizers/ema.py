@@ -27,7 +27,7 @@ class EMAConfig(TableConfig):
     eps: float = Field(1e-5, gt=0, description="Laplace smoothing of the counts.")
     revive_after: float = Field(
         0.0, ge=0, description="A code that has won no token while the mean code won this many moves onto a random "
-        "latent of the step; 0 revives none.")  # fmt: skip
+        "latent of the step, until schedule.replace sets in; 0 revives none.")  # fmt: skip
 
 
 class EMAQuantizer(TableQuantizer):
@@ -82,7 +82,7 @@ class EMAQuantizer(TableQuantizer):
             n, k = self.counts.sum(), self.codebook_size
             smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
             self.weight.copy_(self.sums / smoothed[:, None])
-            if self.config.revive_after > 0:
+            if self.config.revive_after > 0 and self.revives:
                 self._revive(ranks.total(self.step_wins))
         self.step_wins.zero_()
 
