@@ -83,8 +83,7 @@ class Schedule:
         return self.config.replace and self.phase == "stage1" and self.epoch > self.config.replace_after
 
     def revives_codes(self) -> bool:
-        """Whether a method may revive codes of its own accord: until the epoch's end first replaces them, or the encoder
-        is frozen."""
+        """Whether a method may revive codes of its own accord: until an epoch's end first replaces them, or the freeze."""
         return not self.config.replace or (self.phase == "stage1" and self.epoch <= self.config.replace_after)
 
     def adversarial_factor(self, samples_seen: int) -> float:

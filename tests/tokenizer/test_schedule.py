@@ -79,6 +79,22 @@ def test_replacement_starts_after_its_delay_and_ends_with_stage1():
     assert replaced == [6, 7, 8]
 
 
+def test_codes_are_revived_until_an_epochs_end_first_replaces_them():
+    for after in (0, 2):
+        schedule = Schedule(ScheduleConfig(epochs=30, freeze=False, replace_after=after), epoch_samples=100)
+        for _ in range(5):
+            assert schedule.revives_codes()  # in the epoch whose end comes now
+            schedule.end_epoch(0.1)
+            if schedule.replaces_codes():
+                break
+        assert schedule.epoch == after + 1
+        assert not schedule.revives_codes()
+    frozen, _ = run(ScheduleConfig(epochs=30, latest_freeze=2, warmup=1, replace_after=9), [0.1] * 2)
+    assert not frozen.revives_codes()
+    never, _ = run(ScheduleConfig(epochs=30, latest_freeze=2, warmup=1, replace=False), [0.1] * 9)
+    assert never.revives_codes()
+
+
 @pytest.mark.parametrize("phase", ["stage1", "warmup", "stage2"])
 def test_each_phase_trains_the_terms_that_the_paper_lists(make, phase):
     expected = {

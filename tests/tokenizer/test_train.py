@@ -23,6 +23,7 @@ from tokenizer import Tokenizer, train
 from tokenizer.config import TrainConfig
 from tokenizer.model import make_encoder
 from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers.ema import EMAQuantizer
 from tokenizer.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,22 @@ def test_a_run_trains_in_each_phase_what_the_paper_lists(run_script, tiny, tmp_p
     exported = load_file(out / "tokenizer" / "diffusion_pytorch_model.safetensors")
     live = weights(out, 16, "encoder")
     assert all(torch.equal(exported[f"encoder.{name}"], value) for name, value in live.items())
+
+
+def test_codes_are_revived_within_the_epochs_before_the_first_replacement(run_script, tiny, tmp_path, monkeypatch):
+    steps, real = [], EMAQuantizer.rows_written
+
+    def written(quantizer, rows):
+        steps.append(len(rows) if quantizer.training else 0)
+        real(quantizer, rows)
+
+    monkeypatch.setattr(EMAQuantizer, "rows_written", written)
+    config = read_yaml(tiny) | {"quantizer": {"name": "ema", "codebook_size": 64, "revive_after": 0.5}}
+    tiny.write_text(json.dumps(config))
+    run_script(main, "--config", tiny, "--out", tmp_path / "out", "--schedule.replace_after", 2)
+    # The start, a step each until the end of the third epoch (2 steps each), and that end itself, which replaces.
+    assert len(steps) == 1 + 6 + 1
+    assert sum(steps[1:7]) > 0
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
