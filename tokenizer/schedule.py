@@ -83,7 +83,7 @@ class Schedule:
         return self.config.replace and self.phase == "stage1" and self.epoch > self.config.replace_after
 
     def revives_codes(self) -> bool:
-        """Whether a method may revive codes of its own accord: until an epoch's end first replaces them, or the freeze."""
+        """Whether a method may revive codes of its own accord: until replacement or the freeze sets in."""
         return not self.config.replace or (self.phase == "stage1" and self.epoch <= self.config.replace_after)
 
     def adversarial_factor(self, samples_seen: int) -> float:
