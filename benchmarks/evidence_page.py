@@ -114,14 +114,23 @@ def write_page(study: Study, records: dict[str, dict[int, dict]], command: list,
         if study.against in by_seed:
             parts.append(comparison(by_seed, study.against))
         parts.append(f"![dots and curves]({page.stem}.svg)")
-        parts.append("\n".join(f"- {name}: `{_flat(study.runs[name])}`" for name in records))
+        machines = sorted({r["machine"] for r in found})
+        parts.append("\n".join(f"- {name}: `{_flat(study.runs[name])}`{_on(runs.values(), machines)}"
+                               for name, runs in records.items()))  # fmt: skip
         common = f" with {_flat(study.common)}" if study.common else ""
         if study.diffusion:
             common += f"; on it `{study.diffusion}`, measured with {_flat(study.samples)}"
+        names = [f"({i}) {m}" if machines[1:] else m for i, m in enumerate(machines, 1)]
         parts.append(f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
-                     f"{'; '.join(sorted({r['machine'] for r in found}))}.")  # fmt: skip
+                     f"{'; '.join(names)}.")  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n")
+
+
+def _on(runs: Iterable[dict], machines: list[str]) -> str:
+    """The numbers of the machines that these ran on, where there are several: metrics differ a little between them."""
+    numbers = sorted({str(machines.index(run["machine"]) + 1) for run in runs})
+    return f" on machine {', '.join(numbers)}" if numbers and machines[1:] else ""
 
 
 def _flat(changes: dict, prefix: str = "") -> str:

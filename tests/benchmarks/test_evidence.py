@@ -92,6 +92,18 @@ def test_drift_is_taken_from_stage_1_and_utilization_from_its_lowest_epoch():
     assert (found["step_ms"], found["memory_gib"]) == (500, 4)
 
 
+def test_a_page_says_which_runs_were_made_on_which_machine(tmp_path):
+    study = evidence_study.Study(title="t", question="q", base="b.yaml", seeds=[0, 1], runs={"vq": {}, "nsvq": {}})
+    metrics = {"psnr": 1.0, "relative_error": 1.0, "utilization": 1.0}
+    old, new = ({"metrics": metrics, "curve": [], "code": "1", "machine": name} for name in ("fast", "slow"))
+    evidence_page.write_page(study, {"vq": {0: old}, "nsvq": {0: old, 1: new}}, ["x"], tmp_path / "p.md")
+    page = (tmp_path / "p.md").read_text()
+    assert "- vq: `as the base` on machine 1\n- nsvq: `as the base` on machine 1, 2\n" in page
+    assert "Machine: (1) fast; (2) slow." in page
+    evidence_page.write_page(study, {"vq": {0: old}, "nsvq": {}}, ["x"], tmp_path / "p.md")
+    assert "on machine" not in (tmp_path / "p.md").read_text()
+
+
 def test_a_script_that_fails_is_told_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"vq: false .*tokenizer/train\.py .* ended with 1; see .*\.log"):
         evidence.train_and_measure("vq", {"data": {"source": "synthetic"}}, tmp_path / "run", [], "false", {})
