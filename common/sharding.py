@@ -7,17 +7,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(value: Any, *, keep: bool = True) -> Any:
-    """`value`, of any dicts, lists and tuples, with split tensors put together. Ranks that do not `keep` them get None.
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be split, on its device. A collective call where it is."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    A collective call where anything is split; nothing changes where nothing is."""
+
+def whole(value: Any, *, keep: bool = True) -> Any:
+    """`value`, of dicts, lists and tuples, with split tensors put together on the CPU. Ranks that do not `keep` them
+    get None. A collective call where anything is split; nothing changes where nothing is."""
     if isinstance(value, dict):
         return {key: whole(part, keep=keep) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(whole(part, keep=keep) for part in value)
     if isinstance(value, DTensor):
-        full = value.detach().full_tensor()
-        return full if keep else None
+        found = full(value)
+        return found.cpu() if keep else None
     return value
 
 

@@ -37,7 +37,7 @@ from common.run import (
     micro_batch_size,
     progress_bar,
 )
-from common.sharding import split_like, whole
+from common.sharding import full, split_like
 from diffusion.encode import open_cache
 from diffusion.latents import train_batches
 from diffusion.model import DiTConfig, ModelConfig, make_model
@@ -191,7 +191,7 @@ def main() -> None:
         """With EMA weights in `drawing`; a collective call."""
         if drawing is not model:
             for parameter, average in zip(drawing.parameters(), ema.shadow_params, strict=True):
-                parameter.copy_(whole(average))
+                parameter.copy_(full(average))
             yield
             return
         with averaged_weights(ema, parameters):
@@ -260,7 +260,7 @@ def main() -> None:
                 accelerator.backward(losses.mean())
             results.append((losses.detach(), levels))
         accelerator.unscale_gradients()
-        norm = whole(clip_grad_norm_(parameters, optim.clip_grad_norm))
+        norm = full(clip_grad_norm_(parameters, optim.clip_grad_norm))
         if guard.step([optimizer], [norm, *(losses.mean() for losses, _ in results)]):
             ema.step(parameters)
             share = micro_batch * config.run.accumulation
