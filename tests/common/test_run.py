@@ -233,6 +233,7 @@ def test_a_launch_with_fsdp_is_refused_where_it_does_not_work(
             super().__init__(**options)
             self.state.fsdp_plugin.fsdp_version = version
 
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin writes it; it comes back at the end
     monkeypatch.setattr("common.run.Accelerator", Launched)
     config = RunConfig(trackers=[], mixed_precision="no")
     with pytest.raises(UsageError, match=advice):
