@@ -4,8 +4,10 @@ python benchmarks/dit.py                                             # S and B o
 python benchmarks/dit.py --sizes S --dtypes bfloat16 --rounds 9 --compile
 A step is forward, loss, backward and fused AdamW, with float32 weights under autocast to the given type. Sampling is
 50 steps at guidance 2 of `ClassConditionalPipeline` and of stock `DiTPipeline` from the same exported weights, in the
-given type on both sides, without decoding. Both sides are compiled, or neither. Ways are interleaved; a time is the
-median of the rounds, a ratio the median of ratios. Memory is the peak in a process of its own, weights and all.
+given type on both sides, without decoding. Both sides are compiled, or neither. Each has a process of its own, and they
+take turns; a time is the median of the rounds, a ratio the median of ratios, memory the peak, weights and all.
+In training on a CPU our process keeps freed memory, as our trainer makes it do; --stock_keeps_memory gives the stock
+one this too.
 """
 
 import argparse
@@ -14,8 +16,9 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DiTPipeline, VQModel
-from measure import interleaved, machine, peak_elsewhere, peak_memory, ratio
+from measure import Elsewhere, interleaved, machine, ratio, serve
 
+from common.launch import keep_freed_memory
 from diffusion.dit import DiT
 from diffusion.model import SIZES, DiTConfig, make_model
 from diffusion.sampling import flow_scheduler
@@ -36,11 +39,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory_of", choices=SIDES, help="print the peak bytes of this side of one task, and end")
+    parser.add_argument("--stock_keeps_memory", action="store_true", help="as our trainer's process does")
+    parser.add_argument("--side", choices=SIDES, help="be the process of this side of one task")
     options = parser.parse_args()
     device = torch.device(options.device)
-    if options.memory_of:
-        print(memory_here(options, device))
+    if options.side:
+        serve_side(options.side, options.tasks[0], options.sizes[0], options.dtypes[0], options, device)
         return
 
     print(f"{machine(device)}; latents 128 x 16 x 16, batch {options.batch}, {options.rounds} rounds"
@@ -49,14 +53,26 @@ def main() -> None:
     for size in options.sizes:
         for dtype in options.dtypes:
             for task in options.tasks:
-                ways = {side: make_way(task, side, size, dtype, options, device) for side in SIDES}
-                seconds = interleaved(ways, options.rounds, device)
-                del ways
-                memory = [memory_elsewhere(task, side, size, dtype, options) / 2**30 for side in SIDES]
+                chosen = {"tasks": task, "sizes": size, "dtypes": dtype, "batch": options.batch, "steps": options.steps,
+                          "device": options.device, "compile": options.compile,
+                          "stock_keeps_memory": options.stock_keeps_memory}  # fmt: skip
+                sides = {side: Elsewhere(chosen | {"side": side}) for side in SIDES}
+                seconds = interleaved(sides, options.rounds, device)
                 ours, stock = (statistics.median(seconds[side]) for side in SIDES)
+                memory = [sides[side].peak / 2**30 for side in SIDES]
                 print(f"| {size} | {dtype} | {task} | {ours:.3f} | {stock:.3f} | "
                       f"{ratio(seconds['ours'], seconds['stock']):.3f} | {memory[0]:.2f} | {memory[1]:.2f} |",
                       flush=True)  # fmt: skip
+                for side in sides.values():
+                    side.close()
+
+
+def serve_side(side: str, task: str, size: str, dtype: str, options, device: torch.device) -> None:
+    training = task == "training"
+    if training and device.type == "cpu" and (side == "ours" or options.stock_keeps_memory):
+        keep_freed_memory()
+    # After the second step, optimizers hold their moments.
+    serve(lambda: make_way(task, side, size, dtype, options, device), device, calls=2 if training else 1)
 
 
 def make_way(task: str, side: str, size: str, dtype: str, options, device: torch.device) -> Callable[[], None]:
@@ -105,24 +121,6 @@ def sampler(stock: torch.nn.Module, side: str, dtype: str, options, device: torc
     labels = list(range(options.batch))
     return lambda: pipeline(labels, guidance_scale=2.0, num_inference_steps=options.steps, output_type="pt",
                             generator=torch.Generator().manual_seed(0))  # fmt: skip
-
-
-def memory_here(options, device: torch.device) -> int:
-    """Peak bytes of making a way and running it twice: the second time, optimizers hold their moments."""
-
-    def run() -> None:
-        way = make_way(options.tasks[0], options.memory_of, options.sizes[0], options.dtypes[0], options, device)
-        for _ in range(2):
-            way()
-
-    return peak_memory(run, device)
-
-
-def memory_elsewhere(task: str, side: str, size: str, dtype: str, options) -> int:
-    """The same in a process of its own."""
-    chosen = {"memory_of": side, "tasks": task, "sizes": size, "dtypes": dtype, "batch": options.batch,
-              "steps": min(options.steps, 2), "device": options.device, "compile": options.compile}  # fmt: skip
-    return peak_elsewhere(__file__, chosen)
 
 
 if __name__ == "__main__":

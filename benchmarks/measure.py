@@ -72,17 +72,54 @@ def peak_memory(way: Callable, device: torch.device) -> int:
     return peak[0]
 
 
-def peak_elsewhere(script: str, options: dict[str, object]) -> int:
-    """Bytes that `script` prints last when it runs in a process of its own with these options. True gives one without a
-    value, None and False leave it out."""
-    words = []
-    for name, value in options.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words.append(f"--{name}={value}")
-    command = [sys.executable, script, *words]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+class Elsewhere:
+    """A way that another process of the same script goes each time that this is called: one that `serve`s it.
+
+    `options` of the script: True gives one without a value, None and False leave it out. `peak`: bytes, see `serve`.
+    """
+
+    def __init__(self, options: dict[str, object]):
+        words = []
+        for name, value in options.items():
+            if value is True:
+                words.append(f"--{name}")
+            elif value is not None and value is not False:
+                words.append(f"--{name}={value}")
+        command = [sys.executable, sys.argv[0], *words]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.peak = int(self._answer())
+
+    def __call__(self) -> None:
+        self._process.stdin.write("go\n")
+        self._answer()
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process of {sys.argv[0]} ended with {self._process.wait()}")
+        return line
+
+    def close(self) -> None:
+        """End the process, and free its memory."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(make: Callable[[], Callable], device: torch.device, calls: int) -> None:
+    """Be the process of an `Elsewhere`: make the way and go it `calls` times, print the peak bytes of both, and go it
+    again for each line of stdin."""
+    ways: list[Callable] = []
+
+    def start() -> None:
+        ways.append(make())
+        for _ in range(calls):
+            ways[0]()
+
+    print(peak_memory(start, device), flush=True)
+    for _ in sys.stdin:
+        ways[0]()
+        _wait(device)
+        print("done", flush=True)
 
 
 def matmul_rate(device: torch.device, size: int = 4096) -> Callable[[], float]:

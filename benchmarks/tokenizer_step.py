@@ -5,8 +5,8 @@ python benchmarks/tokenizer_step.py --reference vq --methods vq fsq lfq ibq --ba
 python benchmarks/tokenizer_step.py --batch 8 --codebook_size 8192 --rounds 5
 A step of stage 1 with all of its losses and both optimizers; LPIPS has random weights, which cost the same. --bare
 leaves out LPIPS and GAN, which cost every method the same, so that its ratios are farther from 1 than those of a run.
-Steps are interleaved; a time is the median of the rounds, a ratio that of ratios. Memory is the peak in a process of
-its own, weights and all.
+Each method has a process of its own, and they take turns; a time is the median of the rounds, a ratio that of ratios,
+memory the peak, weights and all.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import lpips
 import torch
-from measure import interleaved, machine, peak_elsewhere, peak_memory, ratio
+from measure import Elsewhere, interleaved, machine, ratio, serve
 
 from common import config as configs
+from common.launch import keep_freed_memory
 from tokenizer.config import TrainConfig
 from tokenizer.discriminator import PatchDiscriminator
 from tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
@@ -36,42 +37,40 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true", help="without LPIPS and GAN")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory_of", help="print the peak bytes of this method's steps, and end")
+    parser.add_argument("--method", help="be the process of this method")
     options = parser.parse_args()
     device = torch.device(options.device)
-
-    def make(name: str) -> TrainingStep:
-        return TrainingStep(name, options.batch, options.codebook_size, options.bare, device)
-
-    def twice() -> None:
-        """In the second step optimizers hold their moments."""
-        step = make(options.memory_of)
-        step()
-        step()
-
-    if options.memory_of:
-        print(peak_memory(twice, device))
+    if options.method:
+        if device.type == "cpu":
+            keep_freed_memory()  # as the trainer does
+        config = load(options.method, options.codebook_size)
+        # In the second step optimizers hold their moments.
+        serve(lambda: TrainingStep(config, options.batch, options.bare, device), device, calls=2)
         return
     chosen = {name: getattr(options, name) for name in ("batch", "codebook_size", "bare", "device")}
-    memory = {name: peak_elsewhere(__file__, chosen | {"memory_of": name}) for name in options.methods}
-    steps = {name: make(name) for name in options.methods}
+    steps = {name: Elsewhere(chosen | {"method": name}) for name in options.methods}
     seconds = interleaved(steps, options.rounds, device)
     print(f"{machine(device)}; batch {options.batch} of 128 x 128, {options.batch * 256} tokens, bfloat16 autocast, "
           f"{'without LPIPS and GAN, ' if options.bare else ''}{options.rounds} rounds\n")  # fmt: skip
     reference = options.reference
     print(f"| method | K | d | s a step | times {reference} | GiB | times {reference} |\n|---|---|---|---|---|---|---|")
     for name, step in steps.items():
-        quantizer, times = step.decoder.quantizer, ratio(seconds[name], seconds[reference])
+        config, times = load(name, options.codebook_size), ratio(seconds[name], seconds[reference])
+        quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         print(f"| {name} | {quantizer.codebook_size:,} | {quantizer.dim} | {statistics.median(seconds[name]):.3f} | "
-              f"{times:.3f} | {memory[name] / 2**30:.2f} | {memory[name] / memory[reference]:.3f} |")  # fmt: skip
+              f"{times:.3f} | {step.peak / 2**30:.2f} | {step.peak / steps[reference].peak:.3f} |")  # fmt: skip
+
+
+def load(name: str, codebook_size: int | None) -> TrainConfig:
+    """A config of configs/imagenet128; a `codebook_size` replaces its own."""
+    options = [f"--quantizer.codebook_size={codebook_size}"] if codebook_size else []
+    return configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
 
 
 class TrainingStep:
     """Networks and optimizers of a config of configs/imagenet128, and a call that trains them one step."""
 
-    def __init__(self, name: str, batch: int, codebook_size: int | None, bare: bool, device: torch.device):
-        options = [f"--quantizer.codebook_size={codebook_size}"] if codebook_size else []
-        config = configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
+    def __init__(self, config: TrainConfig, batch: int, bare: bool, device: torch.device):
         torch.manual_seed(0)
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         quantizer.nonstationary_weight = config.loss.nonstationary_weight

@@ -1,4 +1,4 @@
-"""How a script starts and ends: errors as one line, exit codes, and as many CPU processes as were asked for."""
+"""How a script starts and ends: errors as one line, exit codes, as many CPU processes as were asked for, and memory."""
 
 import ctypes
 import errno
@@ -12,6 +12,7 @@ import psutil
 from common.errors import Stopped, UsageError, UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def run(main: Callable[[], None]) -> None:
@@ -66,3 +67,12 @@ def end_with_the_launcher() -> None:
     words = " ".join(parent.cmdline()[:3]) if parent is not None else ""
     if sys.platform == "linux" and any(name in words for name in ("accelerate", "torchrun", "torch.distributed")):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def keep_freed_memory() -> None:
+    """Keep what this process frees for its next step: glibc's malloc gives large blocks back to the kernel, and a
+    training step on a CPU would fault all pages of its activations in again. Does nothing without glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)  # blocks of any size come from the heap
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # its free end stays

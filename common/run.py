@@ -39,6 +39,7 @@ from tqdm import tqdm
 from common import checkpoints
 from common import config as configs
 from common.errors import Stopped, UsageError, UserError
+from common.launch import keep_freed_memory
 from common.metrics import MetricsLog, surviving, warn, write_atomically
 from common.sharding import load_module, load_optimizer, whole
 
@@ -113,6 +114,8 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
             raise UsageError("FSDP1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
         # Parameters stay float32, as in DDP: autocast casts what it should, and leaves the rest as it is.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     set_seed(config.seed)
     return accelerator
 

@@ -3,6 +3,7 @@ import fcntl
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,25 @@ def test_a_global_batch_that_does_not_divide_is_refused(accelerator):
     assert micro_batch_size(RunConfig(batch_size=12, accumulation=3), accelerator) == 4
     with pytest.raises(UsageError, match=r"run\.batch_size = 10"):
         micro_batch_size(RunConfig(batch_size=10, accumulation=3), accelerator)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the malloc of glibc")
+def test_a_run_on_the_cpu_keeps_the_memory_that_it_frees(tmp_path):
+    """The pages of a block of 64 MiB that was freed are still there for the next one."""
+    script = """
+import resource, torch
+from pathlib import Path
+from common.run import RunConfig, make_accelerator
+make_accelerator(RunConfig(trackers=[], mixed_precision="no"), Path("."))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**14 // 100
 
 
 @pytest.mark.parametrize(
