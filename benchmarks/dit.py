@@ -6,8 +6,8 @@ A step is forward, loss, backward and fused AdamW, with float32 weights under au
 50 steps at guidance 2 of `ClassConditionalPipeline` and of stock `DiTPipeline` from the same exported weights, in the
 given type on both sides, without decoding. Both sides are compiled, or neither. Each has a process of its own, and they
 take turns; a time is the median of the rounds, a ratio the median of ratios, memory the peak, weights and all.
-In training on a CPU our process keeps freed memory, as our trainer makes it do; --stock_keeps_memory gives the stock
-one this too.
+On a CPU our process keeps freed memory, as that of each of our scripts does; --stock_keeps_memory gives the stock one
+this too.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stock_keeps_memory", action="store_true", help="as our trainer's process does")
+    parser.add_argument("--stock_keeps_memory", action="store_true", help="as ours does")
     parser.add_argument("--side", choices=SIDES, help="be the process of this side of one task")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -68,11 +68,14 @@ def main() -> None:
 
 
 def serve_side(side: str, task: str, size: str, dtype: str, options, device: torch.device) -> None:
-    training = task == "training"
-    if training and device.type == "cpu" and (side == "ours" or options.stock_keeps_memory):
-        keep_freed_memory()
+    def make() -> Callable[[], None]:
+        way = make_way(task, side, size, dtype, options, device)
+        if side == "ours" or options.stock_keeps_memory:
+            keep_freed_memory(device.type)
+        return way
+
     # After the second step, optimizers hold their moments.
-    serve(lambda: make_way(task, side, size, dtype, options, device), device, calls=2 if training else 1)
+    serve(make, device, calls=2 if task == "training" else 1)
 
 
 def make_way(task: str, side: str, size: str, dtype: str, options, device: torch.device) -> Callable[[], None]:

@@ -54,6 +54,7 @@ def main() -> None:
     config = configs.parse(BenchmarkConfig, sys.argv[1:])
     report.exact_float32()
     accelerator = Accelerator(mixed_precision="no")
+    launch.keep_freed_memory(accelerator.device.type)  # as the evaluations do
     model = VQModel.from_pretrained(config.tokenizer).to(accelerator.device).eval()
     extractor = load_extractor(config.features, None, accelerator, ("fid",)).module
     data = report.data_with_size(config.data, model.config.sample_size)

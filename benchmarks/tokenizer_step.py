@@ -41,8 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.method:
-        if device.type == "cpu":
-            keep_freed_memory()  # as the trainer does
+        keep_freed_memory(device.type)  # as the trainer does
         config = load(options.method, options.codebook_size)
         # In the second step optimizers hold their moments.
         serve(lambda: TrainingStep(config, options.batch, options.bare, device), device, calls=2)

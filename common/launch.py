@@ -12,7 +12,7 @@ import psutil
 from common.errors import Stopped, UsageError, UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def run(main: Callable[[], None]) -> None:
@@ -69,10 +69,10 @@ def end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def keep_freed_memory() -> None:
-    """Keep what this process frees for its next step: glibc's malloc gives large blocks back to the kernel, and a
-    training step on a CPU would fault all pages of its activations in again. Does nothing without glibc."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+def keep_freed_memory(device_type: str) -> None:
+    """On the device type "cpu", keep what this process frees for its next step: glibc's malloc gives large blocks back
+    to the kernel, and each step would fault the pages of its activations in again. Does nothing without glibc."""
+    libc = ctypes.CDLL(None) if device_type == "cpu" and sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)  # blocks of any size come from the heap
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # its free end stays
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes: smaller blocks come from the heap,
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # which stays as large as it was

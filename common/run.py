@@ -114,8 +114,7 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
             raise UsageError("FSDP1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
         # Parameters stay float32, as in DDP: autocast casts what it should, and leaves the rest as it is.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(accelerator.device.type)
     set_seed(config.seed)
     return accelerator
 

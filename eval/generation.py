@@ -373,6 +373,7 @@ def main() -> None:
     report.exact_float32()
     accelerator = Accelerator(mixed_precision="no")
     pipeline = load_pipeline(config.pipeline).to(accelerator.device)
+    launch.keep_freed_memory(accelerator.device.type)
     pipeline.set_progress_bar_config(disable=True)
     result = evaluate(pipeline, config, accelerator)
     if result is not None:

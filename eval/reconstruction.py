@@ -213,6 +213,7 @@ def main() -> None:
     report.open_output(config.output)
     report.exact_float32()
     accelerator = Accelerator(mixed_precision="no")
+    launch.keep_freed_memory(accelerator.device.type)
     result = evaluate(config, accelerator)
     if result is not None:
         report.write(config.output, result)

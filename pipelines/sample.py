@@ -55,9 +55,10 @@ def main() -> None:
         raise UsageError(f"--output {config.output} must end in one of {', '.join(_SUFFIXES)}")
     pipeline = ClassConditionalPipeline.from_pretrained(config.pipeline)
     try:
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pipeline.to(device, getattr(torch, config.dtype))
         guide = pipeline.load_guide(config.guide) if config.guide else None
+        launch.keep_freed_memory(device.type)
         labels = [label for label in config.classes or [None] for _ in range(config.per_class)]
         images = pipeline(
             labels,
