@@ -12,7 +12,7 @@ import psutil
 from common.errors import Stopped, UsageError, UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def run(main: Callable[[], None]) -> None:
@@ -74,5 +74,5 @@ def keep_freed_memory(device_type: str) -> None:
     to the kernel, and each step would fault the pages of its activations in again. Does nothing without glibc."""
     libc = ctypes.CDLL(None) if device_type == "cpu" and sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes: smaller blocks come from the heap,
+        libc.mallopt(_M_MMAP_MAX, 0)  # blocks of any size come from the heap,
         libc.mallopt(_M_TRIM_THRESHOLD, -1)  # which stays as large as it was
