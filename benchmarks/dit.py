@@ -6,8 +6,8 @@ A step is forward, loss, backward and fused AdamW, with float32 weights under au
 50 steps at guidance 2 of `ClassConditionalPipeline` and of stock `DiTPipeline` from the same exported weights, in the
 given type on both sides, without decoding. Both sides are compiled, or neither. Each has a process of its own, and they
 take turns; a time is the median of the rounds, a ratio the median of ratios, memory the peak, weights and all.
-On a CPU our process keeps freed memory, as that of each of our scripts does; --stock_keeps_memory gives the stock one
-this too.
+On a CPU our process keeps freed memory, as those of our trainers and samplers do; --stock_keeps_memory gives the stock
+one this too.
 """
 
 import argparse
