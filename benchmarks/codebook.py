@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import VectorQuantizer
 from measure import interleaved, machine, matmul_rate, peak_memory, ratio
 from vector_quantize_pytorch import VectorQuantize
 
-from tokenizer.codebook import nearest_code, nonstationary_loss, search_with_nonstationary_loss
+from nsvq.tokenizer.codebook import nearest_code, nonstationary_loss, search_with_nonstationary_loss
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from common import make_shards, synthetic
-from common.data import DataConfig, train_batches
+from nsvq.data import make_shards, synthetic
+from nsvq.data.batches import train_batches
+from nsvq.data.config import DataConfig
 
 
 def jpeg(i: int) -> bytes:

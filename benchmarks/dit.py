@@ -18,12 +18,12 @@ import torch
 from diffusers import DiTPipeline, VQModel
 from measure import Elsewhere, interleaved, machine, ratio, serve
 
-from common.launch import keep_freed_memory
-from diffusion.dit import DiT
-from diffusion.model import SIZES, DiTConfig, make_model
-from diffusion.sampling import flow_scheduler
-from pipelines import ClassConditionalPipeline
-from pipelines.export import from_stock, to_stock
+from nsvq.common.launch import keep_freed_memory
+from nsvq.diffusion.dit import DiT
+from nsvq.diffusion.model import SIZES, DiTConfig, make_model
+from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.export import from_stock, to_stock
 
 SHAPE, CLASSES = (128, 16, 16), 1000
 SIDES = ("ours", "stock")

@@ -20,13 +20,14 @@ from accelerate import Accelerator
 from diffusers import VQModel
 from pydantic import Field
 
-from common import config as configs
-from common import launch
-from common.data import DataConfig, eval_batches
-from common.image_metrics import from_uint8, to_uint8
-from eval import report
-from eval.features import load_extractor
-from eval.reconstruction import ReconstructionConfig, evaluate
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.image_metrics import from_uint8, to_uint8
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.eval import report
+from nsvq.eval.features import load_extractor
+from nsvq.eval.reconstruction import ReconstructionConfig, evaluate
 
 
 class BenchmarkConfig(configs.Config):

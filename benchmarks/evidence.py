@@ -27,11 +27,12 @@ from evidence_study import CURVES, Study, diffusion_config, record_key, training
 from measure import machine
 from pydantic import Field
 
-from common import config as configs
-from common import launch
-from common.data import DataConfig, open_split
-from common.errors import UserError
-from common.run import code_version
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.run import code_version
+from nsvq.data.config import DataConfig
+from nsvq.data.sources import open_split
+from nsvq.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

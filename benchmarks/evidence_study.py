@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from common import config as configs
-from common.data import DataConfig
-from diffusion.train import TrainConfig as DiffusionConfig
-from eval.generation import GenerationConfig
-from tokenizer.config import TrainConfig
+from nsvq.common import config as configs
+from nsvq.data.config import DataConfig
+from nsvq.diffusion.train import TrainConfig as DiffusionConfig
+from nsvq.eval.generation import GenerationConfig
+from nsvq.tokenizer.config import TrainConfig
 
 COLUMNS = {  # of the table: metric (or its start, with _ at the end), heading, format
     "psnr": ("PSNR, dB", "{:.2f}"),

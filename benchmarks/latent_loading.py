@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.latents import LatentCache, train_batches
-from diffusion.model import SIZES, DiTConfig, make_model
+from nsvq.diffusion.model import SIZES, DiTConfig, make_model
+from nsvq.tokenizer.latents import LatentCache, train_batches
 
 SHARD = 1024
 FLOPS = 0.4 * 989e12

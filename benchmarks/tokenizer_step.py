@@ -17,13 +17,13 @@ import lpips
 import torch
 from measure import Elsewhere, interleaved, machine, ratio, serve
 
-from common import config as configs
-from common.launch import keep_freed_memory
-from tokenizer.config import TrainConfig
-from tokenizer.discriminator import PatchDiscriminator
-from tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
-from tokenizer.model import QuantizedDecoder, make_encoder
-from tokenizer.quantizers import make_quantizer
+from nsvq.common import config as configs
+from nsvq.common.launch import keep_freed_memory
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
+from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.quantizers import make_quantizer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import UserError
-from common.hashes import file_hash
+from nsvq.errors import UserError
+from nsvq.hashes import file_hash
 
 MANIFEST = "manifest.json"
 

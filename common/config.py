@@ -14,16 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from common.errors import UsageError
-
-
-class Config(BaseModel):
-    """Base of every config section: an unknown key is an error, and fields carry their own description."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
-
+from nsvq.data.config import Config
+from nsvq.errors import UsageError
 
 C = TypeVar("C", bound=Config)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import psutil
 
-from common.errors import Stopped, UsageError, UserError
+from nsvq.errors import Stopped, UsageError, UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h

@@ -36,12 +36,12 @@ from pydantic import Field
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import checkpoints
-from common import config as configs
-from common.errors import Stopped, UsageError, UserError
-from common.launch import keep_freed_memory
-from common.metrics import MetricsLog, surviving, warn, write_atomically
-from common.sharding import load_module, load_optimizer, whole
+from nsvq.common import checkpoints
+from nsvq.common import config as configs
+from nsvq.common.launch import keep_freed_memory
+from nsvq.common.metrics import MetricsLog, surviving, warn, write_atomically
+from nsvq.common.sharding import load_module, load_optimizer, whole
+from nsvq.errors import Stopped, UsageError, UserError
 
 
 class RunConfig(configs.Config):

@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Config
-from diffusion.dit import DiT
-from diffusion.unet import UNet, make_unet
+from nsvq.common.config import Config
+from nsvq.diffusion.dit import DiT
+from nsvq.diffusion.unet import UNet, make_unet
 
 SIZES = {  # depth, width, heads
     "tiny": (6, 192, 3),

@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from pydantic import Field
 from torch import Tensor
 
-from common.config import Config
-from diffusion.sampling import TIMESTEPS, ddpm_scheduler, flow_scheduler, timestep
+from nsvq.common.config import Config
+from nsvq.diffusion.sampling import TIMESTEPS, ddpm_scheduler, flow_scheduler, timestep
 
 _SHIFT_FREE_DIM = 4096
 

@@ -21,14 +21,12 @@ from diffusers.training_utils import EMAModel
 from pydantic import Field, model_validator
 from torch.nn.utils import clip_grad_norm_
 
-from common import config as configs
-from common import launch
-from common.config import Config
-from common.data import DataConfig
-from common.errors import UsageError, UserError
-from common.guard import Guard
-from common.metrics import Means, show, surviving
-from common.run import (
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.config import Config
+from nsvq.common.guard import Guard
+from nsvq.common.metrics import Means, show, surviving
+from nsvq.common.run import (
     Run,
     RunConfig,
     averaged_weights,
@@ -37,17 +35,19 @@ from common.run import (
     micro_batch_size,
     progress_bar,
 )
-from common.sharding import full, split_like
-from diffusion.encode import open_cache
-from diffusion.latents import train_batches
-from diffusion.model import DiTConfig, ModelConfig, make_model
-from diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
-from diffusion.sampling import TIMESTEPS, sample
-from eval.features import INCEPTION
-from eval.monitor import FrechetMonitor
-from pipelines.export import check_classes, save_pipeline, to_stock
-from tokenizer import Tokenizer
-from tokenizer.pretrained import read_training
+from nsvq.common.sharding import full, split_like
+from nsvq.data.config import DataConfig
+from nsvq.diffusion.model import DiTConfig, ModelConfig, make_model
+from nsvq.diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
+from nsvq.diffusion.sampling import TIMESTEPS, sample
+from nsvq.errors import UsageError, UserError
+from nsvq.eval.features import INCEPTION
+from nsvq.eval.monitor import FrechetMonitor
+from nsvq.pipelines.export import check_classes, save_pipeline, to_stock
+from nsvq.tokenizer import Tokenizer
+from nsvq.tokenizer.encode import open_cache
+from nsvq.tokenizer.latents import train_batches
+from nsvq.tokenizer.pretrained import read_training
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
 _QUARTILES = 4  # of the noise level, in the loss that is logged

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from tokenizer.pretrained import Tokenizer
+from nsvq.tokenizer.pretrained import Tokenizer
 
 
 class ContinuousTokenizer(Tokenizer):

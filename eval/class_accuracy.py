@@ -10,13 +10,13 @@ from accelerate.utils import broadcast_object_list
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from common.data import DataConfig
-from common.errors import UsageError, UserError
-from common.image_metrics import to_uint8
-from eval.classifier import train_classifier
-from eval.features import Extractor
-from eval.ranks import gather_by_index
-from eval.reference import real_batches
+from nsvq.common.image_metrics import to_uint8
+from nsvq.data.config import DataConfig
+from nsvq.errors import UsageError, UserError
+from nsvq.eval.classifier import train_classifier
+from nsvq.eval.features import Extractor
+from nsvq.eval.ranks import gather_by_index
+from nsvq.eval.reference import real_batches
 
 _IMAGES_PER_CLASS = 50  # real ones, to find out which output of an extractor means which class
 

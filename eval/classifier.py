@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data import BadImages, DataConfig, open_split, train_batches
-from common.errors import UserError
+from nsvq.data.batches import BadImages, train_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.sources import open_split
+from nsvq.errors import UserError
 
 
 class Classifier(nn.Module):

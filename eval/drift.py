@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from common.errors import UsageError
-from eval.autoencoders import encode
-from eval.ranks import in_groups
-from tokenizer.pretrained import Tokenizer
+from nsvq.errors import UsageError
+from nsvq.eval.autoencoders import encode
+from nsvq.eval.ranks import in_groups
+from nsvq.tokenizer.pretrained import Tokenizer
 
 MEANINGS = {
     "drift_rms": "root mean square of how far the encoder's outputs moved since the compared tokenizer (NSVQ, eq. 7)",

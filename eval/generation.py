@@ -21,20 +21,22 @@ from diffusers import DiffusionPipeline, ModelMixin
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from common import config as configs
-from common import launch
-from common.data import DataConfig, Images, Stream, open_split
-from common.errors import UsageError
-from common.hashes import file_hash
-from diffusion.sampling import SAMPLERS, make_sampler, set_steps
-from eval import class_accuracy, report
-from eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
-from eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
-from eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
-from eval.pictures import Grid
-from eval.ranks import build_in_turn
-from eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
-from eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.data.config import DataConfig
+from nsvq.data.shards import Stream
+from nsvq.data.sources import Images, open_split
+from nsvq.diffusion.sampling import SAMPLERS, make_sampler, set_steps
+from nsvq.errors import UsageError
+from nsvq.eval import class_accuracy, report
+from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
+from nsvq.eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
+from nsvq.eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
+from nsvq.eval.pictures import Grid
+from nsvq.eval.ranks import build_in_turn
+from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
+from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
+from nsvq.hashes import file_hash
 
 IMAGENET = "ILSVRC/imagenet-1k"
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}

@@ -5,7 +5,7 @@ What cannot be computed is skipped, and the result says why.
 
 import math
 
-from eval.feature_statistics import (
+from nsvq.eval.feature_statistics import (
     ISC_SPLITS,
     KID_SUBSET,
     NEIGHBOURS,
@@ -14,9 +14,9 @@ from eval.feature_statistics import (
     kid,
     precision_recall,
 )
-from eval.features import Extractor, metric_name
-from eval.reference import ADM_ROWS
-from eval.report import rank_warnings
+from nsvq.eval.features import Extractor, metric_name
+from nsvq.eval.reference import ADM_ROWS
+from nsvq.eval.report import rank_warnings
 
 METRICS = ("fid", "sfid", "isc", "kid", "prc")
 _NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}

@@ -8,12 +8,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from common.data import DataConfig, open_split
-from common.image_metrics import to_uint8
-from eval.feature_statistics import frechet_distance
-from eval.features import Collector, load_extractor, metric_name
-from eval.reference import DEFAULT_CACHE, Cache, real_sets
-from eval.samples import GROUP, groups
+from nsvq.common.image_metrics import to_uint8
+from nsvq.data.config import DataConfig
+from nsvq.data.sources import open_split
+from nsvq.eval.feature_statistics import frechet_distance
+from nsvq.eval.features import Collector, load_extractor, metric_name
+from nsvq.eval.reference import DEFAULT_CACHE, Cache, real_sets
+from nsvq.eval.samples import GROUP, groups
 
 
 class FrechetMonitor:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from common import config as configs
-from common import launch
-from common.errors import UserError
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.errors import UserError
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from torch import nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
-from common.errors import UserError
-from common.hashes import file_hash
-from eval.ranks import build_in_turn
-from tokenizer.losses import load_lpips
+from nsvq.errors import UserError
+from nsvq.eval.ranks import build_in_turn
+from nsvq.hashes import file_hash
+from nsvq.tokenizer.losses import load_lpips
 
 _KNOWN = {"vgg": VGG16_Weights, "alex": AlexNet_Weights, "squeeze": SqueezeNet1_1_Weights}
 

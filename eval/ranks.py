@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from common.errors import UserError
+from nsvq.errors import UserError
 
 _AT_ONCE = {"cpu": 4}  # images that a network sees at once; four stay in a processor's cache
 _AT_ONCE_ELSEWHERE = 16

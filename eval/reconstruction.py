@@ -19,21 +19,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import config as configs
-from common import launch
-from common.data import BadImages, eval_batches, open_split
-from common.errors import UsageError, UserError
-from common.image_metrics import from_uint8, squared_error, ssim, to_uint8, truncate_uint8
-from eval import report
-from eval.autoencoders import open_tokenizer, reconstruct
-from eval.drift import Drift
-from eval.features import INCEPTION, Collector, Extractor, PytorchFidInception, metric_name
-from eval.perceptual import load_networks
-from eval.pictures import Examples
-from eval.ranks import gather_by_index, in_groups
-from eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
-from eval.reference import Cache, bad_images, key_of
-from tokenizer.pretrained import Tokenizer
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.image_metrics import from_uint8, squared_error, ssim, to_uint8, truncate_uint8
+from nsvq.data.batches import BadImages, eval_batches
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError, UserError
+from nsvq.eval import report
+from nsvq.eval.autoencoders import open_tokenizer, reconstruct
+from nsvq.eval.drift import Drift
+from nsvq.eval.features import INCEPTION, Collector, Extractor, PytorchFidInception, metric_name
+from nsvq.eval.perceptual import load_networks
+from nsvq.eval.pictures import Examples
+from nsvq.eval.ranks import gather_by_index, in_groups
+from nsvq.eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
+from nsvq.eval.reference import Cache, bad_images, key_of
+from nsvq.tokenizer.pretrained import Tokenizer
 
 
 class ReconstructionConfig(report.EvaluationConfig):

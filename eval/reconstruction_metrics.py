@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from common.image_metrics import decibels
-from eval import drift
-from eval.feature_statistics import FeatureSet, frechet_distance
-from eval.features import Extractor, PytorchFidInception, metric_name
-from eval.report import rank_warnings
-from tokenizer.health import usage
-from tokenizer.pretrained import Tokenizer
+from nsvq.common.image_metrics import decibels
+from nsvq.eval import drift
+from nsvq.eval.feature_statistics import FeatureSet, frechet_distance
+from nsvq.eval.features import Extractor, PytorchFidInception, metric_name
+from nsvq.eval.report import rank_warnings
+from nsvq.tokenizer.health import usage
+from nsvq.tokenizer.pretrained import Tokenizer
 
 BATCH = 64  # images over which SimVQ's evaluation takes one PSNR, and one mean SSIM
 _MEANINGS = {

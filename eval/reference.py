@@ -21,12 +21,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from common.data import BadImages, DataConfig, Images, Stream, eval_batches
-from common.errors import UsageError, UserError
-from common.image_metrics import to_uint8
-from eval.feature_statistics import FeatureSet, Gaussian
-from eval.features import Collector, Extractor
-from eval.ranks import build_in_turn
+from nsvq.common.image_metrics import to_uint8
+from nsvq.data.batches import BadImages, eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.shards import Stream
+from nsvq.data.sources import Images
+from nsvq.errors import UsageError, UserError
+from nsvq.eval.feature_statistics import FeatureSet, Gaussian
+from nsvq.eval.features import Collector, Extractor
+from nsvq.eval.ranks import build_in_turn
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "nsvq" / "references"
 ADM_ROWS = 10_000  # real images that ADM's precision and recall compare with

@@ -16,14 +16,16 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 
-from common import config as configs
-from common.data import DataConfig, Images, Stream
-from common.errors import UsageError, UserError
-from common.hashes import file_hash
-from common.run import code_version
-from eval.feature_statistics import FeatureSet
-from eval.features import INCEPTION, Extractor, Unavailable, load_extractor
-from eval.reference import DEFAULT_CACHE
+from nsvq.common import config as configs
+from nsvq.common.run import code_version
+from nsvq.data.config import DataConfig
+from nsvq.data.shards import Stream
+from nsvq.data.sources import Images
+from nsvq.errors import UsageError, UserError
+from nsvq.eval.feature_statistics import FeatureSet
+from nsvq.eval.features import INCEPTION, Extractor, Unavailable, load_extractor
+from nsvq.eval.reference import DEFAULT_CACHE
+from nsvq.hashes import file_hash
 
 
 class EvaluationConfig(configs.Config):

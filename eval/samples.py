@@ -20,11 +20,11 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
-from common import config as configs
-from common.errors import UsageError, UserError
-from common.image_metrics import to_uint8
-from pipelines import ClassConditionalPipeline
-from tokenizer.pretrained import VQ_MODELS
+from nsvq.common import config as configs
+from nsvq.common.image_metrics import to_uint8
+from nsvq.errors import UsageError, UserError
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.tokenizer.pretrained import VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once
 

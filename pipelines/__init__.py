@@ -1,5 +1,5 @@
 """Saved pipelines: `ClassConditionalPipeline` samples from the folder that a diffusion run leaves."""
 
-from pipelines.pipeline import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 __all__ = ["ClassConditionalPipeline"]

@@ -27,12 +27,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from common.errors import UserError
-from diffusion import dit
-from diffusion.dit import DiT, PipelineDiT
-from diffusion.unet import UNet
-from pipelines.card import write_card
-from tokenizer.pretrained import VQ_MODELS
+from nsvq.diffusion import dit
+from nsvq.diffusion.dit import DiT, PipelineDiT
+from nsvq.diffusion.unet import UNet
+from nsvq.errors import UserError
+from nsvq.pipelines.card import write_card
+from nsvq.tokenizer.pretrained import VQ_MODELS
 
 STOCK_NULL_CLASS = 1000  # DiTPipeline's "no class", whatever the number of classes
 SHIPPED_MODULE = "nsvq_dit"  # the name of diffusion/dit.py in a folder

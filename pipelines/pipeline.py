@@ -15,9 +15,9 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, M
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusion.dit import PipelineDiT
-from diffusion.sampling import make_sampler, sample, set_steps
-from pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
+from nsvq.diffusion.dit import PipelineDiT
+from nsvq.diffusion.sampling import make_sampler, sample, set_steps
+from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
 

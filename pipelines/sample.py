@@ -11,12 +11,12 @@ import torch
 from pydantic import Field, field_validator
 from torchvision.utils import save_image
 
-from common import config as configs
-from common import launch
-from common.config import Config
-from common.errors import UsageError, UserError
-from diffusion.sampling import SAMPLERS
-from pipelines import ClassConditionalPipeline
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.config import Config
+from nsvq.diffusion.sampling import SAMPLERS
+from nsvq.errors import UsageError, UserError
+from nsvq.pipelines import ClassConditionalPipeline
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

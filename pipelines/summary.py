@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from common import config as configs
-from common import launch
-from eval.page import read_result, write_page
-from pipelines.card import write_card
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.eval.page import read_result, write_page
+from nsvq.pipelines.card import write_card
 
 ROWS = {  # of each result: what to show, and how
     "reconstruction": {

@@ -6,13 +6,13 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, DiTPipeline
 
-from diffusion.train import main as train_diffusion
-from eval.generation import main as measure_samples
-from eval.reconstruction import main as measure_reconstruction
-from pipelines import ClassConditionalPipeline
-from pipelines.summary import main as summarize
-from tokenizer import Tokenizer
-from tokenizer.train import main as train_tokenizer
+from nsvq.diffusion.train import main as train_diffusion
+from nsvq.eval.generation import main as measure_samples
+from nsvq.eval.reconstruction import main as measure_reconstruction
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.summary import main as summarize
+from nsvq.tokenizer import Tokenizer
+from nsvq.tokenizer.train import main as train_tokenizer
 
 RUN = {"batch_size": 8, "workers": 0, "log_every": 4, "sample_every": 100, "checkpoint_every": 100, "trackers": []}
 DATA = {"source": "synthetic", "image_size": 16}

@@ -1,14 +1,14 @@
 import pytest
 import soak
 
-import diffusion.train
-import tokenizer.train
+import nsvq.diffusion.train
+import nsvq.tokenizer.train
 
 
-@pytest.mark.parametrize("train", [tokenizer.train, diffusion.train], ids=["tokenizer", "diffusion"])
+@pytest.mark.parametrize("train", [nsvq.tokenizer.train, nsvq.diffusion.train], ids=["tokenizer", "diffusion"])
 def test_a_run_that_is_killed_twice_equals_an_undisturbed_one(train, run_instrumented, tmp_path):
     """The short form of `make soak`."""
-    stage = train.__name__.partition(".")[0]
+    stage = train.__name__.split(".")[1]
     arguments = soak.prepare(tmp_path)[stage]
     whole = soak.whole_run(stage, tmp_path)
     run_instrumented(train, *arguments, "--out", whole, record=f"{whole}-record")

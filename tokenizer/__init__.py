@@ -1,5 +1,5 @@
 """Stage one: the image tokenizer. `Tokenizer` reads what a run saved."""
 
-from tokenizer.pretrained import Tokenizer
+from nsvq.tokenizer.pretrained import Tokenizer
 
 __all__ = ["Tokenizer"]

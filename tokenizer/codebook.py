@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tokenizer import codebook_tiles
+from nsvq.tokenizer import codebook_tiles
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _passes(z: Tensor) -> ModuleType:
     if not z.is_cuda:
         return codebook_tiles
     try:
-        from tokenizer import codebook_triton
+        from nsvq.tokenizer import codebook_triton
     except ImportError:
         return codebook_tiles
     return codebook_triton if z.shape[1] <= codebook_triton.MAX_DIM else codebook_tiles

@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Config
-from common.data import DataConfig
-from common.run import RunConfig
-from tokenizer.losses import LossConfig
-from tokenizer.model import ModelConfig
-from tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig
-from tokenizer.quantizers.base import NearestQuantizer
-from tokenizer.quantizers.vq import VQConfig
-from tokenizer.schedule import ScheduleConfig
+from nsvq.common.config import Config
+from nsvq.common.run import RunConfig
+from nsvq.data.config import DataConfig
+from nsvq.tokenizer.losses import LossConfig
+from nsvq.tokenizer.model import ModelConfig
+from nsvq.tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig
+from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.quantizers.vq import VQConfig
+from nsvq.tokenizer.schedule import ScheduleConfig
 
 
 class OptimConfig(Config):

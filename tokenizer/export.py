@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from tokenizer.model import ModelConfig, QuantizedDecoder, vqmodel_arguments
-from tokenizer.pretrained import TRAINING_FILE
-from tokenizer.vqmodel import QuantizerVQModel
+from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, vqmodel_arguments
+from nsvq.tokenizer.pretrained import TRAINING_FILE
+from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 
 @torch.no_grad()

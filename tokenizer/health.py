@@ -4,8 +4,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tokenizer.codebook import nearest_neighbor_distance, nonstationary_loss
-from tokenizer.quantizers import Quantizer
+from nsvq.tokenizer.codebook import nearest_neighbor_distance, nonstationary_loss
+from nsvq.tokenizer.quantizers import Quantizer
 
 
 def usage(counts: Tensor) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenizer.codebook import nearest_code
+from nsvq.tokenizer.codebook import nearest_code
 
 _SEEDING_POINTS = 16  # a code, which the start is drawn from
 

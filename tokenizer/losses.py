@@ -14,10 +14,10 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.config import Config
-from common.errors import UserError
-from tokenizer.quantizers import Quantizer
-from tokenizer.schedule import Phase
+from nsvq.common.config import Config
+from nsvq.errors import UserError
+from nsvq.tokenizer.quantizers import Quantizer
+from nsvq.tokenizer.schedule import Phase
 
 
 class LossConfig(Config):

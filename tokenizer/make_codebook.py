@@ -27,12 +27,14 @@ from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
-from common import config as configs
-from common import launch
-from common.data import DataConfig, eval_batches, open_split
-from common.errors import UsageError, UserError
-from tokenizer.kmeans import kmeans
-from tokenizer.quantizers.lc import load_features
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.quantizers.lc import load_features
 
 SHARD_IMAGES = 4096
 BATCH_IMAGES = 64

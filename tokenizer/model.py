@@ -10,8 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Config
-from tokenizer.quantizers import Quantized, Quantizer
+from nsvq.common.config import Config
+from nsvq.tokenizer.quantizers import Quantized, Quantizer
 
 
 class ModelConfig(Config):

@@ -12,10 +12,10 @@ import torch
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.hashes import state_hash
-from tokenizer.codebook import nearest_code
-from tokenizer.vqmodel import QuantizerVQModel
+from nsvq.errors import UserError
+from nsvq.hashes import state_hash
+from nsvq.tokenizer.codebook import nearest_code
+from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 VQ_MODELS = {"VQModel": VQModel, "QuantizerVQModel": QuantizerVQModel}
 TRAINING_FILE = "nsvq.json"  # beside the weights of a tokenizer that this project trained

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Config
+from nsvq.common.config import Config
 
 Phase = Literal["stage1", "warmup", "stage2"]
 

@@ -14,24 +14,26 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.nn.utils import clip_grad_norm_
 
-from common import config as configs
-from common import launch
-from common.data import BadImages, Stream, eval_batches, open_split, train_batches
-from common.errors import UsageError
-from common.guard import Guard
-from common.image_metrics import psnr, to_uint8
-from common.metrics import Means, show
-from common.run import Run, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
-from tokenizer.config import TrainConfig
-from tokenizer.discriminator import PatchDiscriminator
-from tokenizer.export import latent_statistics, save, to_vqmodel
-from tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
-from tokenizer.kmeans import kmeans
-from tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips, phase_weights
-from tokenizer.model import QuantizedDecoder, make_encoder
-from tokenizer.quantizers import make_quantizer
-from tokenizer.replacement import replace_dead_codes, write_rows
-from tokenizer.schedule import Schedule
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.guard import Guard
+from nsvq.common.image_metrics import psnr, to_uint8
+from nsvq.common.metrics import Means, show
+from nsvq.common.run import Run, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
+from nsvq.data.batches import BadImages, eval_batches, train_batches
+from nsvq.data.shards import Stream
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
+from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
+from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips, phase_weights
+from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.quantizers import make_quantizer
+from nsvq.tokenizer.replacement import replace_dead_codes, write_rows
+from nsvq.tokenizer.schedule import Schedule
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "nsvq.yaml"
 

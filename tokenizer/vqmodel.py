@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from tokenizer.quantizers import QuantizerConfig, make_quantizer
+from nsvq.tokenizer.quantizers import QuantizerConfig, make_quantizer
 
 # A DiffusionPipeline finds out how to load a foreign component by looking for its base class in the component's module.
 __all__ = ["ModelMixin", "QuantizerVQModel"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import read_yaml, validate
-from common.data import DataConfig
-from common.errors import UsageError, UserError
-from diffusion.train import TrainConfig as DiffusionConfig
-from tokenizer.config import TrainConfig
+from nsvq.common.config import read_yaml, validate
+from nsvq.data.config import DataConfig
+from nsvq.diffusion.train import TrainConfig as DiffusionConfig
+from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

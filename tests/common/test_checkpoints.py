@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoints
-from common.errors import UserError
+from nsvq.common import checkpoints
+from nsvq.errors import UserError
 
 
 def write(root, step, value=1.0):

@@ -3,9 +3,9 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from common.config import Config, describe, differences, parse, to_dict
-from common.errors import UsageError
-from common.run import RunConfig
+from nsvq.common.config import Config, describe, differences, parse, to_dict
+from nsvq.common.run import RunConfig
+from nsvq.errors import UsageError
 
 
 class Inner(Config):
@@ -107,9 +107,9 @@ def test_differences_name_the_leaves():
 def test_every_config_of_the_repository_is_valid():
     from pathlib import Path
 
-    from common.config import read_yaml, validate
-    from diffusion.train import TrainConfig as DiffusionConfig
-    from tokenizer.config import TrainConfig as TokenizerConfig
+    from nsvq.common.config import read_yaml, validate
+    from nsvq.diffusion.train import TrainConfig as DiffusionConfig
+    from nsvq.tokenizer.config import TrainConfig as TokenizerConfig
 
     root = Path(__file__).parents[2] / "configs"
     files = [
@@ -125,6 +125,6 @@ def test_every_config_of_the_repository_is_valid():
 
 
 def _undocumented(schema):
-    from common.config import _leaves
+    from nsvq.common.config import _leaves
 
     return [(key, field.description) for key, field in _leaves(schema).items()]

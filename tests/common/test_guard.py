@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.guard import Guard
+from nsvq.common.guard import Guard
 
 
 @pytest.fixture

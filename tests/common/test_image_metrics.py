@@ -3,7 +3,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from common.image_metrics import from_uint8, psnr, ssim, to_uint8
+from nsvq.common.image_metrics import from_uint8, psnr, ssim, to_uint8
 
 
 def random_images(seed, size=(5, 3, 40, 33)):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common import metrics
-from common.metrics import Means, MetricsLog, peak_flops
+from nsvq.common import metrics
+from nsvq.common.metrics import Means, MetricsLog, peak_flops
 
 
 def test_means_weigh_by_samples_leave_out_what_was_not_there_and_survive_a_restart():

@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState
 from instrumented import Sharding
 from pydantic import Field
 
-from common import checkpoints, metrics
-from common.config import Config
-from common.errors import UsageError
-from common.run import Run, RunConfig, make_accelerator, micro_batch_size
+from nsvq.common import checkpoints, metrics
+from nsvq.common.config import Config
+from nsvq.common.run import Run, RunConfig, make_accelerator, micro_batch_size
+from nsvq.errors import UsageError
 
 
 class Settings(Config):
@@ -228,7 +228,7 @@ def test_a_run_on_the_cpu_keeps_the_memory_that_it_frees(tmp_path):
     script = """
 import ctypes, resource
 from pathlib import Path
-from common.run import RunConfig, make_accelerator
+from nsvq.common.run import RunConfig, make_accelerator
 make_accelerator(RunConfig(trackers=[], mixed_precision="no"), Path("."))
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -260,7 +260,7 @@ def test_a_launch_with_fsdp_is_refused_where_it_does_not_work(
             self.state.fsdp_plugin.fsdp_version = version
 
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin writes it; it comes back at the end
-    monkeypatch.setattr("common.run.Accelerator", Launched)
+    monkeypatch.setattr("nsvq.common.run.Accelerator", Launched)
     config = RunConfig(trackers=[], mixed_precision="no")
     with pytest.raises(UsageError, match=advice):
         run_script(lambda: make_accelerator(config, tmp_path, may_shard=may_shard))

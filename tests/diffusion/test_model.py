@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from diffusion import dit
-from diffusion.dit import DiT, rotary_angles, rotate
-from diffusion.model import SIZES, DiTConfig, UNetConfig, make_model
-from diffusion.unet import make_unet
+from nsvq.diffusion import dit
+from nsvq.diffusion.dit import DiT, rotary_angles, rotate
+from nsvq.diffusion.model import SIZES, DiTConfig, UNetConfig, make_model
+from nsvq.diffusion.unet import make_unet
 
 
 def random_dit(**options):

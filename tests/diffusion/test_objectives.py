@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.objectives import (
+from nsvq.diffusion.objectives import (
     DDPM,
     DDPMConfig,
     Flow,

@@ -11,17 +11,17 @@ from instrumented import attempts, samples
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import checkpoints
-from common.errors import Stopped, UsageError, UserError
-from common.run import Run
-from diffusion import train
-from diffusion.dit import DiT
-from diffusion.latents import LatentCache, train_batches
-from diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
-from diffusion.sampling import sample
-from diffusion.train import main
-from eval import generation
-from pipelines import ClassConditionalPipeline
+from nsvq.common import checkpoints
+from nsvq.common.run import Run
+from nsvq.diffusion import train
+from nsvq.diffusion.dit import DiT
+from nsvq.diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
+from nsvq.diffusion.sampling import sample
+from nsvq.diffusion.train import main
+from nsvq.errors import Stopped, UsageError, UserError
+from nsvq.eval import generation
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.tokenizer.latents import LatentCache, train_batches
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -52,7 +52,7 @@ def arguments(tmp_path, tokenizer_folder, image_folder, latents):
 def distance(tiny_extractor, tmp_path, monkeypatch):
     """Options that turn the Frechet distance on, with references kept in a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "references"))  # of processes
-    monkeypatch.setattr("eval.monitor.DEFAULT_CACHE", tmp_path / "references")
+    monkeypatch.setattr("nsvq.eval.monitor.DEFAULT_CACHE", tmp_path / "references")
     return ["--sampling.fd_every", 2, "--sampling.fd_samples", 20, "--sampling.fd_features", tiny_extractor]
 
 

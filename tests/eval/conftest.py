@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from diffusers import VQModel
 from PIL import Image
 
-from eval.features import load_extractor
-from eval.generation import GenerationConfig, evaluate
+from nsvq.eval.features import load_extractor
+from nsvq.eval.generation import GenerationConfig, evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fakes.py and two_ranks.py, which processes of their own share
 

@@ -2,9 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data import DataConfig, eval_batches, open_split
-from common.errors import UserError
-from eval.classifier import train_classifier
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.sources import open_split
+from nsvq.errors import UserError
+from nsvq.eval.classifier import train_classifier
 
 CONFIG = DataConfig(source="synthetic", image_size=48)
 

@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from eval.feature_statistics import (
+from nsvq.eval.feature_statistics import (
     Gaussian,
     InceptionScore,
     Moments,
@@ -19,7 +19,7 @@ from eval.feature_statistics import (
     kid,
     precision_recall,
 )
-from eval.features import INCEPTION, Collector, PytorchFidInception, load_extractor
+from nsvq.eval.features import INCEPTION, Collector, PytorchFidInception, load_extractor
 
 
 class Images(Dataset):

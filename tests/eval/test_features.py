@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from common.errors import UsageError, UserError
-from eval import features
-from eval.features import Collector, Unavailable, load_extractor, metric_name
+from nsvq.errors import UsageError, UserError
+from nsvq.eval import features
+from nsvq.eval.features import Collector, Unavailable, load_extractor, metric_name
 
 
 def test_only_inception_gives_the_plain_names():

@@ -8,10 +8,10 @@ import torch_fidelity
 from fakes import COLOURS, FakePipeline
 from PIL import Image
 
-from common.errors import UsageError
-from eval import class_accuracy, generation
-from eval.generation import GenerationConfig
-from eval.report import folder_hash
+from nsvq.errors import UsageError
+from nsvq.eval import class_accuracy, generation
+from nsvq.eval.generation import GenerationConfig
+from nsvq.eval.report import folder_hash
 
 
 def test_every_number_equals_torch_fidelity_on_the_same_images(measure_samples, image_folder, tmp_path):

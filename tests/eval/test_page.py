@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from common.errors import UserError
-from eval.page import main, write_page
+from nsvq.errors import UserError
+from nsvq.eval.page import main, write_page
 
 RESULT = {
     "kind": "reconstruction",

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-from common.errors import UsageError, UserError
-from common.image_metrics import to_uint8
-from eval import autoencoders, perceptual, reconstruction, reconstruction_metrics
-from eval.features import Collector
-from eval.reconstruction import main
+from nsvq.common.image_metrics import to_uint8
+from nsvq.errors import UsageError, UserError
+from nsvq.eval import autoencoders, perceptual, reconstruction, reconstruction_metrics
+from nsvq.eval.features import Collector
+from nsvq.eval.reconstruction import main
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from fakes import FakePipeline
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from common.errors import UserError
-from common.hashes import file_hash
-from common.image_metrics import to_uint8
-from eval import reference
+from nsvq.common.image_metrics import to_uint8
+from nsvq.errors import UserError
+from nsvq.eval import reference
+from nsvq.hashes import file_hash
 
 
 def test_the_reference_is_the_split_that_was_asked_for(measure_samples):

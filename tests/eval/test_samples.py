@@ -17,12 +17,12 @@ from diffusers import (
 from fakes import FakePipeline
 from PIL import Image
 
-from common.errors import UsageError, UserError
-from diffusion.sampling import ddpm_scheduler, flow_scheduler
-from eval import generation
-from eval.report import folder_hash
-from eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
-from pipelines.export import save_pipeline
+from nsvq.diffusion.sampling import ddpm_scheduler, flow_scheduler
+from nsvq.errors import UsageError, UserError
+from nsvq.eval import generation
+from nsvq.eval.report import folder_hash
+from nsvq.eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
+from nsvq.pipelines.export import save_pipeline
 
 
 def test_ranks_share_the_samples_out_without_gap_or_overlap():

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from fakes import FakePipeline
 
-from common.errors import UserError
-from eval import generation, reconstruction
-from eval.ranks import build_in_turn, gather_by_index
+from nsvq.errors import UserError
+from nsvq.eval import generation, reconstruction
+from nsvq.eval.ranks import build_in_turn, gather_by_index
 
 
 def run(which, options, accelerator):

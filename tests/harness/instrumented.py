@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
-from common import launch, run
+from nsvq.common import launch, run
 
 
 class Sharding(Accelerator):
@@ -81,7 +81,7 @@ def samples(record: str) -> dict[int, str]:
 if __name__ == "__main__":
     launch.start_cpu_ranks()  # while the arguments are as they came
     spec = json.loads(sys.argv.pop(1))
-    module = import_module(f"{spec.pop('stage')}.train")
+    module = import_module(f"nsvq.{spec.pop('stage')}.train")
     if spec.pop("shard", False):
         run.Accelerator = Sharding
     instrument(module, **spec)

@@ -26,7 +26,7 @@ from instrumented import attempts, samples
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import checkpoints
+from nsvq.common import checkpoints
 
 ROOT = Path(__file__).parents[2]
 IMAGES, BATCH = 46, 8  # of these, 44 are trained on: epochs end within batches

@@ -2,10 +2,10 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from diffusion.dit import DiT
-from diffusion.sampling import flow_scheduler
-from pipelines import ClassConditionalPipeline
-from pipelines.export import save_pipeline, to_stock
+from nsvq.diffusion.dit import DiT
+from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.export import save_pipeline, to_stock
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "golden retriever"}
 ABOUT = {

@@ -2,9 +2,9 @@ import json
 
 import yaml
 
-from common.config import to_dict
-from pipelines.card import write_card
-from tokenizer.config import TrainConfig
+from nsvq.common.config import to_dict
+from nsvq.pipelines.card import write_card
+from nsvq.tokenizer.config import TrainConfig
 
 
 def test_card_says_what_was_trained_on_what_and_how(folder):

@@ -17,13 +17,13 @@ from diffusers import (
     VQModel,
 )
 
-from common.errors import UserError
-from diffusion.dit import DiT
-from diffusion.model import SIZES
-from diffusion.sampling import flow_scheduler
-from diffusion.unet import make_unet
-from pipelines import ClassConditionalPipeline
-from pipelines.export import from_stock, save_pipeline, to_stock
+from nsvq.diffusion.dit import DiT
+from nsvq.diffusion.model import SIZES
+from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.unet import make_unet
+from nsvq.errors import UserError
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.export import from_stock, save_pipeline, to_stock
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "golden retriever"}
 
@@ -101,8 +101,8 @@ def test_what_is_read_back_from_the_stock_class_is_the_same_network(patch_size):
 # In a process of its own, whose heap holds no room that other tests have left.
 READ_BACK = """
 from pathlib import Path
-from diffusion.dit import DiT
-from pipelines.export import from_stock, to_stock
+from nsvq.diffusion.dit import DiT
+from nsvq.pipelines.export import from_stock, to_stock
 
 def resident(kind):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -126,7 +126,7 @@ def test_reading_a_network_back_holds_no_more_memory_than_the_stock_class():
 # Loads a folder where this project is not installed, and samples.
 ELSEWHERE = """
 import json, sys, torch
-sys.modules |= dict.fromkeys(["common", "diffusion", "pipelines", "tokenizer"])  # None: importing it fails
+sys.modules |= dict.fromkeys(["nsvq"])  # None: importing it fails
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipeline.set_progress_bar_config(disable=True)
@@ -163,7 +163,7 @@ def test_modern_ships_its_code_and_loads_where_the_project_is_not(vae, tmp_path)
         DiffusionPipeline.from_pretrained(folder)
     own = ClassConditionalPipeline.from_pretrained(folder)
     own.set_progress_bar_config(disable=True)
-    assert type(own.transformer).__module__ == "diffusion.dit"
+    assert type(own.transformer).__module__ == "nsvq.diffusion.dit"
     assert own.id2label == NAMES
     generator = torch.Generator().manual_seed(3)
     expected = own([0, 4], guidance_scale=3.0, num_inference_steps=4, generator=generator, output_type="np").images

@@ -15,10 +15,10 @@ from diffusers import (
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 
-from diffusion.objectives import DDPM, DDPMConfig
-from diffusion.sampling import flow_scheduler
-from pipelines import ClassConditionalPipeline
-from pipelines.export import save_pipeline, to_stock
+from nsvq.diffusion.objectives import DDPM, DDPMConfig
+from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.export import save_pipeline, to_stock
 
 STEPS = 4
 
@@ -217,7 +217,7 @@ def test_decoding_in_parts_changes_nothing(pipeline, monkeypatch):
     latents = torch.randn(5, 3, 4, 4)
     with torch.no_grad():
         whole = pipeline.decode(latents)
-        monkeypatch.setattr("pipelines.pipeline._DISTANCES", 2 * 16 * 16)
+        monkeypatch.setattr("nsvq.pipelines.pipeline._DISTANCES", 2 * 16 * 16)
         torch.testing.assert_close(pipeline.decode(latents), whole, rtol=0, atol=2e-6)
 
 

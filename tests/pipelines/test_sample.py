@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UsageError, UserError
-from pipelines.export import save_pipeline, to_stock
-from pipelines.sample import main
+from nsvq.errors import UsageError, UserError
+from nsvq.pipelines.export import save_pipeline, to_stock
+from nsvq.pipelines.sample import main
 
 
 def test_picture_has_a_row_a_class_with_one_seed_an_image(run_script, folder, pipeline, tmp_path):

@@ -3,7 +3,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from tokenizer.quantizers import QuantizerConfig, make_quantizer
+from nsvq.tokenizer.quantizers import QuantizerConfig, make_quantizer
 
 # The smallest sensible form of each method: its options, and d.
 SMALL = {

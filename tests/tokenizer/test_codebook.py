@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tokenizer import codebook_tiles
-from tokenizer.codebook import (
+from nsvq.tokenizer import codebook_tiles
+from nsvq.tokenizer.codebook import (
     nearest_code,
     nearest_neighbor_distance,
     nonstationary_loss,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tokenizer import codebook_tiles as engine
-from tokenizer.codebook import _centered, nearest_code, nearest_neighbor_distance
+from nsvq.tokenizer import codebook_tiles as engine
+from nsvq.tokenizer.codebook import _centered, nearest_code, nearest_neighbor_distance
 
 
 @pytest.fixture

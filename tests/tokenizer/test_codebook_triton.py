@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from tokenizer import codebook_tiles
-from tokenizer.codebook import _centered
+from nsvq.tokenizer import codebook_tiles
+from nsvq.tokenizer.codebook import _centered
 
 pytest.importorskip("triton")
-from tokenizer import codebook_triton as kernels
+from nsvq.tokenizer import codebook_triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,7 +81,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tokenizer import codebook_triton as kernels
+from nsvq.tokenizer import codebook_triton as kernels
 
 def shared_memory(kernel, constants, capability, warps, stages):
     types = {"index_out": "*i32", "winners": "*i32", "scale": "fp32"}

@@ -3,13 +3,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import VQModel
 
-from common.errors import UserError
-from tokenizer import Tokenizer
-from tokenizer.export import latent_statistics, save, to_vqmodel
-from tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
-from tokenizer.quantizers import QUANTIZERS
-from tokenizer.quantizers.vq import VQ, VQConfig
-from tokenizer.vqmodel import QuantizerVQModel
+from nsvq.errors import UserError
+from nsvq.tokenizer import Tokenizer
+from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
+from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
+from nsvq.tokenizer.quantizers import QUANTIZERS
+from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
+from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 
 def config(dim):
@@ -125,11 +125,11 @@ def test_an_absent_or_foreign_folder_is_one_clear_line(tmp_path):
 def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_path):
     from diffusers import DiffusionPipeline, DiTPipeline
 
-    from diffusion.dit import DiT
-    from diffusion.sampling import flow_scheduler
-    from eval.samples import load_pipeline
-    from pipelines import ClassConditionalPipeline
-    from pipelines.export import save_pipeline, to_stock
+    from nsvq.diffusion.dit import DiT
+    from nsvq.diffusion.sampling import flow_scheduler
+    from nsvq.eval.samples import load_pipeline
+    from nsvq.pipelines import ClassConditionalPipeline
+    from nsvq.pipelines.export import save_pipeline, to_stock
 
     encoder, decoder, images = build(make("fsq"))
     model = exported(encoder, decoder, images)

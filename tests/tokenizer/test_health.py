@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tokenizer.health import EpochUsage, alarms
+from nsvq.tokenizer.health import EpochUsage, alarms
 
 HEALTHY = {"utilization": 0.9, "perplexity": 500.0, "discriminator": 0.9, "real_logits": 0.3, "fake_logits": -0.2}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenizer.kmeans import kmeans
+from nsvq.tokenizer.kmeans import kmeans
 
 
 def test_separated_clusters_are_found_in_any_batching():

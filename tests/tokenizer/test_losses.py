@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torchvision import models
 
-from common.errors import UserError
-from tokenizer.discriminator import PatchDiscriminator
-from tokenizer.losses import LossConfig, Temperature, discriminator_hinge, generator_adversarial, load_lpips
+from nsvq.errors import UserError
+from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.losses import LossConfig, Temperature, discriminator_hinge, generator_adversarial, load_lpips
 
 
 def test_generator_loss_starts_at_log_two_and_falls_as_the_discriminator_is_fooled():

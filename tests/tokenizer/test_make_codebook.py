@@ -3,10 +3,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from common.data import DataConfig, eval_batches
-from common.errors import UsageError, UserError
-from tokenizer import make_codebook
-from tokenizer.make_codebook import main
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer import make_codebook
+from nsvq.tokenizer.make_codebook import main
 
 
 @pytest.fixture

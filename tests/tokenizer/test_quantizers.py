@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 
-from tokenizer.codebook import nonstationary_loss
-from tokenizer.kmeans import kmeans
-from tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer, ranks
-from tokenizer.quantizers.base import NearestQuantizer, rotated
+from nsvq.tokenizer.codebook import nonstationary_loss
+from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer, ranks
+from nsvq.tokenizer.quantizers.base import NearestQuantizer, rotated
 
 ALL = sorted(QUANTIZERS)
 NEAREST = [name for name in ALL if issubclass(QUANTIZERS[name], NearestQuantizer)]

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from common.config import differences, read_yaml, to_dict, validate
-from tokenizer.config import TrainConfig
-from tokenizer.quantizers import QUANTIZERS
+from nsvq.common.config import differences, read_yaml, to_dict, validate
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[2]
 MAY_DIFFER = ("out:", "quantizer.", "model.latent_channels:", "loss.codebook_weight:", "loss.commitment_weight:",

@@ -1,6 +1,6 @@
 import torch
 
-from tokenizer.replacement import replace_dead_codes
+from nsvq.tokenizer.replacement import replace_dead_codes
 
 
 def setup(k=1000, d=4):

@@ -1,9 +1,9 @@
 import pytest
 
-from common.config import validate
-from common.errors import UsageError
-from tokenizer.losses import LossConfig, phase_weights
-from tokenizer.schedule import Schedule, ScheduleConfig, plateaued
+from nsvq.common.config import validate
+from nsvq.errors import UsageError
+from nsvq.tokenizer.losses import LossConfig, phase_weights
+from nsvq.tokenizer.schedule import Schedule, ScheduleConfig, plateaued
 
 # A recorded commitment curve in the shape of the paper's Fig. 5: it falls, rises a little, falls slowly, and stays.
 CURVE = [0.9, 0.4, 0.2, 0.1, 0.06, 0.05, 0.045, 0.046, 0.047, 0.044, 0.0436, 0.0435,

@@ -14,17 +14,17 @@ import torch
 from instrumented import attempts, samples
 from safetensors.torch import load_file, save_file
 
-from common import checkpoints
-from common.config import read_yaml, validate
-from common.data import eval_batches
-from common.errors import Stopped, UsageError, UserError
-from common.image_metrics import psnr, to_uint8
-from tokenizer import Tokenizer, train
-from tokenizer.config import TrainConfig
-from tokenizer.model import make_encoder
-from tokenizer.quantizers import QUANTIZERS
-from tokenizer.quantizers.ema import EMAQuantizer
-from tokenizer.train import main
+from nsvq.common import checkpoints
+from nsvq.common.config import read_yaml, validate
+from nsvq.common.image_metrics import psnr, to_uint8
+from nsvq.data.batches import eval_batches
+from nsvq.errors import Stopped, UsageError, UserError
+from nsvq.tokenizer import Tokenizer, train
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.model import make_encoder
+from nsvq.tokenizer.quantizers import QUANTIZERS
+from nsvq.tokenizer.quantizers.ema import EMAQuantizer
+from nsvq.tokenizer.train import main
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -131,7 +131,8 @@ def test_exported_latents_have_mean_zero_and_deviation_one(run_script, tiny, tmp
     out = tmp_path / "out"
     run_script(main, "--config", tiny, "--out", out, "--schedule.epochs", 7)
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
-    from common.data import DataConfig, eval_batches
+    from nsvq.data.batches import eval_batches
+    from nsvq.data.config import DataConfig
 
     data = DataConfig(source="synthetic", image_size=16)
     images = torch.cat([batch["image"] for batch in eval_batches(data, "train", batch_size=8, limit=32)])

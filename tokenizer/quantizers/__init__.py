@@ -4,21 +4,21 @@ from functools import reduce
 from operator import or_
 from typing import get_args
 
-from tokenizer.quantizers.base import Quantized, Quantizer, QuantizerOptions
-from tokenizer.quantizers.bsq import BSQ
-from tokenizer.quantizers.ema import EMAQuantizer
-from tokenizer.quantizers.fc_l2 import NormalizedVQ
-from tokenizer.quantizers.fsp import FSP
-from tokenizer.quantizers.fsq import FSQ
-from tokenizer.quantizers.fvq import FVQ
-from tokenizer.quantizers.ibq import IBQ
-from tokenizer.quantizers.lc import LC
-from tokenizer.quantizers.lfq import LFQ
-from tokenizer.quantizers.ns_vq import NSVQPrecursor
-from tokenizer.quantizers.simvq import SimVQ
-from tokenizer.quantizers.transvq import TransVQ
-from tokenizer.quantizers.vp import VP
-from tokenizer.quantizers.vq import VQ
+from nsvq.tokenizer.quantizers.base import Quantized, Quantizer, QuantizerOptions
+from nsvq.tokenizer.quantizers.bsq import BSQ
+from nsvq.tokenizer.quantizers.ema import EMAQuantizer
+from nsvq.tokenizer.quantizers.fc_l2 import NormalizedVQ
+from nsvq.tokenizer.quantizers.fsp import FSP
+from nsvq.tokenizer.quantizers.fsq import FSQ
+from nsvq.tokenizer.quantizers.fvq import FVQ
+from nsvq.tokenizer.quantizers.ibq import IBQ
+from nsvq.tokenizer.quantizers.lc import LC
+from nsvq.tokenizer.quantizers.lfq import LFQ
+from nsvq.tokenizer.quantizers.ns_vq import NSVQPrecursor
+from nsvq.tokenizer.quantizers.simvq import SimVQ
+from nsvq.tokenizer.quantizers.transvq import TransVQ
+from nsvq.tokenizer.quantizers.vp import VP
+from nsvq.tokenizer.quantizers.vq import VQ
 
 _METHODS = (
     VQ,

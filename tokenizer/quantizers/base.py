@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Config
-from tokenizer.codebook import NonStationary, nearest_code, search_with_nonstationary_loss
+from nsvq.common.config import Config
+from nsvq.tokenizer.codebook import NonStationary, nearest_code, search_with_nonstationary_loss
 
 
 class QuantizerOptions(Config):

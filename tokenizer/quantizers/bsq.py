@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.quantizers import ranks
-from tokenizer.quantizers.lfq import BitQuantizer, BitsConfig, bernoulli_entropy, entropy
+from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer.quantizers.lfq import BitQuantizer, BitsConfig, bernoulli_entropy, entropy
 
 
 class BSQConfig(BitsConfig):

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.codebook import NonStationary
-from tokenizer.quantizers import ranks
-from tokenizer.quantizers.vq import TableConfig, TableQuantizer
+from nsvq.tokenizer.codebook import NonStationary
+from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer.quantizers.vq import TableConfig, TableQuantizer
 
 
 class EMAConfig(TableConfig):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.quantizers.vq import VQ, VQConfig
+from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
 
 
 class NormalizedConfig(VQConfig):

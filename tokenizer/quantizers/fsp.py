@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.quantizers.base import straight_through
-from tokenizer.quantizers.fsq import GridConfig, GridQuantizer
-from tokenizer.quantizers.ranks import Draws
-from tokenizer.quantizers.vp import moment_losses
+from nsvq.tokenizer.quantizers.base import straight_through
+from nsvq.tokenizer.quantizers.fsq import GridConfig, GridQuantizer
+from nsvq.tokenizer.quantizers.ranks import Draws
+from nsvq.tokenizer.quantizers.vp import moment_losses
 
 ACTIVATIONS = {  # g, and the variance of the distribution that it belongs to
     "tanh": (lambda a: (torch.tanh(a) + 1) / 2, math.pi**2 / 12),

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.quantizers.base import Quantizer, QuantizerOptions, straight_through
+from nsvq.tokenizer.quantizers.base import Quantizer, QuantizerOptions, straight_through
 
 
 class GridConfig(QuantizerOptions):

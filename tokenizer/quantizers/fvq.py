@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
+from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
 class FVQConfig(CodebookConfig, NearestConfig):

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers import ranks
-from tokenizer.quantizers.base import CodebookConfig, Quantizer, vq_losses
+from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, vq_losses
 
 _TILE_ELEMENTS = 2**22
 

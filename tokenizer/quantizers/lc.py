@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import UserError
-from tokenizer.quantizers.base import NearestConfig, NearestQuantizer
+from nsvq.errors import UserError
+from nsvq.tokenizer.quantizers.base import NearestConfig, NearestQuantizer
 
 
 class LCConfig(NearestConfig):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.quantizers import ranks
-from tokenizer.quantizers.base import Quantizer, QuantizerOptions, straight_through
+from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer.quantizers.base import Quantizer, QuantizerOptions, straight_through
 
 MAX_BITS = 20
 

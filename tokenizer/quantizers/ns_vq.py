@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.codebook import NonStationary, nearest_code
-from tokenizer.quantizers.vq import VQ, VQConfig
+from nsvq.tokenizer.codebook import NonStationary, nearest_code
+from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
 
 _TILE_ELEMENTS = 2**22
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
+from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
 class SimVQConfig(CodebookConfig, NearestConfig):

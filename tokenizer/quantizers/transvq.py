@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
+from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, NearestQuantizer
 
 
 class TransVQConfig(CodebookConfig, NearestConfig):

@@ -16,10 +16,10 @@ from pydantic import Field
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from tokenizer.codebook import nearest_code
-from tokenizer.kmeans import kmeans
-from tokenizer.quantizers import ranks
-from tokenizer.quantizers.base import CodebookConfig, Quantizer, straight_through
+from nsvq.tokenizer.codebook import nearest_code
+from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, straight_through
 
 
 class VPConfig(CodebookConfig):

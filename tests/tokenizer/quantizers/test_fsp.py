@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tokenizer.quantizers.fsp import ACTIVATIONS
+from nsvq.tokenizer.quantizers.fsp import ACTIVATIONS
 
 
 def uniform_tokens(count, dim):

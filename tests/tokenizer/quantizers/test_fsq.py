@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tokenizer.config import TrainConfig
+from nsvq.tokenizer.config import TrainConfig
 
 
 def reference(z, levels):

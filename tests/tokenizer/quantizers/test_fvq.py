@@ -4,9 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tokenizer.config import OptimConfig
-from tokenizer.health import usage
-from tokenizer.quantizers import QUANTIZERS, make_quantizer
+from nsvq.tokenizer.config import OptimConfig
+from nsvq.tokenizer.health import usage
+from nsvq.tokenizer.quantizers import QUANTIZERS, make_quantizer
 
 
 def reference(q, heads):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenizer.quantizers import ibq
+from nsvq.tokenizer.quantizers import ibq
 
 
 def dense(z, codes, tau):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.errors import UserError
-from tokenizer.quantizers import QUANTIZERS, make_quantizer
+from nsvq.errors import UserError
+from nsvq.tokenizer.quantizers import QUANTIZERS, make_quantizer
 
 
 def test_codes_are_a_trained_projection_of_frozen_features(make):

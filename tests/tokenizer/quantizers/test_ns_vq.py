@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenizer.quantizers import ns_vq
+from nsvq.tokenizer.quantizers import ns_vq
 
 
 @pytest.mark.parametrize("pull", [0.01, 0.2])

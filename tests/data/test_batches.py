@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import config as configs
-from common.data import BadImages, DataConfig, eval_batches, open_split, train_batches
-from common.errors import UserError
+from nsvq.common import config as configs
+from nsvq.data.batches import BadImages, eval_batches, train_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.sources import open_split
+from nsvq.errors import UserError
 
 SYNTHETIC = DataConfig(source="synthetic", image_size=16)
 
@@ -217,7 +219,7 @@ def test_a_fingerprint_is_the_same_in_another_process_and_tells_data_apart(tmp_p
     one, same_again, other = write("one", 0), write("again", 0), write("other", 1)
     found = open_split(one, "train").fingerprint
     code = (
-        "import sys, json; from common.data import *; "
+        "import sys, json; from nsvq.data.batches import *; from nsvq.data.config import *; "
         "print(open_split(DataConfig(**json.loads(sys.argv[1])), 'train').fingerprint)"
     )
     output = subprocess.run(

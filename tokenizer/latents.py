@@ -1,4 +1,4 @@
-"""The latent cache, and training batches from it. diffusion/encode.py fills it.
+"""The latent cache, and training batches from it. tokenizer/encode.py fills it.
 
 <cache>/shard-*.safetensors   latents float16 [n, views, C, H, W], labels int64 [n], sums for the statistics
 <cache>/manifest.json         what it is a cache of, its shards, classes and statistics; written last
@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.data import shuffled_positions
-from common.errors import UserError
-from common.loading import batches_of, make_loader, restarting
+from nsvq.data.batches import shuffled_positions
+from nsvq.data.loading import batches_of, make_loader, restarting
+from nsvq.errors import UserError
 
 
 class LatentCache:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from common.data import DataConfig, train_batches
-from common.loading import LoadingProcessDied, batches_of, make_loader, restarting
+from nsvq.data.batches import train_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.loading import LoadingProcessDied, batches_of, make_loader, restarting
 
 
 class Fatal(Dataset):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import sources
+from nsvq.data import sources
 
 
 @pytest.fixture(autouse=True)

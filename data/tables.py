@@ -18,8 +18,8 @@ import datasets
 import huggingface_hub
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from common.errors import UserError
-from common.shards import expand_braces
+from nsvq.data.shards import expand_braces
+from nsvq.errors import UserError
 
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),

@@ -1,7 +1,7 @@
 """From a data config to images: which split, which columns, which classes.
 
 Tables (Hub, class folders, parquet) keep their images undecoded, so that a damaged one is a `BadImage` with a name
-instead of a crash. How tables come about is in common/tables.py, webdataset shards are in common/shards.py.
+instead of a crash. How tables come about is in data/tables.py, webdataset shards are in data/shards.py.
 """
 
 import hashlib
@@ -9,19 +9,17 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image
 
-from common import synthetic, tables
-from common.errors import UsageError, UserError
-from common.images import BadImage, decode
-from common.shards import LABEL_NAMES, Stream
-
-if TYPE_CHECKING:
-    from common.data import DataConfig
+from nsvq.data import synthetic, tables
+from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage, decode
+from nsvq.data.shards import LABEL_NAMES, Stream
+from nsvq.errors import UsageError, UserError
 
 _TEST_SPLITS = ("validation", "val", "valid", "test")  # in this order: ImageNet-1k's test split has no labels
 _MAX_CLASSES = 100_000
@@ -80,7 +78,7 @@ class Images:
 
 
 class SyntheticImages:
-    """The built-in data set (common/synthetic.py), with the attributes and methods of `Images`."""
+    """The built-in data set (data/synthetic.py), with the attributes and methods of `Images`."""
 
     def __init__(self, split: str, size: int):
         self._split, self._size = split, size
@@ -102,8 +100,11 @@ class SyntheticImages:
         return f"{self._split}[{i}]"
 
 
-def open_split(config: "DataConfig", split: str) -> Images | SyntheticImages | Stream:
-    """The "train" or "test" split; opened once a process."""
+def open_split(config: DataConfig, split: str) -> Images | SyntheticImages | Stream:
+    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process.
+
+    Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
+    """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     return _open(type(config), config.model_dump_json(exclude={"flip", "shuffle_buffer", "max_bad_fraction"}), split)
@@ -124,7 +125,7 @@ def _open(schema: type, text: str, split: str) -> Images | SyntheticImages | Str
     return _open_table(config, split, tables.from_parquet(tables.by_split(files)))
 
 
-def _choose(config: "DataConfig", split: str, names: list[str]) -> tuple[str, bool]:
+def _choose(config: DataConfig, split: str, names: list[str]) -> tuple[str, bool]:
     """The name of the split to read, and whether train and test share it (then a share of it is held out)."""
     train = config.train_split or "train"
     test = config.test_split or next((name for name in _TEST_SPLITS if name in names and name != train), None)
@@ -137,7 +138,7 @@ def _choose(config: "DataConfig", split: str, names: list[str]) -> tuple[str, bo
     return wanted, test is None
 
 
-def _open_table(config: "DataConfig", split: str, found: dict[str, datasets.Dataset]) -> Images:
+def _open_table(config: DataConfig, split: str, found: dict[str, datasets.Dataset]) -> Images:
     found = {name: table for name, table in found.items() if len(table)}
     if not found:
         raise UserError(f"{config.source} is empty")
@@ -149,7 +150,7 @@ def _open_table(config: "DataConfig", split: str, found: dict[str, datasets.Data
     return Images(table, image, labels, classes, rows, name)
 
 
-def _shared_rows(config: "DataConfig", split: str, n: int) -> np.ndarray:
+def _shared_rows(config: DataConfig, split: str, n: int) -> np.ndarray:
     """Rows of the one split there is that belong to "train" or "test": a fixed random share."""
     count = round(n * config.holdout)
     if not 0 < count < n:
@@ -158,7 +159,7 @@ def _shared_rows(config: "DataConfig", split: str, n: int) -> np.ndarray:
     return np.sort(order[:count] if split == "test" else order[count:])
 
 
-def _open_stream(config: "DataConfig", split: str, shards: dict[str, list[str]]) -> Stream:
+def _open_stream(config: DataConfig, split: str, shards: dict[str, list[str]]) -> Stream:
     name, shared = _choose(config, split, list(shards))
     return Stream(
         shards[name],
@@ -173,7 +174,7 @@ def _open_stream(config: "DataConfig", split: str, shards: dict[str, list[str]])
 # Columns
 
 
-def _image_column(config: "DataConfig", features: datasets.Features) -> str:
+def _image_column(config: DataConfig, features: datasets.Features) -> str:
     if config.image_column is not None:
         return _existing(config, "image_column", features)
     found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -184,7 +185,7 @@ def _image_column(config: "DataConfig", features: datasets.Features) -> str:
     return found[0]
 
 
-def _label_column(config: "DataConfig", features: datasets.Features) -> str | None:
+def _label_column(config: DataConfig, features: datasets.Features) -> str | None:
     if config.label_column is not None:
         return _existing(config, "label_column", features)
     usual = [name for name in LABEL_NAMES if name in features and (_is_int(features[name]) or _is_text(features[name]))]
@@ -192,7 +193,7 @@ def _label_column(config: "DataConfig", features: datasets.Features) -> str | No
     return usual[0] if usual else typed[0] if len(typed) == 1 else None
 
 
-def _existing(config: "DataConfig", key: str, features: datasets.Features) -> str:
+def _existing(config: DataConfig, key: str, features: datasets.Features) -> str:
     name = getattr(config, key)
     if name not in features:
         raise UsageError(f"{config.source} has no column data.{key} = {name!r}: it has {', '.join(features)}")
@@ -212,7 +213,7 @@ def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", "") in ("string", "large_string")
 
 
-def _labels(config: "DataConfig", column: str | None, found: dict, split: str) -> tuple[list[str], np.ndarray]:
+def _labels(config: DataConfig, column: str | None, found: dict, split: str) -> tuple[list[str], np.ndarray]:
     """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
     if column is None:
         return [], np.full(len(found[split]), -1)

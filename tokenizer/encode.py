@@ -19,12 +19,15 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.data import BadImage, DataConfig, Images, Stream, eval_batches, open_split
-from common.errors import UsageError, UserError
-from common.images import several_crops, to_tensor
-from common.loading import batches_of, make_loader
-from diffusion.latents import LatentCache, shard_hash
-from tokenizer import Tokenizer
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage, several_crops, to_tensor
+from nsvq.data.loading import batches_of, make_loader
+from nsvq.data.shards import Stream
+from nsvq.data.sources import Images, open_split
+from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer import Tokenizer
+from nsvq.tokenizer.latents import LatentCache, shard_hash
 
 SHARD_IMAGES = 2048  # 256 MiB at 16 x 16 x 128
 BATCH_IMAGES = 32
@@ -170,7 +173,7 @@ def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int | None
                         )  # fmt: skip
 
 
-# Which shards there are to write, as (file name, batches); batches are those of common/data.py
+# Which shards there are to write, as (file name, batches); batches are those of data/batches.py
 
 
 def _image_jobs(folder, data, images, accelerator, key, workers) -> tuple[int, Iterator]:

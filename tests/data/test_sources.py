@@ -8,9 +8,10 @@ import datasets
 import numpy as np
 import pytest
 
-from common.data import DataConfig, open_split
-from common.errors import UsageError, UserError
-from common.images import BadImage
+from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError, UserError
 
 
 def colours(images) -> list[int]:
@@ -247,7 +248,8 @@ def test_a_gated_or_unreachable_data_set_says_what_to_do_within_seconds(reachabl
         server.server_close()
     # The libraries read the address of the Hub when they are imported.
     code = (
-        "import time; from common import errors; from common.data import *; start = time.monotonic()\n"
+        "import time; from nsvq import errors; from nsvq.data.sources import *; "
+        "from nsvq.data.config import *; start = time.monotonic()\n"
         "try: open_split(DataConfig(), 'train')\n"
         "except errors.UserError as error: print(error.exit_code, time.monotonic() - start, error, sep='|')"
     )

@@ -6,10 +6,12 @@ import fsspec
 import pytest
 import torch
 
-from common.data import DataConfig, eval_batches, open_split, train_batches
-from common.errors import UsageError, UserError
-from common.images import BadImage
-from common.shards import expand_braces, shuffled
+from nsvq.data.batches import eval_batches, train_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage
+from nsvq.data.shards import expand_braces, shuffled
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError, UserError
 
 CLASSES = 4
 

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import make_shards as tool
-from common.data import DataConfig, eval_batches, open_split
-from common.errors import UserError
-from common.images import center_crop, resize_short_side
+from nsvq.data import make_shards as tool
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
+from nsvq.data.images import center_crop, resize_short_side
+from nsvq.data.sources import open_split
+from nsvq.errors import UserError
 
 
 def picture(i: int) -> bytes:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.images import BadImage, center_crop, decode, several_crops, to_tensor, training_crop
+from nsvq.data.images import BadImage, center_crop, decode, several_crops, to_tensor, training_crop
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

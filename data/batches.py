@@ -1,92 +1,34 @@
-"""The data section of a config, and batches from it for training and evaluation.
+"""Batches of images for training and evaluation.
 
     for batch in train_batches(config, batch_size=32, seed=0, start=0, rank=0, world_size=1, workers=4): ...
 
 A batch is a dict: image float32 [B, 3, S, S] in [-1, 1], label int64 [B] (-1 where the data has none), index int64 [B]
 (-1 in streams), id: list[str] that names them (split[row], or shard:key), bad: list[str] of images that did not decode.
 Their places are taken by others in training; in evaluation they are left out. Where images come from is in
-common/sources.py.
+data/sources.py.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from pydantic import Field, model_validator
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from common import sources
-from common.config import Config
-from common.errors import UserError
-from common.images import BadImage, several_crops, to_tensor, training_crop
-from common.loading import batches_of, make_loader, restarting
-from common.shards import Sample, Stream, in_order, shuffled
-from common.sources import Images, SyntheticImages
-
-__all__ = [
-    "BadImage",
-    "BadImages",
-    "DataConfig",
-    "Images",
-    "Stream",
-    "SyntheticImages",
-    "eval_batches",
-    "open_split",
-    "train_batches",
-]
+from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage, several_crops, to_tensor, training_crop
+from nsvq.data.loading import batches_of, make_loader, restarting
+from nsvq.data.shards import Sample, Stream, in_order, shuffled
+from nsvq.data.sources import Images, SyntheticImages, open_split
+from nsvq.errors import UserError
 
 _ATTEMPTS = 20  # images tried for one place before the run ends
 _ORDER, _AUGMENT, _REPLACE = range(3)  # independent random sequences of one seed
-
-
-class DataConfig(Config):
-    """The images. `--data SOURCE` is short for `--data.source SOURCE`."""
-
-    source: str = Field(
-        "ILSVRC/imagenet-1k",
-        min_length=1,
-        description="Hugging Face data set id; folder of class folders, of parquet files or of webdataset tars; "
-        "parquet or tar file, glob or {a..b} brace; or synthetic.",
-    )
-    subset: str | None = Field(None, description="Configuration of a Hub data set that has several.")
-    train_split: str | None = Field(None, description="Split to train on; null: train.")
-    test_split: str | None = Field(
-        None,
-        description="Split to measure on; null: the first of validation, val, test that there is, else a fixed random "
-        "share of the training split, which training then leaves out.",
-    )
-    holdout: float = Field(0.02, gt=0, lt=1, description="That share, where there is no split to measure on.")
-    image_column: str | None = Field(None, description="Column of images; null: the only one of type Image.")
-    label_column: str | None = Field(
-        None, description="Column of classes; null: label, labels, cls, class, fine_label or the only ClassLabel."
-    )
-    class_names: str | None = Field(None, description="Text file with one class name a line, in label order.")
-    image_size: int = Field(128, ge=8, le=2048, description="Side of the square images, in pixels.")
-    flip: bool = Field(True, description="Mirror half of the training images.")
-    shuffle_buffer: int = Field(1_000, ge=1, description="Images that a loading process shuffles a stream within.")
-    max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="Share of images that may fail to decode before the run ends."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
-
-
-def open_split(config: DataConfig, split: str) -> Images | SyntheticImages | Stream:
-    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`.
-
-    Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
-    """
-    return sources.open_split(config, split)
 
 
 def train_batches(

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.data import DataConfig, open_split
-from common.errors import UsageError, UserError
-from common.images import center_crop, several_crops, to_tensor
-from diffusion import encode
-from diffusion.encode import open_cache
-from diffusion.latents import LatentCache, train_batches
-from tokenizer import Tokenizer
-from tokenizer.vqmodel import QuantizerVQModel
+from nsvq.data.config import DataConfig
+from nsvq.data.images import center_crop, several_crops, to_tensor
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer import Tokenizer, encode
+from nsvq.tokenizer.encode import open_cache
+from nsvq.tokenizer.latents import LatentCache, train_batches
+from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 
 @pytest.fixture(autouse=True)

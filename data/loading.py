@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.errors import UserError
+from nsvq.errors import UserError
 
 _RESTARTS = 3  # in a row, without a batch in between
 

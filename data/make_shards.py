@@ -1,6 +1,6 @@
 """Turn a data set into webdataset shards of images that are resized once, for training that decodes less.
 
-python common/make_shards.py --data SOURCE --data.image_size 256 --output DIR [--workers 16]
+python data/make_shards.py --data SOURCE --data.image_size 256 --output DIR [--workers 16]
 accelerate launch tokenizer/train.py --data DIR --data.class_names DIR/classes.txt
 
 DIR/{train,test}-*.tar   an image and its class a sample, in shuffled order; training images are resized (short side =
@@ -26,14 +26,17 @@ from pydantic import Field
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import config as configs
-from common import launch
-from common.config import Config
-from common.data import BadImages, DataConfig, Stream, open_split
-from common.errors import UserError
-from common.images import BadImage, center_crop, resize_short_side
-from common.loading import batches_of, make_loader
-from common.metrics import write_atomically
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.config import Config
+from nsvq.common.metrics import write_atomically
+from nsvq.data.batches import BadImages
+from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage, center_crop, resize_short_side
+from nsvq.data.loading import batches_of, make_loader
+from nsvq.data.shards import Stream
+from nsvq.data.sources import open_split
+from nsvq.errors import UserError
 
 _LOADED_AT_ONCE = 16
 

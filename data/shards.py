@@ -18,8 +18,8 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from common.errors import UsageError, UserError
-from common.images import BadImage, decode
+from nsvq.data.images import BadImage, decode
+from nsvq.errors import UsageError, UserError
 
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from common import synthetic
+from nsvq.data import synthetic
 
 
 def render(split, i, size):
