@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from nsvq.common import config as configs
 from nsvq.data.config import DataConfig
-from nsvq.diffusion.train import TrainConfig as DiffusionConfig
+from nsvq.diffusion.config import TrainConfig as DiffusionConfig
 from nsvq.eval.generation import GenerationConfig
 from nsvq.tokenizer.config import TrainConfig
 

@@ -195,6 +195,11 @@ class Run:
                 ) from None
             self.warn(f"{self.out} cannot be locked ({error.strerror}): start no second training in it")
 
+    def close(self) -> None:
+        """Leave the folder to other processes; to be called where the training ends, however it ends."""
+        if self.accelerator.is_main_process:
+            self._locked.close()
+
     # Checkpoints
 
     def checkpoint_due(self) -> bool:

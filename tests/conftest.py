@@ -85,13 +85,14 @@ def run_script(monkeypatch):
 
 @pytest.fixture
 def run_instrumented(monkeypatch, run_script):
-    """The same for a trainer module under tests/harness/instrumented.py, with the keys of its SPEC."""
-    from instrumented import instrument
+    """The same for a trainer's script under tests/harness/instrumented.py, with the keys of its SPEC."""
+    from instrumented import instrument, trainer_of
 
     def run(train, *arguments, **spec):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "train_batches", train.train_batches)  # comes back at the end
-            instrument(train, **{name: str(v) if name == "record" else v for name, v in spec.items()})
+            trainer = trainer_of(train.__name__.split(".")[1])
+            patch.setattr(trainer, "batches", trainer.batches)  # comes back at the end
+            instrument(trainer, **{name: str(v) if name == "record" else v for name, v in spec.items()})
             run_script(train.main, *arguments)
 
     return run

@@ -10,7 +10,7 @@ import pytest
 
 from nsvq.common.config import read_yaml, validate
 from nsvq.data.config import DataConfig
-from nsvq.diffusion.train import TrainConfig as DiffusionConfig
+from nsvq.diffusion.config import TrainConfig as DiffusionConfig
 from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer.config import TrainConfig
 

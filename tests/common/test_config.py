@@ -108,7 +108,7 @@ def test_every_config_of_the_repository_is_valid():
     from pathlib import Path
 
     from nsvq.common.config import read_yaml, validate
-    from nsvq.diffusion.train import TrainConfig as DiffusionConfig
+    from nsvq.diffusion.config import TrainConfig as DiffusionConfig
     from nsvq.tokenizer.config import TrainConfig as TokenizerConfig
 
     root = Path(__file__).parents[2] / "configs"

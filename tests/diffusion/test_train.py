@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nsvq.common import checkpoints
 from nsvq.common.run import Run
-from nsvq.diffusion import train
+from nsvq.diffusion import train, trainer
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
 from nsvq.diffusion.sampling import sample
@@ -288,8 +288,8 @@ def test_metrics_are_means_over_the_interval_with_warmup_and_quartiles(run_scrip
 
 def test_pictures_and_pipeline_come_from_the_averaged_weights(run_script, arguments, tmp_path, monkeypatch):
     drawn = []
-    real = train.sample
-    monkeypatch.setattr(train, "sample", lambda model, *a, **k: (drawn.append(model.proj_out.weight.clone()),
+    real = trainer.sample
+    monkeypatch.setattr(trainer, "sample", lambda model, *a, **k: (drawn.append(model.proj_out.weight.clone()),
                                                                  real(model, *a, **k))[1])  # fmt: skip
     run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 4, "--run.sample_every", 2)
     state = checkpoint(tmp_path / "out", 4)

@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
 from nsvq.common import launch, run
+from nsvq.common.training import Trainer
 
 
 class Sharding(Accelerator):
@@ -32,19 +33,21 @@ class Sharding(Accelerator):
         )
 
 
-def instrument(train, record: str, signal_at: int = -1, nan_at: Sequence[int] = ()) -> None:
-    """Wrap `train.train_batches` of the trainer `train`."""
-    original = train.train_batches
+def instrument(trainer: type[Trainer], record: str, signal_at: int = -1, nan_at: Sequence[int] = ()) -> None:
+    """Wrap `trainer.batches`."""
+    original = trainer.batches
 
-    def recorded(*args, batch_size, start=0, rank=0, world_size=1, **more):
+    def recorded(self, start):
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        batch_size = self.micro_batch
+
         def write(line: list) -> None:
             with open(f"{record}-{rank}", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
         write([start])
         position = start + rank * batch_size
-        how = {"batch_size": batch_size, "start": start, "rank": rank, "world_size": world_size, **more}
-        for batch in original(*args, **how):
+        for batch in original(self, start):
             write([position, batch["id"]])
             here = range(position, position + batch_size)
             for bad in set(nan_at).intersection(here):
@@ -54,7 +57,12 @@ def instrument(train, record: str, signal_at: int = -1, nan_at: Sequence[int] = 
             yield batch
             position += batch_size * world_size
 
-    train.train_batches = recorded
+    trainer.batches = recorded
+
+
+def trainer_of(stage: str) -> type[Trainer]:
+    """The trainer of "tokenizer" or "diffusion"."""
+    return getattr(import_module(f"nsvq.{stage}.trainer"), f"{stage.capitalize()}Trainer")
 
 
 def attempts(record: str, rank: int = 0) -> list[tuple[int, list[tuple[int, str]]]]:
@@ -81,8 +89,8 @@ def samples(record: str) -> dict[int, str]:
 if __name__ == "__main__":
     launch.start_cpu_ranks()  # while the arguments are as they came
     spec = json.loads(sys.argv.pop(1))
-    module = import_module(f"nsvq.{spec.pop('stage')}.train")
+    stage = spec.pop("stage")
     if spec.pop("shard", False):
         run.Accelerator = Sharding
-    instrument(module, **spec)
-    launch.run(module.main)
+    instrument(trainer_of(stage), **spec)
+    launch.run(import_module(f"nsvq.{stage}.train").main)

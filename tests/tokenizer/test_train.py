@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import os
@@ -214,6 +215,8 @@ def test_a_run_whose_launcher_is_stopped_writes_a_checkpoint_and_goes_on(run_scr
     while not (out / "stopped").exists():
         assert time.monotonic() < end
         time.sleep(0.01)
+    with open(out / ".lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # until the trainer is gone
     step = int(re.search(r"at step (\d+)", (out / "stopped").read_text())[1])
     assert (out / "checkpoints" / f"step-{step}" / "manifest.json").exists()
     run_script(main, "--config", tiny, "--out", out)

@@ -1,0 +1,234 @@
+"""The training loop of every trainer: the clock, the order of events, and the state that resumes.
+
+A trainer is a subclass of `Trainer` that brings networks and says what a micro-batch does. The order of a step:
+
+    `begin_step`, learning rates
+    `step` for each micro-batch: forward and backward
+    gradients unscaled and clipped; the optimizers step where all is finite on all ranks, else the step is skipped
+    `end_step`, the averaged weights, means; the clock moves
+    `measure`, and one line of metrics where there is something to tell
+    `draw`, `keep`, a checkpoint, and the end of the run where a signal asked for it
+
+After the last step comes `export`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from nsvq.common.config import Config
+from nsvq.common.guard import Guard
+from nsvq.common.metrics import Means, show
+from nsvq.common.run import Run, averaged_weights, micro_batch_size, progress_bar
+from nsvq.common.sharding import full, split_like
+
+
+@dataclass
+class Optimized:
+    """`parameters` that `optimizer` trains, as accelerate prepared it; `clip` is the largest norm of their gradient.
+    In a step that they do not take part in, `trains` is false."""
+
+    optimizer: AcceleratedOptimizer
+    parameters: list[nn.Parameter]
+    clip: float = math.inf
+    trains: bool = True
+
+    def __post_init__(self) -> None:
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def scale_rates(self, factor: float) -> None:
+        """Every group's learning rate becomes `factor` times the one that the optimizer was made with."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+
+class Trainer:
+    """Base of the trainers. A subclass's constructor calls this one first, builds its networks, and ends with
+    `register`; `stateful` then holds what a checkpoint keeps besides weights and optimizers."""
+
+    total_steps: int
+    shown: tuple[str, ...] = ()  # metrics beside the progress bar
+    flops_of: str = "step"  # what a step computes; where it changes, its FLOPs are counted anew
+
+    def __init__(self, config: Config, accelerator: Accelerator):
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.micro_batch = micro_batch_size(config.run, accelerator)
+        self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers,
+                        "rank": accelerator.process_index, "world_size": accelerator.num_processes}  # fmt: skip
+        self.guard, self.means = Guard(accelerator), Means(accelerator)
+        self.stateful = {"guard": self.guard, "means": self.means}
+
+    def register(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        optimized: dict[str, Optimized],
+        averaged: list[nn.Parameter],
+        ema: dict,
+    ) -> None:
+        """`modules` as accelerate prepared them. `averaged`: the parameters of which `EMAModel(**ema)` keeps an
+        average. Takes up the run's folder; raises what `Run` does."""
+        self.modules, self.optimized, self.averaged, self._ema_options = modules, optimized, averaged, ema
+        optimizers = {name: part.optimizer for name, part in optimized.items()}
+        self.run = Run(self.accelerator, self.config, self.config.out, name, modules, optimizers)
+
+    # What a trainer defines
+
+    def batches(self, start: int) -> Iterator[dict]:
+        """This rank's micro-batches without end, from global sample `start` on."""
+        raise NotImplementedError
+
+    def step(self, batch: dict) -> dict[str, Tensor | tuple[Tensor, Tensor | int]]:
+        """Forward and backward of one micro-batch. Returns detached scalars, "loss" among them: means over the
+        micro-batch, or (sum, count)."""
+        raise NotImplementedError
+
+    def draw(self) -> None:
+        """A picture, on the main process, with averaged weights."""
+
+    def export(self) -> None:
+        """The result, after the last step."""
+
+    def start(self) -> None:
+        """Before the first step of a run that does not resume."""
+
+    def resume(self) -> None:
+        """After the state of a checkpoint has come back."""
+
+    def rate_factor(self) -> float:
+        """The factor on all learning rates in this step."""
+        return 1.0
+
+    def begin_step(self) -> None:
+        """Before the micro-batches of a step."""
+
+    def end_step(self, stepped: bool) -> None:
+        """After the optimizers stepped, or did not because something was not finite."""
+
+    def measure(self, due: bool, last: bool) -> dict[str, float]:
+        """Numbers for the line of metrics after this step, equal on all ranks or the main process's. `due`: the
+        interval's line is written in any case."""
+        return {}
+
+    def about_line(self) -> dict:
+        """What stands in the line beside numbers."""
+        return {}
+
+    def watch(self, values: dict[str, float]) -> None:
+        """Look at a line that was written."""
+
+    def keep(self) -> None:
+        """Results that are kept on the way, where one is due."""
+
+    # The loop
+
+    def train(self) -> None:
+        """What is left of the run, and its export. The same command goes on from the newest checkpoint."""
+        with contextlib.closing(self.run):
+            self._train()
+
+    def _train(self) -> None:
+        self._load_or_start()
+        run, settings, main = self.run, self.config.run, self.accelerator.is_main_process
+        batches = iter(self.batches(run.samples_seen))
+        bar = progress_bar(self.accelerator, self.total_steps, run.step)
+        for _ in self.guard.until(lambda: run.step == self.total_steps):
+            self._optimizer_step(batches)
+            bar.update()
+            last = run.step == self.total_steps
+            self._write_metrics(bar, last)
+            if run.step % settings.sample_every == 0 or last:
+                with self.averaged_weights():
+                    if main:
+                        self.draw()
+            self.keep()
+            if run.checkpoint_due() or last or self.guard.stop:
+                run.save(self._states())
+            if self.guard.stop:
+                run.stop(self.guard.stop)
+        bar.close()
+        self.export()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _load_or_start(self) -> None:
+        state = self.run.load()
+        if state is None:
+            self.start()
+        self.ema = EMAModel(self.averaged, **self._ema_options)  # after `start`, which may write parameters
+        self.stateful["ema"] = self.ema
+        if state is not None:
+            for name, part in self.stateful.items():
+                part.load_state_dict(state[name])
+            averages = zip(self.ema.shadow_params, self.averaged, strict=True)
+            self.ema.shadow_params = [split_like(average, parameter) for average, parameter in averages]
+        self.ema.to(self.device)
+        if state is not None:
+            self.resume()
+
+    def _optimizer_step(self, batches: Iterator[dict]) -> None:
+        run, settings = self.run, self.config.run
+        self.begin_step()
+        micro_batches, results = [], []
+        for part in self.optimized.values():
+            part.scale_rates(self.rate_factor())
+        for number in range(settings.accumulation):
+            batch = next(batches)
+            run.seed_micro_batch(number, self.micro_batch)
+            with (
+                self.accelerator.accumulate(*self.modules.values()),
+                run.counting_flops(self.flops_of, self.micro_batch),
+            ):
+                terms = self.step(batch)
+            micro_batches.append(batch)
+            results.append({name: _sum_and_count(term, self.micro_batch) for name, term in terms.items()})
+        self.accelerator.unscale_gradients()
+        training = {name: part for name, part in self.optimized.items() if part.trains}
+        norms = {name: full(clip_grad_norm_(part.parameters, part.clip)) for name, part in training.items()}
+        losses = [terms["loss"][0] for terms in results]
+        stepped = self.guard.step([part.optimizer for part in training.values()], [*losses, *norms.values()])
+        self.end_step(stepped)
+        if stepped:
+            self.ema.step(self.averaged)
+            share = self.micro_batch * settings.accumulation
+            first = next(iter(self.optimized))
+            for name, norm in norms.items():
+                self.means.add("grad_norm" if name == first else f"{name}_grad_norm", share * norm, share)
+            for terms in results:
+                for name, (total, count) in terms.items():
+                    self.means.add(name, total, count)
+        run.step += 1
+        run.samples_seen += settings.batch_size
+        if self.guard.in_a_row >= settings.skip_limit:
+            run.give_up(self._states(), micro_batches, self.guard.in_a_row)
+
+    def _write_metrics(self, bar: tqdm, last: bool) -> None:
+        due, values = self.run.step % self.config.run.log_every == 0 or last, {}
+        if due:
+            values = self.means.take() | {"skipped_steps": self.guard.skipped}
+        if values := values | self.measure(due, last):
+            about = self.about_line()
+            values = self.run.log(values, **about)
+            show(bar, values, self.shown, **({"phase": about["phase"]} if "phase" in about else {}))
+            self.watch(values)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """With the averages in the networks, which get their own weights back at the end. A collective call."""
+        with averaged_weights(self.ema, self.averaged):
+            yield
+
+    def _states(self) -> dict:
+        return {name: part.state_dict() for name, part in self.stateful.items()}
+
+
+def _sum_and_count(term: Tensor | tuple, size: int) -> tuple[Tensor, Tensor | int]:
+    return term if isinstance(term, tuple) else (size * term, size)

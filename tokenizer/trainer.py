@@ -1,0 +1,307 @@
+"""The trainer of stage one: encoder, quantizer, decoder and discriminator through NSVQ's three phases."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from nsvq.common import config as configs
+from nsvq.common.image_metrics import psnr, to_uint8
+from nsvq.common.run import code_version
+from nsvq.common.training import Optimized, Trainer
+from nsvq.data.batches import BadImages, eval_batches, train_batches
+from nsvq.data.shards import Stream
+from nsvq.data.sources import open_split
+from nsvq.errors import UsageError
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
+from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
+from nsvq.tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips, phase_weights
+from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.quantizers import make_quantizer
+from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.upkeep import CodebookUpkeep
+
+PICTURE_IMAGES = 8
+
+
+class TokenizerTrainer(Trainer):
+    """Trains a tokenizer as `config` says, and leaves it in <out>/tokenizer. Its clock is the number of samples seen,
+    cut into epochs."""
+
+    shown = ("l1", "commitment", "utilization", "val_psnr")
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        super().__init__(config, accelerator)
+        optim, loss = config.optim, config.loss
+
+        # Data
+        with accelerator.main_process_first():
+            self.images, _ = open_split(config.data, "train"), open_split(config.data, "test")
+        if config.schedule.epoch_samples is None and isinstance(self.images, Stream):
+            raise UsageError("a streamed data set has no known length: give --schedule.epoch_samples")
+        self.bad_images = BadImages(config.data.max_bad_fraction, accelerator)
+
+        # Networks
+        quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
+        quantizer.nonstationary_weight = loss.nonstationary_weight
+        encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
+        discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+        self.lpips = None
+        if loss.perceptual != "none":
+            with accelerator.main_process_first():
+                self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights).to(self.device)
+
+        # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
+        groups = [
+            {"params": list(encoder.parameters()), "lr": optim.encoder_lr or optim.lr},
+            {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
+            {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
+        ]
+        generator_optimizer = torch.optim.Adam(groups, betas=optim.betas)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, betas=optim.betas)
+        self.encoder, self.decoder, self.discriminator, *optimizers = accelerator.prepare(
+            encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
+        )
+        # Without what accelerate puts around them
+        self.live_encoder, self.live_decoder = map(accelerator.unwrap_model, (self.encoder, self.decoder))
+        self.live_discriminator = accelerator.unwrap_model(self.discriminator)
+        self.quantizer = self.live_decoder.quantizer
+
+        # State
+        parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
+        self.register(
+            "tokenizer",
+            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator},
+            {
+                "generator": Optimized(optimizers[0], parameters, optim.clip_grad_norm or math.inf),
+                "discriminator": Optimized(optimizers[1], list(self.live_discriminator.parameters())),
+            },
+            parameters,
+            {"decay": optim.ema_decay},
+        )
+        self.schedule = Schedule(config.schedule, config.schedule.epoch_samples or len(self.images))
+        self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
+        self.upkeep = CodebookUpkeep(
+            self.quantizer, config, self.schedule, optimizers[0].optimizer, averages=self._averages_of
+        )
+        self.epoch_usage = EpochUsage(self.quantizer.codebook_size, accelerator)
+        self.temperature = Temperature(loss, self.quantizer.dim)
+        fixed = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))
+        self.probe = DriftProbe(fixed["image"].to(self.device))
+        self.stateful |= {"schedule": self.schedule, "epoch_usage": self.epoch_usage, "probe": self.probe,
+                          "bad_images": self.bad_images, "temperature": self.temperature}  # fmt: skip
+
+    def batches(self, start: int) -> Iterator[dict]:
+        return train_batches(self.config.data, seed=self.config.run.seed, start=start, **self.loading)
+
+    def start(self) -> None:
+        self.upkeep.start(self._first_latents)
+
+    def resume(self) -> None:
+        if self.schedule.phase != "stage1":
+            self.freeze_encoder()
+
+    # A step
+
+    def rate_factor(self) -> float:
+        progress = self.run.samples_seen / self.schedule.total_samples
+        return self.config.optim.lr_factor(progress, self.config.schedule.epochs)
+
+    def begin_step(self) -> None:
+        """What this step trains with: phase, weights of the losses, temperature."""
+        schedule, seen = self.schedule, self.run.samples_seen
+        self.phase = self.flops_of = schedule.phase
+        self.upkeep.begin_step()
+        self.weights = phase_weights(self.config.loss, self.phase, schedule.adversarial_factor(seen), self.quantizer)
+        if seen < self.config.schedule.adversarial_after * schedule.epoch_samples:
+            self.weights.pop("adversarial", None)
+        self.tau = self.temperature.value() if "nonstationary" in self.weights else None
+        if self.tau is None:
+            self.weights.pop("nonstationary", None)
+        self.optimized["discriminator"].trains = "adversarial" in self.weights
+        self.tokens = []  # of each micro-batch: indices, squared errors, commitment loss
+
+    def step(self, batch: dict) -> dict[str, Tensor]:
+        weights, config = self.weights, self.config
+        self.bad_images.update(batch)
+        images = batch["image"].to(self.device, non_blocking=True)
+        with torch.set_grad_enabled(self.phase == "stage1"):
+            z = self.encoder(images)
+        output, quantized = self.decoder(z, self.tau)
+        terms = {"l1": (output - images).abs().mean(), **quantized.losses}
+        if config.loss.pixel == "mse":
+            terms["mse"] = (output - images).square().mean()
+        if "perceptual" in weights:
+            terms["perceptual"] = self.lpips(output, images).mean()
+        if "adversarial" in weights:
+            self.live_discriminator.requires_grad_(False)
+            with self.accelerator.autocast():
+                terms["adversarial"] = generator_adversarial(self.live_discriminator(output).float())
+            self.live_discriminator.requires_grad_(True)
+        terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
+        self.accelerator.backward(terms["loss"])
+        if "adversarial" in weights:
+            real, fake = self.discriminator(torch.cat([images, output.detach()])).float().chunk(2)
+            terms["discriminator"] = discriminator_hinge(real, fake)
+            terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
+            self.accelerator.backward(terms["discriminator"])
+        errors = None
+        if config.schedule.replace_from == "error":
+            errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
+        terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
+        self.tokens.append((quantized.indices, errors, terms["commitment"]))
+        return terms
+
+    def end_step(self, stepped: bool) -> None:
+        self.quantizer.end_step(stepped)
+        if not stepped:
+            return
+        for indices, errors, commitment in self.tokens:
+            self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
+        if self.config.loss.temperature_relative:
+            commitment = torch.stack([commitment for *_, commitment in self.tokens]).mean()
+            self.temperature.update(self.accelerator.reduce(commitment, "mean").item())
+
+    # An epoch's end, and what is measured
+
+    def measure(self, due: bool, last: bool) -> dict[str, float]:
+        values = {}
+        if due:
+            if self.accelerator.is_main_process:
+                tau = self.temperature.value() or self.config.loss.temperature
+                with self.accelerator.autocast():
+                    values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
+            values["adversarial_weight"] = self.weights.get("adversarial", 0.0)
+            values["bad_images"] = self.bad_images.check()
+        if self.schedule.epoch_ended(self.run.samples_seen):
+            values |= self.end_epoch()
+            if self.schedule.epoch % self.config.validation.every == 0 and not last:
+                values |= self.validate()
+        if last:
+            self.upkeep.fit(self._averaged_latents)
+            values |= self.validate()
+        return values
+
+    def about_line(self) -> dict:
+        bad = self.bad_images.news()
+        return {"phase": self.phase, "epoch": self.schedule.epoch} | ({"bad_image_ids": bad} if bad else {})
+
+    def watch(self, values: dict[str, float]) -> None:
+        for alarm in alarms(values, self.quantizer.codebook_size):
+            self.run.warn(f"step {self.run.step}: {alarm}")
+
+    def end_epoch(self) -> dict[str, float]:
+        """Usage of the epoch, the schedule's decision, replacement: all of it from numbers summed over ranks."""
+        counts, errors, commitment = self.epoch_usage.total()
+        values = {"epoch_commitment": commitment, "replaced_codes": 0}
+        values |= usage(counts) if self.quantizer.has_codes else {}
+        if self.schedule.end_epoch(commitment):
+            self.freeze_encoder()
+            if self.phase == "stage1":
+                self.upkeep.consolidate(self._training_latents)
+        else:
+            values["replaced_codes"] = self.upkeep.replace(counts, errors)
+        self.epoch_usage.reset()
+        self.quantizer.end_epoch()
+        if self.quantizer.learns_codes:
+            values["near_duplicates"] = near_duplicates(self.quantizer.codebook())
+        return values
+
+    def freeze_encoder(self) -> None:
+        """No gradients from here on: None, not zero, or Adam's momentum would go on moving the encoder. Its average
+        becomes a copy of it, since codebook and decoder are fitted to the encoder that trained."""
+        self.live_encoder.requires_grad_(False).eval()
+        self.live_encoder.zero_grad(set_to_none=True)
+        for average, parameter in zip(self.ema.shadow_params, self.averaged, strict=True):
+            if not parameter.requires_grad:
+                average.copy_(parameter)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """PSNR (per image, 8-bit), L1, quantization error and usage on the test split, with averaged weights."""
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64, device=self.device)
+        with self.averaged_weights():
+            for batch in eval_batches(self.config.data, "test", limit=self.config.validation.images, **self.loading):
+                images = batch["image"].to(self.device)
+                output, quantized = self._reconstruct(images)
+                decibels = psnr(to_uint8(output), to_uint8(images))
+                l1 = (output.float().clamp(-1, 1) - images).abs().double().flatten(1).mean(1)
+                error = quantized.losses["commitment"].double() * len(images)
+                sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
+                if quantized.indices is not None:
+                    counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+        decibels, l1, error, images = self.accelerator.reduce(sums, "sum").tolist()
+        values = {"psnr": decibels / images, "l1": l1 / images, "quantization_error": error / images}
+        used = usage(self.accelerator.reduce(counts, "sum")) if self.quantizer.has_codes else {}
+        return {f"val_{name}": value for name, value in (values | used).items()}
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Fixed test images above their reconstructions."""
+        images = self.probe.images[:PICTURE_IMAGES]
+        output, _ = self._reconstruct(images)
+        self.run.save_picture(torch.cat([images, output.float()]), per_row=len(images))
+
+    def export(self) -> None:
+        """<out>/tokenizer, with averaged weights."""
+        config = self.config
+        self.ema.copy_to(self.averaged)
+        batches = eval_batches(config.data, "train", limit=config.validation.statistics_images, **self.loading)
+        with self.accelerator.autocast():
+            mean, std = latent_statistics(self.live_encoder, (batch["image"] for batch in batches), self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        encoder, decoder = self.live_encoder.cpu(), self.live_decoder.cpu()
+        model = to_vqmodel(config.model, config.data.image_size, encoder, decoder, mean.cpu(), std)
+        about = {"nsvq": code_version(), "step": self.run.step, "samples_seen": self.run.samples_seen,
+                 "config": configs.to_dict(config), "data": self.images.fingerprint,
+                 "classes": self.images.classes}  # fmt: skip
+        save(model, config.out / "tokenizer", about)
+        print(f"tokenizer: {config.out / 'tokenizer'}")
+
+    def _reconstruct(self, images: Tensor) -> tuple:
+        self.live_decoder.eval()
+        with self.accelerator.autocast():
+            output = self.live_decoder(self.live_encoder(images))
+        self.live_decoder.train()
+        return output
+
+    def _averages_of(self, table: Tensor) -> list[Tensor]:
+        pairs = zip(self.ema.shadow_params, self.averaged, strict=True)
+        return [average for average, parameter in pairs if parameter is table]
+
+    @torch.no_grad()
+    def _first_latents(self, count: int) -> Tensor:
+        """`count` encoder outputs [count, d], drawn from the first images of the run; the same for any number of
+        ranks."""
+        found, images = [], 0
+        for batch in self.batches(0):
+            z = self.encoder(batch["image"].to(self.device)).float()
+            found.append(self.accelerator.gather(z))  # in order of position
+            images += len(found[-1])
+            needed = math.ceil(2 * count / z[0, 0].numel())
+            if images >= needed:
+                break
+        latents = torch.cat(found)[:needed].permute(0, 2, 3, 1).flatten(0, 2)  # (N, d)
+        chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:count]
+        return latents[chosen.to(latents.device)]
+
+    @torch.no_grad()
+    def _training_latents(self, images: int) -> list[Tensor]:
+        """Encoder outputs [n, d] float32 of this rank's part of training images, a batch each."""
+        with self.accelerator.autocast():
+            batches = eval_batches(self.config.data, "train", limit=images, **self.loading)
+            z = [self.live_encoder(batch["image"].to(self.device)).float() for batch in batches]
+        return [part.permute(0, 2, 3, 1).flatten(0, 2) for part in z]
+
+    @torch.no_grad()
+    def _averaged_latents(self, count: int) -> Tensor:
+        """At least `count` outputs over all ranks of the averaged encoder, this rank's part [n, d]."""
+        with self.averaged_weights():
+            tokens = self.live_encoder(self.probe.images[:1])[0, 0].numel()
+            return torch.cat(self._training_latents(math.ceil(count / tokens)))
