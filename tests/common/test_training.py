@@ -1,0 +1,153 @@
+"""A trainer of a few lines through the training loop that the real ones share."""
+
+import json
+import multiprocessing
+import os
+import signal
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from pydantic import Field
+
+from nsvq.common.config import Config
+from nsvq.common.run import RunConfig, make_accelerator
+from nsvq.common.training import Optimized, Trainer
+from nsvq.errors import Stopped
+
+STEPS, BATCH = 12, 6
+
+
+class ToyConfig(Config):
+    out: Path
+    run: RunConfig = Field(default_factory=RunConfig)
+
+
+class Toy(Trainer):
+    """Fits y = 3 x - 1. Its batches and its noise depend on the position alone."""
+
+    total_steps = STEPS
+    kill_at: int | None = None  # a position at whose sample the process is killed
+
+    def __init__(self, config, accelerator):
+        super().__init__(config, accelerator)
+        model = torch.nn.Linear(1, 1)
+        self.model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), 0.1))
+        weights = list(model.parameters())
+        self.register("toy", {"model": self.model}, {"model": Optimized(optimizer, weights)}, weights, {"decay": 0.5})
+        self.events = []
+
+    def batches(self, start):
+        for m in count():
+            positions = np.arange(start + m * self.micro_batch, start + (m + 1) * self.micro_batch)
+            if self.kill_at in positions:
+                os.kill(os.getpid(), signal.SIGKILL)
+            x = torch.from_numpy(np.stack([np.random.default_rng([7, p]).random(1, np.float32) for p in positions]))
+            yield {"x": x, "id": [str(p) for p in positions]}
+
+    def rate_factor(self):
+        return 1 - self.run.step / STEPS
+
+    def step(self, batch):
+        x = batch["x"] + 0.01 * torch.randn_like(batch["x"])
+        loss = (self.model(x) - (3 * batch["x"] - 1)).square().mean()
+        self.accelerator.backward(loss)
+        return {"loss": loss.detach(), "largest": (batch["x"].max(), 1)}
+
+    def draw(self):
+        self.events.append(("draw", self.run.step))
+
+    def keep(self):
+        self.events.append(("keep", self.run.step))
+
+    def export(self):
+        self.events.append(("export", self.run.step))
+        with self.averaged_weights():
+            average = [p.tolist() for p in self.averaged]
+        (self.config.out / "result.json").write_text(json.dumps([[p.tolist() for p in self.averaged], average]))
+
+
+def make(out, **run):
+    for state in (AcceleratorState, PartialState):
+        state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
+    GradientState._reset_state()
+    torch.set_num_threads(1)
+    settings = {"batch_size": BATCH, "mixed_precision": "no", "trackers": [], "log_every": 4, "sample_every": 5,
+                "checkpoint_every": 2, "keep_checkpoints": 9} | run  # fmt: skip
+    config = ToyConfig(out=out, run=RunConfig(**settings))
+    return Toy(config, make_accelerator(config.run, config.out))
+
+
+def train_until(out, position=None):
+    Toy.kill_at = position
+    make(out).train()
+
+
+def in_a_process(function, *arguments):
+    """Its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def metrics(out):
+    keep = ("step", "samples_seen", "loss", "largest", "grad_norm", "skipped_steps")
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{key: row[key] for key in keep} for row in rows]
+
+
+def test_a_trainer_that_is_killed_anywhere_ends_as_one_that_was_not(tmp_path):
+    make(tmp_path / "whole").train()
+    for position in (0, 15, 33, 34, 70):
+        assert in_a_process(train_until, tmp_path / "parts", position) == -signal.SIGKILL
+    make(tmp_path / "parts").train()
+    whole, parts = ((tmp_path / name / "result.json").read_text() for name in ("whole", "parts"))
+    assert whole == parts
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_the_events_of_a_step_come_in_their_order_and_at_their_intervals(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    drawn = [step for what, step in trainer.events if what == "draw"]
+    assert drawn == [5, 10, 12]
+    assert trainer.events[-3:] == [("draw", 12), ("keep", 12), ("export", 12)]
+    assert [row["step"] for row in metrics(tmp_path)] == [4, 8, 12]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
+        f"step-{n}" for n in range(2, STEPS + 1, 2)
+    )
+
+
+def test_means_are_over_the_samples_of_the_interval_and_rates_follow_the_factor(tmp_path):
+    trainer = make(tmp_path, log_every=1, accumulation=2)
+    trainer.train()
+    x = [np.random.default_rng([7, p]).random(1, np.float32) for p in range(STEPS * BATCH)]
+    largest = np.reshape(x, (STEPS, 2, BATCH // 2)).max(2).mean(1)
+    assert [row["largest"] for row in metrics(tmp_path)] == pytest.approx(largest, rel=1e-6)
+    (group,) = trainer.optimized["model"].optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.1 / STEPS)
+
+
+def test_a_stopped_run_leaves_its_folder_to_the_next(tmp_path):
+    first = make(tmp_path)
+    first.measure = lambda due, last: os.kill(os.getpid(), signal.SIGTERM) or {}
+    with pytest.raises(Stopped):
+        first.train()
+    assert in_a_process(train_until, tmp_path) == 0
+    assert metrics(tmp_path)[-1]["step"] == STEPS
+
+
+def test_the_average_follows_the_weights_of_each_step(tmp_path):
+    trainer, seen = make(tmp_path), []
+    trainer.keep = lambda: seen.append([p.detach().clone() for p in trainer.averaged])
+    before = [p.detach().clone() for p in trainer.averaged]
+    trainer.train()
+    for n, now in enumerate(seen):
+        decay = min(0.5, (1 + n) / (10 + n)) if n else 0  # diffusers' warmup
+        before = [decay * a + (1 - decay) * b for a, b in zip(before, now, strict=True)]
+    for average, expected in zip(trainer.ema.shadow_params, before, strict=True):
+        torch.testing.assert_close(average, expected)
