@@ -42,7 +42,7 @@ def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
     accelerator = make_accelerator(config.run, config.out)
     micro_batch = micro_batch_size(config.run, accelerator)
-    device, loss_config = accelerator.device, config.loss
+    device, loss_config, nsvq = accelerator.device, config.loss, config.nsvq
 
     # Data
     with accelerator.main_process_first():
@@ -58,7 +58,7 @@ def main() -> None:
 
     # Networks
     quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-    quantizer.nonstationary_weight = loss_config.nonstationary_weight
+    quantizer.nonstationary_weight = nsvq.pull.weight if nsvq.pull else 0.0
     encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
     discriminator = PatchDiscriminator(loss_config.discriminator_channels, loss_config.discriminator_layers)
     lpips = None
@@ -90,11 +90,11 @@ def main() -> None:
     optimizers = {"generator": generator_optimizer, "discriminator": discriminator_optimizer}
     run = Run(accelerator, config, config.out, "tokenizer", modules, optimizers)
     guard, means = Guard(accelerator), Means(accelerator)
-    schedule = Schedule(config.schedule, epoch_samples)
+    schedule = Schedule(config.schedule, nsvq, epoch_samples)
     epoch_usage = EpochUsage(quantizer.codebook_size, accelerator)
     fixed_images = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))["image"]
     probe = DriftProbe(fixed_images.to(device))
-    temperature = Temperature(loss_config, quantizer.dim)
+    temperature = Temperature(nsvq.pull, quantizer.dim)
     stateful = {"schedule": schedule, "epoch_usage": epoch_usage, "probe": probe, "ema": ema, "guard": guard,
                 "means": means, "bad_images": bad_images, "temperature": temperature}  # fmt: skip
 
@@ -177,11 +177,11 @@ def main() -> None:
 
     def consolidate() -> None:
         """k-means on the frozen encoder's latents, from the codes that training found."""
-        if not config.schedule.consolidate:
+        if not nsvq.freeze.consolidate:
             return
-        table, latents = quantizer.table(), training_latents(config.schedule.consolidate_images)
+        table, latents = quantizer.table(), training_latents(nsvq.freeze.consolidate_images)
         fitted = kmeans(lambda: latents, len(table), seed=config.run.seed, start=table.detach(),
-                        iterations=config.schedule.consolidate)  # fmt: skip
+                        iterations=nsvq.freeze.consolidate)  # fmt: skip
         rows = torch.arange(len(table), device=device)
         write_rows(table, rows, fitted, averages=averages_of(table), optimizer=generator_optimizer.optimizer)
         quantizer.rows_written(rows)
@@ -198,10 +198,10 @@ def main() -> None:
                 consolidate()
         elif schedule.replaces_codes():
             dead = replace_dead_codes(
-                quantizer.table(), counts, weights=errors if config.schedule.replace_from == "error" else None,
-                noise=config.schedule.replace_noise, seed=config.run.seed + schedule.epoch,
+                quantizer.table(), counts, weights=errors if nsvq.replace.weights == "error" else None,
+                noise=nsvq.replace.noise, seed=config.run.seed + schedule.epoch,
                 averages=averages_of(quantizer.table()),
-                optimizer=generator_optimizer.optimizer if config.schedule.replace_resets_adam else None,
+                optimizer=generator_optimizer.optimizer if nsvq.replace.reset_adam else None,
             )  # fmt: skip
             quantizer.rows_written(dead)
             values["replaced_codes"] = len(dead)
@@ -224,8 +224,8 @@ def main() -> None:
     bar = progress_bar(accelerator, total_steps, run.step)
     for _ in guard.until(lambda: run.step == total_steps):
         phase, frozen = schedule.phase, schedule.phase != "stage1"
-        quantizer.revives = schedule.revives_codes()
-        weights = phase_weights(loss_config, phase, schedule.adversarial_factor(run.samples_seen), quantizer)
+        quantizer.revive_after = schedule.revive_after()
+        weights = phase_weights(loss_config, nsvq.pull, phase, schedule.adversarial_factor(run.samples_seen), quantizer)
         if run.samples_seen < config.schedule.adversarial_after * epoch_samples:
             weights.pop("adversarial", None)
         factor = optim.lr_factor(run.samples_seen / schedule.total_samples, config.schedule.epochs)
@@ -265,7 +265,7 @@ def main() -> None:
                     accelerator.backward(terms["discriminator"])
             terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
             errors = None
-            if config.schedule.replace_from == "error":
+            if nsvq.replace and nsvq.replace.weights == "error":
                 errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
             results.append((terms, quantized.indices, errors))
         accelerator.unscale_gradients()
@@ -281,7 +281,7 @@ def main() -> None:
             share = micro_batch * config.run.accumulation
             for name, value in norms.items():
                 means.add(name, share * value, share)
-            if loss_config.temperature_relative:
+            if temperature.config.relative:
                 commitment = torch.stack([terms["commitment"] for terms, *_ in results]).mean()
                 temperature.update(accelerator.reduce(commitment, "mean").item())
             for terms, indices, errors in results:
@@ -299,7 +299,9 @@ def main() -> None:
             values |= means.take()
             if accelerator.is_main_process:
                 with accelerator.autocast():
-                    values |= probe.measure(live_encoder, quantizer, temperature.value() or loss_config.temperature)
+                    values |= probe.measure(
+                        live_encoder, quantizer, temperature.value() or temperature.config.temperature
+                    )
             values |= {"adversarial_weight": weights.get("adversarial", 0.0), "bad_images": bad_images.check(),
                        "skipped_steps": guard.skipped}  # fmt: skip
         if schedule.epoch_ended(run.samples_seen):
