@@ -160,6 +160,7 @@ def _leaves(schema: type[Config], prefix: str = "") -> dict:
     leaves = {}
     for name, field in schema.model_fields.items():
         if sections := _sections(field.annotation):
+            leaves |= {prefix + name: field} if field.description else {}
             for section in sections:
                 leaves = _leaves(section, f"{prefix}{name}.") | leaves
         else:
@@ -243,7 +244,7 @@ def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
 def _hint(schema: type[Config], key: str, valid: Any) -> str:
     """What to write in place of a key that there is not."""
     if key in schema.renamed:
-        return f": it is {schema.renamed[key]} now"
+        return f": it is now {schema.renamed[key]}"
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else "; --help lists the valid keys"
 
@@ -273,6 +274,8 @@ def _explain(schema: type[Config], error: dict) -> str:
         old = f"{key}.{error['ctx']['discriminator'][1:-1]}: {error['ctx']['tag']}"
         if old in schema.renamed:
             return f"unknown {old}{_hint(schema, old, ())}"
+    if error["type"] == "model_type":
+        return f"{key} = {error['input']!r}: it must be a section of keys (--help lists them)"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if not key:
         return message

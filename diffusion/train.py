@@ -39,7 +39,7 @@ from nsvq.common.sharding import full, split_like
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.model import DiTConfig, ModelConfig, make_model
 from nsvq.diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
-from nsvq.diffusion.sampling import TIMESTEPS, sample
+from nsvq.diffusion.sampling import sample
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.features import INCEPTION
 from nsvq.eval.monitor import FrechetMonitor
@@ -118,8 +118,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
-        if self.objective.name == "ddpm" and TIMESTEPS % self.sampling.steps:
-            raise ValueError(f"sampling.steps = {self.sampling.steps} must divide {TIMESTEPS}, the steps of the DDPM")
+        self.objective.check_steps(self.sampling.steps)
         return self
 
 

@@ -11,7 +11,7 @@ from nsvq.common.run import RunConfig
 from nsvq.data.config import DataConfig
 from nsvq.tokenizer.losses import LossConfig
 from nsvq.tokenizer.model import ModelConfig
-from nsvq.tokenizer.nsvq import NSVQConfig
+from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from nsvq.tokenizer.quantizers.vq import VQConfig
 from nsvq.tokenizer.schedule import ScheduleConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nsvq.common.config import Config
 from nsvq.errors import UserError
-from nsvq.tokenizer.nsvq import PullConfig
+from nsvq.tokenizer.nsvq_config import PullConfig
 from nsvq.tokenizer.quantizers import Quantizer
 from nsvq.tokenizer.schedule import Phase
 

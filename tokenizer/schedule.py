@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from nsvq.common.config import Config
-from nsvq.tokenizer.nsvq import NSVQConfig
+from nsvq.tokenizer.nsvq_config import NSVQConfig
 
 Phase = Literal["stage1", "warmup", "stage2"]
 

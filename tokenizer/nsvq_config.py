@@ -16,7 +16,7 @@ from nsvq.common.config import Config
 class PullConfig(Config):
     """The NS loss (eq. 8-11)."""
 
-    weight: float = Field(0.1, gt=0, description="alpha, the weight of the NS loss.")
+    weight: float = Field(0.1, gt=0, description="alpha, the weight of the NS loss; pull: null is without.")
     temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
     relative: bool = Field(
         False, description="temperature in units of the running mean of the squared distance to the nearest code."
