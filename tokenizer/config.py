@@ -100,22 +100,20 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
         name, method, nsvq, freeze = self.quantizer.name, QUANTIZERS[self.quantizer.name], self.nsvq, self.nsvq.freeze
+        consolidate = freeze and freeze.consolidate
         self.quantizer.check_dim(self.model.latent_channels)
-        unfit = []
-        if nsvq.pull and not method.learns_codes:
-            unfit.append(f"the NS loss pulls no codes of {name}; set nsvq.pull: null")
-        if nsvq.revive and not method.can_revive:
-            unfit.append(f"{name} cannot revive codes; set nsvq.revive: null")
-        if nsvq.replace and not method.free_table:
-            unfit.append(f"{name} has no free codes to replace; set nsvq.replace: null")
-        if freeze and freeze.consolidate and not method.can_consolidate:
-            unfit.append(f"k-means does not fit the codes of {name}; set nsvq.freeze.consolidate: 0")
-        if unfit:
+        parts = (
+            (nsvq.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
+            (nsvq.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),
+            (nsvq.replace, method.free_table, f"{name} has no free codes to replace; set nsvq.replace: null"),
+            (consolidate, method.can_consolidate, f"k-means fits no codes of {name}; set nsvq.freeze.consolidate: 0"),
+        )
+        if unfit := [text for asked, able, text in parts if asked and not able]:
             raise ValueError("; ".join(unfit))
         if freeze and freeze.latest + freeze.warmup >= self.schedule.epochs:
             raise ValueError(
-                f"nsvq.freeze.latest + warmup = {freeze.latest + freeze.warmup} leaves no stage2 in schedule.epochs = "
-                f"{self.schedule.epochs:g}; lower them, or set nsvq.freeze: null"
+                f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {self.schedule.epochs:g}; "
+                "lower them, or set nsvq.freeze: null"
             )
         factor = 2 ** (len(self.model.channel_multipliers) - 1)
         if self.data.image_size % factor:

@@ -26,7 +26,6 @@ class LossConfig(Config):
     11-12) and the quantizer's own terms."""
 
     pixel: Literal["l1", "mse"] = Field("l1", description="Reconstruction loss over pixels.")
-
     perceptual: Literal["vgg", "squeeze", "none"] = Field("vgg", description="Backbone of LPIPS.")
     perceptual_weights: Path | None = Field(
         None, description="Backbone weights (.pth or .safetensors, torchvision's names); null downloads them."
@@ -66,8 +65,8 @@ def phase_weights(
 
 
 class Temperature:
-    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code. The
-    softmax is watched with the paper's tau where nothing is pulled."""
+    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code. Where
+    nothing is pulled, it is the paper's, for watching the softmax."""
 
     decay = 0.99
 

@@ -1,7 +1,7 @@
 """NSVQ (arXiv 2606.11363) as a section of the config: what keeps codes alive, with any quantizer that it suits.
 
 pull     losing codes are pulled to the latents near them: the NS loss (codebook.py)
-revive   a code that wins nothing starts again at a latent of the step (quantizers/ema.py)
+revive   a code that wins nothing starts again at a latent of the step, until replacement sets in (quantizers/ema.py)
 replace  a code that an epoch did not use becomes a copy of one that it did (replacement.py)
 freeze   the encoder stops once its commitment loss has settled; codes and decoder go on (schedule.py)
 """
@@ -18,9 +18,7 @@ class PullConfig(Config):
 
     weight: float = Field(0.1, gt=0, description="alpha, the weight of the NS loss; pull: null is without.")
     temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
-    relative: bool = Field(
-        False, description="temperature in units of the running mean of the squared distance to the nearest code."
-    )
+    relative: bool = Field(False, description="temperature in units of the mean squared distance to the nearest code.")
 
 
 class ReplaceConfig(Config):
@@ -29,9 +27,7 @@ class ReplaceConfig(Config):
     after: int = Field(5, ge=0, description="Epochs at the start without replacement.")
     noise: float = Field(0.001, ge=0, description="Standard deviation of the noise on a replaced code.")
     weights: Literal["usage", "error"] = Field(
-        "usage",
-        description="Active codes are copied in proportion to their usage, or to the squared error that they leave, so "
-        "that new codes go where they are missing.",
+        "usage", description="Codes are copied in proportion to their usage, or to the squared error that they leave."
     )
     reset_adam: bool = Field(True, description="Clear Adam's moments of a replaced code.")
 
@@ -50,19 +46,12 @@ class FreezeConfig(Config):
 class NSVQConfig(Config):
     """The parts of NSVQ, each null where it is off. Defaults are the paper's (appendix D), which revives no codes."""
 
-    pull: PullConfig | None = Field(default_factory=PullConfig, description="The NS loss, a pull on losing codes.")
+    pull: PullConfig | None = Field(PullConfig(), description="The NS loss, a pull on losing codes.")
     revive: float | None = Field(
-        None,
-        gt=0,
-        description="A code that has won no token while the mean code won this many moves onto a random latent of the "
-        "step, until replacement sets in; null: none does.",
+        None, gt=0, description="Tokens that the mean code wins before a code without any moves onto a random latent."
     )
-    replace: ReplaceConfig | None = Field(
-        default_factory=ReplaceConfig, description="Replacement of codes that an epoch did not use, before the freeze."
-    )
-    freeze: FreezeConfig | None = Field(
-        default_factory=FreezeConfig, description="Freeze the encoder; null: it trains to the end."
-    )
+    replace: ReplaceConfig | None = Field(ReplaceConfig(), description="Replace codes that an epoch did not use.")
+    freeze: FreezeConfig | None = Field(FreezeConfig(), description="Freeze the encoder; null: it trains to the end.")
 
     @model_validator(mode="before")
     @classmethod

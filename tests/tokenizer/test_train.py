@@ -322,7 +322,7 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--quantizer.name", "fc_l2", "--nsvq.freeze.consolidate", "9"], "set nsvq.freeze.consolidate: 0"),
         (
             ["--schedule.epochs", "6"],
-            "latest \\+ warmup = 6 leaves no stage2 in schedule.epochs = 6; .* nsvq.freeze: null",
+            "latest \\+ warmup leaves no stage2 in schedule.epochs = 6; .* nsvq.freeze: null",
         ),
         (["--quantizer.name", "nsvq"], "unknown quantizer.name: nsvq: it is now the section nsvq"),
         (["--loss.nonstationary_weight", "0.1"], "nonstationary_weight: it is now nsvq.pull.weight"),
