@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 from evidence_page import write_page
-from evidence_study import CURVES, Study, diffusion_config, record_key, training_config
+from evidence_study import CURVES, diffusion_config, read_study, record_key, training_config
 from measure import machine
 from pydantic import Field
 
@@ -145,7 +145,7 @@ def _short(value: Any) -> Any:
 
 def main() -> None:
     config = configs.parse(EvidenceConfig, sys.argv[1:])
-    study = configs.validate(Study, configs.read_yaml(config.study), source=str(config.study))
+    study = read_study(config.study)
     if unknown := set(config.runs) - set(study.runs):
         raise UserError(f"no such runs: {', '.join(sorted(unknown))}; there are {', '.join(study.runs)}")
     chosen = config.seeds or study.seeds

@@ -137,5 +137,6 @@ def _flat(changes: dict, prefix: str = "") -> str:
     """A nested config on one line."""
     leaves = []
     for key, value in changes.items():
-        leaves.append(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} {value}")
+        shown = "null" if value is None else value
+        leaves.append(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} {shown}")
     return ", ".join(leaves) or "as the base"

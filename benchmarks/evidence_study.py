@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from nsvq.common import config as configs
+from nsvq.common.config import merged
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.config import TrainConfig as DiffusionConfig
 from nsvq.eval.generation import GenerationConfig
@@ -47,7 +50,7 @@ class Study(configs.Config):
 
     title: str = Field(description="Heading of its page.")
     question: str = Field(description="What it asks, and what is equal for all of its runs: the page's first lines.")
-    base: Path = Field(description="Tokenizer config of what all runs have in common,")
+    base: Path = Field(description="Tokenizer config of what all runs have in common, as `base` of any config,")
     common: dict[str, Any] = Field({}, description="and what the study changes in it for all of them.")
     diffusion: Path | None = Field(None, description="Diffusion config: trains a model on each run's tokenizer.")
     samples: dict[str, Any] = Field({}, description="Options of eval/generation.py, which then measures that model.")
@@ -72,22 +75,17 @@ class Study(configs.Config):
         return self
 
 
-def merged(base: dict, changes: dict) -> dict:
-    """`base` with the leaves of `changes`; a quantizer of another name takes over none of the base's options."""
-    result = dict(base)
-    for key, value in changes.items():
-        old = base.get(key)
-        same = isinstance(old, dict) and isinstance(value, dict) and ("name" not in value or key != "quantizer")
-        result[key] = merged(old, value) if same else value
-    return result
+def read_study(path: Path) -> Study:
+    """The study in `path`, whose configs are named relative to it. Raises `UsageError` where it is none."""
+    values = configs.read_yaml(path)
+    beside = {key: os.path.normpath(path.parent / values[key]) for key in ("base", "diffusion") if values.get(key)}
+    return configs.validate(Study, values | beside, source=str(path))
 
 
 def training_config(study: Study, name: str, seed: int, data: DataConfig, lpips_weights: Path | None = None) -> dict:
     """The tokenizer config of one run, as written: no defaults in it, and no `out`."""
     changes = {key: value for key, value in study.runs[name].items() if key != "diffusion"}
-    values = merged(merged(configs.read_yaml(study.base), study.common), changes)
-    values = merged(values, {"data": configs.to_dict(data) | {"image_size": values["data"]["image_size"]}})
-    values = merged(values, {"run": {"seed": seed}})
+    values = _with_data(reduce(merged, [configs.read_config(study.base), study.common, changes]), seed, data)
     if lpips_weights is not None and values.get("loss", {}).get("perceptual", "vgg") != "none":
         values = merged(values, {"loss": {"perceptual_weights": str(lpips_weights)}})
     configs.validate(TrainConfig, values, source=f"run {name!r}")
@@ -96,11 +94,17 @@ def training_config(study: Study, name: str, seed: int, data: DataConfig, lpips_
 
 def diffusion_config(study: Study, name: str, seed: int, data: DataConfig) -> dict:
     """The same of what is trained on its tokenizer: no `out` and no `tokenizer` in it."""
-    values = merged(configs.read_yaml(study.diffusion), study.runs[name].get("diffusion", {}))
-    values = merged(values, {"data": configs.to_dict(data) | {"image_size": values["data"]["image_size"]}})
-    values = merged(values, {"run": {"seed": seed}})
+    changes = study.runs[name].get("diffusion", {})
+    values = _with_data(merged(configs.read_config(study.diffusion), changes), seed, data)
     configs.validate(DiffusionConfig, values, source=f"run {name!r}")
     return values
+
+
+def _with_data(values: dict, seed: int, data: DataConfig) -> dict:
+    """With the study's images, at the size of the config's; no defaults, so that records outlive a new key of data."""
+    section = data.model_dump(mode="json", exclude_defaults=True)
+    size = {"source": data.source, "image_size": values["data"]["image_size"]}
+    return merged(values | {"data": section | size}, {"run": {"seed": seed}})
 
 
 def record_key(values: dict, fingerprint: str, measured: list[str]) -> str:

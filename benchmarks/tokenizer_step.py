@@ -72,14 +72,15 @@ class TrainingStep:
     def __init__(self, config: TrainConfig, batch: int, bare: bool, device: torch.device):
         torch.manual_seed(0)
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-        quantizer.nonstationary_weight = config.loss.nonstationary_weight
+        pull = config.nsvq.pull
+        quantizer.nonstationary_weight = pull.weight if pull else 0.0
         self.encoder = make_encoder(config.model).to(device)
         self.decoder = QuantizedDecoder(config.model, quantizer).to(device)
         self.images = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1
         if count := quantizer.initial_latents():
             quantizer.initialize(torch.randn(count, config.model.latent_channels, device=device))
-        self.weights = phase_weights(config.loss, "stage1", 1.0, quantizer)
-        self.temperature = config.loss.temperature if "nonstationary" in self.weights else None
+        self.weights = phase_weights(config.loss, pull, "stage1", 1.0, quantizer)
+        self.temperature = pull.temperature if pull else None
         self.lpips = self.discriminator = None
         if bare:
             self.weights = {k: v for k, v in self.weights.items() if k not in ("perceptual", "adversarial")}

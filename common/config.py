@@ -1,4 +1,6 @@
-"""Typed configs: pydantic models filled from defaults, one YAML file and `--any.key value` arguments, in that order.
+"""Typed configs: pydantic models filled from defaults, a YAML file and `--any.key value` arguments, in that order.
+
+A file may name a `base:`, another file, and then holds only what it changes in it.
 
 class TrainConfig(Config):
     steps: int = Field(1000, gt=0, description="Optimizer steps.")
@@ -7,9 +9,11 @@ config = parse(TrainConfig, sys.argv[1:])
 """
 
 import difflib
+import os
 import re
 import sys
 import types
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -50,7 +54,7 @@ def parse(schema: type[C], argv: list[str], default_file: Path | None = None) ->
         sys.exit(0)
     overrides = _read_arguments(argv)
     file = overrides.pop("config", default_file)
-    values = read_yaml(file) if file is not None else {}
+    values = read_config(file) if file is not None else {}
     for key, value in overrides.items():
         _set(values, schema, key, value)
     return validate(schema, values, source=str(file) if file else "command line")
@@ -75,6 +79,39 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(values or {}, dict):
         raise UsageError(f"{path} must hold a mapping of keys to values")
     return values or {}
+
+
+def read_config(path: str | Path) -> dict:
+    """The keys of a config over those of the file that it names as its `base`, relative to itself, and so on down.
+
+    Raises `UsageError` as `read_yaml` does, and where files are each other's base."""
+    files, layers = [Path(path)], [read_yaml(path)]
+    while (base := layers[-1].pop("base", None)) is not None:
+        files.append(Path(os.path.normpath(files[-1].parent / str(base))))
+        if files[-1] in files[:-1]:
+            raise UsageError(f"configs are each other's base: {' -> '.join(map(str, files))}")
+        if not files[-1].is_file():
+            raise UsageError(f"{files[-2]}: its base {files[-1]} is no file")
+        layers.append(read_yaml(files[-1]))
+    return reduce(merged, reversed(layers))
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """`base` with `changes`, section by section. What is no section, lists too, takes the place of what there was; so
+    does a section that chooses another method, network or objective by its `name` or `variant`: their options differ.
+
+    Raises `UsageError` where a section meets its short form, of which only the schema knows what it is short for."""
+    result = dict(base)
+    for key, new in changes.items():
+        old = base.get(key)
+        if isinstance(old, str) and isinstance(new, dict):
+            raise UsageError(f"{key}: its base gives it in the short form {old!r}; it must be a section there")
+        if isinstance(old, dict) and isinstance(new, dict):
+            other = any(k in new and new[k] != old.get(k, new[k]) for k in ("name", "variant"))
+            result[key] = new if other else merged(old, new)
+        else:
+            result[key] = new
+    return result
 
 
 def to_dict(config: Config) -> dict:
@@ -105,6 +142,9 @@ def _describe(schema: type[Config], prefix: str) -> list[str]:
     lines = []
     for name, field in schema.model_fields.items():
         sections = _sections(field.annotation)
+        if sections and field.description:
+            or_null = " or null" if type(None) in get_args(field.annotation) else ""
+            lines.append(f"  --{prefix}{name} a section{or_null}\n        {field.description}")
         for section in sections:
             if len(sections) > 1:
                 choice = " or ".join(get_args(section.model_fields[field.discriminator].annotation))
@@ -120,6 +160,7 @@ def _leaves(schema: type[Config], prefix: str = "") -> dict:
     leaves = {}
     for name, field in schema.model_fields.items():
         if sections := _sections(field.annotation):
+            leaves |= {prefix + name: field} if field.description else {}
             for section in sections:
                 leaves = _leaves(section, f"{prefix}{name}.") | leaves
         else:
@@ -181,14 +222,16 @@ def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
         fields = [s.model_fields[name] for s in schemas if name in s.model_fields]
         schemas = [section for field in fields for section in _sections(field.annotation)]
         if not schemas:
-            raise UsageError(f"unknown key --{dotted}{_nearest(dotted, _leaves(schema))}")
+            raise UsageError(f"unknown key --{dotted}{_hint(schema, dotted, _leaves(schema))}")
         if isinstance(values.get(name), str):  # a section given in its short form
             values[name] = schemas[0].model_validate(values[name]).model_dump(exclude_unset=True)
-        values = values.setdefault(name, {})
+        if values.get(name) is None:  # also where the file turns the section off
+            values[name] = {}
+        values = values[name]
     fields = [s.model_fields[last] for s in schemas if last in s.model_fields]
     if not fields:
         valid = [key for s in schemas for key in _leaves(s, dotted[: -len(last)])]
-        raise UsageError(f"unknown key --{dotted}{_nearest(dotted, valid)}")
+        raise UsageError(f"unknown key --{dotted}{_hint(schema, dotted, valid)}")
     if get_origin(fields[0].annotation) is list and not isinstance(value, list):
         value = [value]
     if isinstance(values.get(last), dict) and isinstance(value, str):
@@ -198,7 +241,10 @@ def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
         values[last] = value
 
 
-def _nearest(key: str, valid: Any) -> str:
+def _hint(schema: type[Config], key: str, valid: Any) -> str:
+    """What to write in place of a key that there is not."""
+    if key in schema.renamed:
+        return f": it is now {schema.renamed[key]}"
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else "; --help lists the valid keys"
 
@@ -221,9 +267,15 @@ def _explain(schema: type[Config], error: dict) -> str:
     if error["type"] == "extra_forbidden" and key in _leaves(schema):
         return f"{key} is a key of another choice than this one's (--help lists which keys go together)"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key, _leaves(schema))}"
+        return f"unknown key {key}{_hint(schema, key, _leaves(schema))}"
     if error["type"] == "missing":
         return f"{key} is required (give it as --{key} VALUE)"
+    if error["type"] == "union_tag_invalid":
+        old = f"{key}.{error['ctx']['discriminator'][1:-1]}: {error['ctx']['tag']}"
+        if old in schema.renamed:
+            return f"unknown {old}{_hint(schema, old, ())}"
+    if error["type"] == "model_type":
+        return f"{key} = {error['input']!r}: it must be a section of keys (--help lists them)"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if not key:
         return message

@@ -1,6 +1,6 @@
 """The data section of a config, and the base of every section."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -9,6 +9,7 @@ class Config(BaseModel):
     """Base of every config section: an unknown key is an error, and fields carry their own description."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
+    renamed: ClassVar[dict[str, str]] = {}  # a key, or "key: value", that there was once: what it is now
 
 
 class DataConfig(Config):

@@ -10,7 +10,6 @@ from nsvq.common.run import RunConfig
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.model import DiTConfig, ModelConfig
 from nsvq.diffusion.objectives import FlowConfig, ObjectiveConfig
-from nsvq.diffusion.sampling import TIMESTEPS
 
 
 class OptimConfig(Config):
@@ -78,6 +77,5 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
-        if self.objective.name == "ddpm" and TIMESTEPS % self.sampling.steps:
-            raise ValueError(f"sampling.steps = {self.sampling.steps} must divide {TIMESTEPS}, the steps of the DDPM")
+        self.objective.check_steps(self.sampling.steps)
         return self

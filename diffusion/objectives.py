@@ -5,7 +5,9 @@ Each objective noises latents at a level in (0, 1), of which the network is told
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from functools import reduce
+from operator import or_
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -18,7 +20,14 @@ from nsvq.diffusion.sampling import TIMESTEPS, ddpm_scheduler, flow_scheduler, t
 _SHIFT_FREE_DIM = 4096
 
 
-class FlowConfig(Config):
+class ObjectiveOptions(Config):
+    """Options of an objective, in a subclass with `name` as a `Literal`: the section `objective` of a config."""
+
+    def check_steps(self, steps: int) -> None:
+        """Raises `ValueError` where its scheduler cannot sample in so many steps."""
+
+
+class FlowConfig(ObjectiveOptions):
     """Rectified flow: the network predicts v = noise - x_0 at x = (1 - sigma) x_0 + sigma noise."""
 
     name: Literal["flow"] = Field("flow", description="Rectified flow (docs/diffusion.md).")
@@ -35,7 +44,7 @@ class FlowConfig(Config):
     )
 
 
-class DDPMConfig(Config):
+class DDPMConfig(ObjectiveOptions):
     """DDPM of 1000 steps: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise."""
 
     name: Literal["ddpm"] = Field("ddpm", description="DDPM (docs/diffusion.md).")
@@ -44,12 +53,17 @@ class DDPMConfig(Config):
         "linear", description="Betas from 1e-4 to 2e-2, or those of a cosine alpha_bar."
     )
 
-
-ObjectiveConfig = FlowConfig | DDPMConfig
+    def check_steps(self, steps: int) -> None:
+        if TIMESTEPS % steps:
+            raise ValueError(f"sampling.steps = {steps} must divide {TIMESTEPS}, the steps of the DDPM")
 
 
 class Objective:
-    """What the objectives share: the loss, given `noised` of each."""
+    """What the objectives share: the loss, given `noised` of each. A subclass is made of its `Config` and the shape
+    (C, H, W) of the latents, and is registered by the tuple at the end of this file."""
+
+    Config: ClassVar[type[ObjectiveOptions]]
+    description: str  # a line for the model card
 
     def levels(self, normal: Tensor) -> Tensor:
         """Noise levels in [0, 1] for training from standard normal draws, float32, any shape."""
@@ -74,6 +88,8 @@ class Objective:
 
 class Flow(Objective):
     """Rectified flow (Liu et al., arXiv 2209.03003), with the noise levels of Esser et al., arXiv 2403.03206."""
+
+    Config = FlowConfig
 
     def __init__(self, config: FlowConfig, latent_shape: tuple[int, ...]):
         self.config = config
@@ -102,9 +118,11 @@ class Flow(Objective):
 
 class DDPM(Objective):
     """DDPM (Ho et al., arXiv 2006.11239) with its linear betas or the cosine schedule (Nichol and Dhariwal, arXiv
-    2102.09672), predicting the noise or v (Salimans and Ho, arXiv 2202.00512)."""
+    2102.09672), predicting the noise or v (Salimans and Ho, arXiv 2202.00512), the same for latents of any shape."""
 
-    def __init__(self, config: DDPMConfig):
+    Config = DDPMConfig
+
+    def __init__(self, config: DDPMConfig, latent_shape: tuple[int, ...] = ()):
         self.prediction_type = {"epsilon": "epsilon", "v": "v_prediction"}[config.prediction]
         betas = {"linear": ("linear", 1e-4, 2e-2), "cosine": ("squaredcos_cap_v2", 1e-4, 2e-2)}[config.schedule]
         self.noise_schedule = dict(zip(("beta_schedule", "beta_start", "beta_end"), betas, strict=True))
@@ -124,11 +142,6 @@ class DDPM(Objective):
         return ddpm_scheduler(self.prediction_type, self.noise_schedule)
 
 
-def make_objective(config: ObjectiveConfig, latent_shape: tuple[int, ...]) -> Objective:
-    """The configured objective for latents of `latent_shape` (C, H, W)."""
-    return Flow(config, latent_shape) if config.name == "flow" else DDPM(config)
-
-
 def dimension_shift(latent_shape: tuple[int, ...]) -> float:
     """sqrt(dim / 4096) for dim = C H W > 4096, else 1: the same sigma destroys less of a larger latent, whose values
     help each other (Esser et al., arXiv 2403.03206, eq. 23; Zheng et al., arXiv 2510.11690)."""
@@ -143,3 +156,13 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_class: int) -> Tensor:
     """Labels [B] with a share `probability` replaced by the null class, and those that are -1 (none) too."""
     return torch.where((uniform < probability) | (labels < 0), null_class, labels)
+
+
+_OBJECTIVES = (Flow, DDPM)
+# The options of one objective or of another, told apart by `name`.
+ObjectiveConfig = reduce(or_, (objective.Config for objective in _OBJECTIVES))
+
+
+def make_objective(config: ObjectiveOptions, latent_shape: tuple[int, ...]) -> Objective:
+    """The configured objective for latents of `latent_shape` (C, H, W)."""
+    return next(each for each in _OBJECTIVES if isinstance(config, each.Config))(config, latent_shape)

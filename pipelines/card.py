@@ -128,16 +128,26 @@ def _views(key: dict) -> str:
 
 def _tokenizer(about: dict | None) -> str:
     """How the tokenizer was trained, where its folder says so."""
-    if about is None:
+    if about is None or "nsvq" not in about["config"]:
         return ""
-    config, schedule = about["config"], about["config"]["schedule"]
-    frozen = f"encoder frozen by epoch {schedule['latest_freeze']}" if schedule["freeze"] else "encoder never frozen"
+    config = about["config"]
     return (
-        f"{config['quantizer']['name']}, {about['samples_seen']} samples of `{config['data']['source']}` in "
-        f"{schedule['epochs']:g} epochs, {frozen}; NS loss {config['loss']['nonstationary_weight']:g} at temperature "
-        f"{config['loss']['temperature']:g}; perceptual loss {config['loss']['perceptual']}, GAN weight "
-        f"{config['loss']['adversarial_weight']:g};\n  "
+        f"quantizer {config['quantizer']['name']}, {_nsvq(config['nsvq'])}; {about['samples_seen']} samples of "
+        f"`{config['data']['source']}` in {config['schedule']['epochs']:g} epochs; perceptual loss "
+        f"{config['loss']['perceptual']}, GAN weight {config['loss']['adversarial_weight']:g};\n  "
     )
+
+
+def _nsvq(config: dict) -> str:
+    """Which parts of NSVQ kept the codes alive."""
+    pull, revive, replace, freeze = (config[part] for part in ("pull", "revive", "replace", "freeze"))
+    parts = [
+        *([f"NS loss {pull['weight']:g} at temperature {pull['temperature']:g}"] if pull else []),
+        *([f"codes revived after {revive:g} tokens"] if revive else []),
+        *([f"dead codes replaced after epoch {replace['after']}"] if replace else []),
+        *([f"encoder frozen by epoch {freeze['latest']}"] if freeze else []),
+    ]
+    return f"NSVQ ({', '.join(parts)})" if parts else "without NSVQ"
 
 
 def _results(results: dict[str, dict]) -> str:

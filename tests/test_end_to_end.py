@@ -27,7 +27,8 @@ TOKENIZER = {
     },
     "quantizer": {"codebook_size": 32},
     "loss": {"perceptual": "none", "discriminator_channels": 8, "discriminator_layers": 1},
-    "schedule": {"epoch_samples": 16, "epochs": 6, "latest_freeze": 3, "warmup": 1, "ramp": 1, "replace_after": 0},
+    "nsvq": {"replace": {"after": 0}, "freeze": {"latest": 3, "warmup": 1, "ramp": 1}},
+    "schedule": {"epoch_samples": 16, "epochs": 6},
     "validation": {"images": 8, "probe_images": 4, "statistics_images": 32},
     "run": RUN,
 }
@@ -68,7 +69,7 @@ def test_both_stages_end_in_a_measured_folder_that_stock_diffusers_loads(run_scr
     assert str(out / "report.html") in table
     card = (out / "pipeline" / "README.md").read_text()
     assert f"| psnr | {measured['metrics']['psnr']:.5g}" in card
-    assert "nsvq, 96 samples of `synthetic`" in card
+    assert "quantizer vq, NSVQ (NS loss 0.1" in " ".join(card.split())
 
     stock = DiffusionPipeline.from_pretrained(out / "pipeline")
     assert type(stock) is DiTPipeline

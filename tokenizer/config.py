@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,8 @@ from nsvq.common.run import RunConfig
 from nsvq.data.config import DataConfig
 from nsvq.tokenizer.losses import LossConfig
 from nsvq.tokenizer.model import ModelConfig
-from nsvq.tokenizer.quantizers import QUANTIZERS, Quantizer, QuantizerConfig
-from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.nsvq_config import NSVQConfig
+from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from nsvq.tokenizer.quantizers.vq import VQConfig
 from nsvq.tokenizer.schedule import ScheduleConfig
 
@@ -55,12 +55,35 @@ class ValidationConfig(Config):
 
 
 class TrainConfig(Config):
-    """Train an image tokenizer (stage one): encoder, codebook, decoder, with NSVQ's three phases."""
+    """Train an image tokenizer (stage one): encoder, codebook, decoder. `quantizer` says how codes move, `nsvq` what
+    keeps them alive."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        "quantizer.name: nsvq": "the section nsvq, and quantizer.name: vq or ema",
+        "quantizer.name: fc": "quantizer.name: vq, at a small model.latent_channels",
+        "quantizer.revive_after": "nsvq.revive (null for 0)",
+        "loss.nonstationary_weight": "nsvq.pull.weight (nsvq.pull: null for 0)",
+        "loss.temperature": "nsvq.pull.temperature",
+        "loss.temperature_relative": "nsvq.pull.relative",
+        "schedule.replace": "nsvq.replace (null for false)",
+        "schedule.replace_after": "nsvq.replace.after",
+        "schedule.replace_noise": "nsvq.replace.noise",
+        "schedule.replace_from": "nsvq.replace.weights",
+        "schedule.replace_resets_adam": "nsvq.replace.reset_adam",
+        "schedule.freeze": "nsvq.freeze (null for false)",
+        "schedule.patience": "nsvq.freeze.patience",
+        "schedule.latest_freeze": "nsvq.freeze.latest",
+        "schedule.warmup": "nsvq.freeze.warmup",
+        "schedule.ramp": "nsvq.freeze.ramp",
+        "schedule.consolidate": "nsvq.freeze.consolidate",
+        "schedule.consolidate_images": "nsvq.freeze.consolidate_images",
+    }
 
     out: Path = Field(Path("runs/imagenet128-nsvq"), description="Folder of the run; holds the tokenizer at the end.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     quantizer: QuantizerConfig = Field(default_factory=VQConfig, discriminator="name")
+    nsvq: NSVQConfig = Field(default_factory=NSVQConfig, description="What keeps codes alive; null: nothing does.")
     loss: LossConfig = Field(default_factory=LossConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -71,19 +94,27 @@ class TrainConfig(Config):
     @classmethod
     def _default_method(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("quantizer"), dict):
-            values = values | {"quantizer": {"name": "nsvq"} | values["quantizer"]}
+            values = values | {"quantizer": {"name": "vq"} | values["quantizer"]}
         return values
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
-        name, method = self.quantizer.name, QUANTIZERS[self.quantizer.name]
+        name, method, nsvq, freeze = self.quantizer.name, QUANTIZERS[self.quantizer.name], self.nsvq, self.nsvq.freeze
+        consolidate = freeze and freeze.consolidate
         self.quantizer.check_dim(self.model.latent_channels)
-        if self.schedule.replace and method.table is Quantizer.table:
-            raise ValueError(f"{name} has no free codes to replace; set schedule.replace: false")
-        if self.schedule.consolidate and not _is_nearest_in_free_table(method):
-            raise ValueError(f"k-means does not fit the codes of {name}; set schedule.consolidate: 0")
-        if self.loss.nonstationary_weight > 0 and not method.learns_codes:
-            raise ValueError(f"the NS loss pulls no codes of {name}; set loss.nonstationary_weight: 0")
+        parts = (
+            (nsvq.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
+            (nsvq.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),
+            (nsvq.replace, method.free_table, f"{name} has no free codes to replace; set nsvq.replace: null"),
+            (consolidate, method.can_consolidate, f"k-means fits no codes of {name}; set nsvq.freeze.consolidate: 0"),
+        )
+        if unfit := [text for asked, able, text in parts if asked and not able]:
+            raise ValueError("; ".join(unfit))
+        if freeze and freeze.latest + freeze.warmup >= self.schedule.epochs:
+            raise ValueError(
+                f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {self.schedule.epochs:g}; "
+                "lower them, or set nsvq.freeze: null"
+            )
         factor = 2 ** (len(self.model.channel_multipliers) - 1)
         if self.data.image_size % factor:
             raise ValueError(f"data.image_size = {self.data.image_size} must be a multiple of f = {factor}, which is "
@@ -93,9 +124,3 @@ class TrainConfig(Config):
                 raise ValueError(f"model.norm_groups = {self.model.norm_groups} must divide every level's width, "
                                  f"but not {self.model.channels * multiplier}")  # fmt: skip
         return self
-
-
-def _is_nearest_in_free_table(method: type[Quantizer]) -> bool:
-    """Whether the codes are free, and compared with latents as the encoder gives them."""
-    free = method.table is not Quantizer.table and method.prepare is Quantizer.prepare
-    return free and issubclass(method, NearestQuantizer)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from nsvq.common.config import Config
 from nsvq.errors import UserError
+from nsvq.tokenizer.nsvq_config import PullConfig
 from nsvq.tokenizer.quantizers import Quantizer
 from nsvq.tokenizer.schedule import Phase
 
 
 class LossConfig(Config):
-    """L = L1 + perceptual + adversarial + codebook + beta commitment + alpha NS (NSVQ, eq. 11-12), and the quantizer's
-    own terms."""
+    """L = L1 + perceptual + adversarial + codebook + beta commitment, to which come the NS loss (`nsvq.pull`; NSVQ, eq.
+    11-12) and the quantizer's own terms."""
 
     pixel: Literal["l1", "mse"] = Field("l1", description="Reconstruction loss over pixels.")
-
     perceptual: Literal["vgg", "squeeze", "none"] = Field("vgg", description="Backbone of LPIPS.")
     perceptual_weights: Path | None = Field(
         None, description="Backbone weights (.pth or .safetensors, torchvision's names); null downloads them."
@@ -38,16 +38,10 @@ class LossConfig(Config):
         1.0, ge=0, description="Weight of the codebook loss. VQGAN's code has beta here and 1 on the commitment."
     )
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
-    nonstationary_weight: float = Field(0.1, ge=0, description="alpha, the weight of the NS loss; 0 turns it off.")
-    temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
-    temperature_relative: bool = Field(
-        False,
-        description="temperature in units of the running mean of the squared distance to the nearest code.",
-    )
 
 
 def phase_weights(
-    config: LossConfig, phase: Phase, adversarial_factor: float, quantizer: Quantizer
+    config: LossConfig, pull: PullConfig | None, phase: Phase, adversarial_factor: float, quantizer: Quantizer
 ) -> dict[str, float]:
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
 
@@ -62,8 +56,8 @@ def phase_weights(
     if phase == "stage1":
         if "commitment" in quantizer.terms:
             weights["commitment"] = config.commitment_weight
-        if config.nonstationary_weight > 0:
-            weights["nonstationary"] = config.nonstationary_weight
+        if pull is not None:
+            weights["nonstationary"] = pull.weight
         weights |= quantizer.loss_weights()
     if phase != "warmup" and config.adversarial_weight > 0:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
@@ -71,17 +65,18 @@ def phase_weights(
 
 
 class Temperature:
-    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code."""
+    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code. Where
+    nothing is pulled, it is the paper's, for watching the softmax."""
 
     decay = 0.99
 
-    def __init__(self, config: LossConfig, dim: int):
-        self.config, self.dim = config, dim
+    def __init__(self, pull: PullConfig | None, dim: int):
+        self.config, self.dim = pull or PullConfig(), dim
         self.distance: float | None = None
 
     def value(self) -> float | None:
         """tau in squared distance summed over d; None before the first distance is known."""
-        if not self.config.temperature_relative:
+        if not self.config.relative:
             return self.config.temperature
         return self.distance and self.config.temperature * self.distance
 

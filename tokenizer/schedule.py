@@ -7,9 +7,10 @@ stage2   encoder still frozen; the GAN comes back, its weight ramped from 0 to 1
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nsvq.common.config import Config
+from nsvq.tokenizer.nsvq_config import NSVQConfig
 
 Phase = Literal["stage1", "warmup", "stage2"]
 
@@ -19,30 +20,7 @@ class ScheduleConfig(Config):
 
     epochs: float = Field(70, gt=0, description="Length of the run.")
     epoch_samples: int | None = Field(None, ge=1, description="Images in an epoch; null is the training set's size.")
-    freeze: bool = Field(True, description="Freeze the encoder (warmup, then stage2); false keeps stage1 throughout.")
-    patience: int = Field(10, ge=1, description="Epochs without a new lowest commitment loss that trigger the freeze.")
-    latest_freeze: int = Field(50, ge=1, description="Epoch at whose end the encoder is frozen at the latest.")
-    warmup: int = Field(3, ge=0, description="Epochs of warmup.")
-    ramp: float = Field(2, ge=0, description="Epochs over which the GAN's weight rises to 1 in stage2.")
     adversarial_after: float = Field(0, ge=0, description="Epochs at the start without a GAN.")
-    replace: bool = Field(True, description="Replace dead codes at each epoch's end in stage1.")
-    replace_after: int = Field(5, ge=0, description="Epochs at the start without replacement.")
-    replace_noise: float = Field(0.001, ge=0, description="Standard deviation of the noise on a replaced code.")
-    replace_from: Literal["usage", "error"] = Field(
-        "usage", description="Active codes are copied in proportion to their usage, or to the squared error that they "
-        "leave, so that new codes go where they are missing.")  # fmt: skip
-    replace_resets_adam: bool = Field(True, description="Clear Adam's moments of a replaced code.")
-    consolidate: int = Field(0, ge=0, description="Iterations of k-means, from the codes, when the encoder is frozen.")
-    consolidate_images: int = Field(10_000, ge=1, description="Training images whose latents it works on.")
-
-    @model_validator(mode="after")
-    def _leaves_room(self) -> "ScheduleConfig":
-        if self.freeze and self.latest_freeze + self.warmup >= self.epochs:
-            raise ValueError(
-                f"latest_freeze + warmup = {self.latest_freeze + self.warmup} leaves no stage2 in "
-                f"{self.epochs:g} epochs; lower them, or set freeze: false"
-            )
-        return self
 
 
 def plateaued(losses: list[float], patience: int) -> bool:
@@ -53,8 +31,8 @@ def plateaued(losses: list[float], patience: int) -> bool:
 class Schedule:
     """Where a run stands. `epoch` counts finished epochs; the clock is the number of samples seen."""
 
-    def __init__(self, config: ScheduleConfig, epoch_samples: int):
-        self.config, self.epoch_samples = config, epoch_samples
+    def __init__(self, config: ScheduleConfig, nsvq: NSVQConfig, epoch_samples: int):
+        self.config, self.nsvq, self.epoch_samples = config, nsvq, epoch_samples
         self.phase: Phase = "stage1"
         self.epoch = self.phase_start = 0
         self.commitments: list[float] = []
@@ -69,31 +47,37 @@ class Schedule:
     def end_epoch(self, commitment: float) -> bool:
         """Close an epoch whose mean commitment loss (raw, over all ranks) is given; True where the phase changes."""
         self.epoch += 1
-        before = self.phase
-        if self.phase == "stage1" and self.config.freeze:
+        before, freeze = self.phase, self.nsvq.freeze
+        if freeze is None:
+            return False
+        if self.phase == "stage1":
             self.commitments.append(commitment)
-            if plateaued(self.commitments, self.config.patience) or self.epoch >= self.config.latest_freeze:
+            if plateaued(self.commitments, freeze.patience) or self.epoch >= freeze.latest:
                 self.phase, self.phase_start = "warmup", self.epoch
-        if self.phase == "warmup" and self.epoch - self.phase_start >= self.config.warmup:
+        if self.phase == "warmup" and self.epoch - self.phase_start >= freeze.warmup:
             self.phase, self.phase_start = "stage2", self.epoch
         return self.phase != before
 
     def replaces_codes(self) -> bool:
         """Whether dead codes are replaced at the end of the epoch that was just closed (a.3)."""
-        return self.config.replace and self.phase == "stage1" and self.epoch > self.config.replace_after
+        replace = self.nsvq.replace
+        return replace is not None and self.phase == "stage1" and self.epoch > replace.after
 
-    def revives_codes(self) -> bool:
-        """Whether a method may revive codes of its own accord: until replacement or the freeze sets in."""
-        return not self.config.replace or (self.phase == "stage1" and self.epoch <= self.config.replace_after)
+    def revive_after(self) -> float | None:
+        """Tokens that the mean code wins before one without any is revived; None once replacement or the freeze has set
+        in, and where nothing is revived."""
+        replace = self.nsvq.replace
+        waits = replace is None or (self.phase == "stage1" and self.epoch <= replace.after)
+        return self.nsvq.revive if waits else None
 
     def adversarial_factor(self, samples_seen: int) -> float:
         """r in [0, 1], the factor on the GAN loss: 1 in stage1, 0 in warmup, a linear ramp in stage2."""
         if self.phase == "warmup":
             return 0.0
-        if self.phase == "stage1" or self.config.ramp == 0:
+        if self.phase == "stage1" or self.nsvq.freeze.ramp == 0:
             return 1.0
         epochs = samples_seen / self.epoch_samples - self.phase_start
-        return min(1.0, max(0.0, epochs / self.config.ramp))
+        return min(1.0, max(0.0, epochs / self.nsvq.freeze.ramp))
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("phase", "epoch", "phase_start", "commitments")}

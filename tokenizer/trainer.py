@@ -36,7 +36,7 @@ class TokenizerTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
-        optim, loss = config.optim, config.loss
+        optim, loss, pull = config.optim, config.loss, config.nsvq.pull
 
         # Data
         with accelerator.main_process_first():
@@ -47,7 +47,7 @@ class TokenizerTrainer(Trainer):
 
         # Networks
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-        quantizer.nonstationary_weight = loss.nonstationary_weight
+        quantizer.nonstationary_weight = pull.weight if pull else 0.0
         encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
         discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
         self.lpips = None
@@ -83,13 +83,18 @@ class TokenizerTrainer(Trainer):
             parameters,
             {"decay": optim.ema_decay},
         )
-        self.schedule = Schedule(config.schedule, config.schedule.epoch_samples or len(self.images))
+        self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
         self.upkeep = CodebookUpkeep(
-            self.quantizer, config, self.schedule, optimizers[0].optimizer, averages=self._averages_of
+            self.quantizer,
+            config.nsvq,
+            self.schedule,
+            optimizers[0].optimizer,
+            averages=self._averages_of,
+            seed=config.run.seed,
         )
         self.epoch_usage = EpochUsage(self.quantizer.codebook_size, accelerator)
-        self.temperature = Temperature(loss, self.quantizer.dim)
+        self.temperature = Temperature(pull, self.quantizer.dim)
         fixed = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))
         self.probe = DriftProbe(fixed["image"].to(self.device))
         self.stateful |= {"schedule": self.schedule, "epoch_usage": self.epoch_usage, "probe": self.probe,
@@ -116,7 +121,8 @@ class TokenizerTrainer(Trainer):
         schedule, seen = self.schedule, self.run.samples_seen
         self.phase = self.flops_of = schedule.phase
         self.upkeep.begin_step()
-        self.weights = phase_weights(self.config.loss, self.phase, schedule.adversarial_factor(seen), self.quantizer)
+        factor = schedule.adversarial_factor(seen)
+        self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, factor, self.quantizer)
         if seen < self.config.schedule.adversarial_after * schedule.epoch_samples:
             self.weights.pop("adversarial", None)
         self.tau = self.temperature.value() if "nonstationary" in self.weights else None
@@ -150,7 +156,7 @@ class TokenizerTrainer(Trainer):
             terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
             self.accelerator.backward(terms["discriminator"])
         errors = None
-        if config.schedule.replace_from == "error":
+        if config.nsvq.replace and config.nsvq.replace.weights == "error":
             errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
         terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
         self.tokens.append((quantized.indices, errors, terms["commitment"]))
@@ -162,7 +168,7 @@ class TokenizerTrainer(Trainer):
             return
         for indices, errors, commitment in self.tokens:
             self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
-        if self.config.loss.temperature_relative:
+        if self.temperature.config.relative:
             commitment = torch.stack([commitment for *_, commitment in self.tokens]).mean()
             self.temperature.update(self.accelerator.reduce(commitment, "mean").item())
 
@@ -172,7 +178,7 @@ class TokenizerTrainer(Trainer):
         values = {}
         if due:
             if self.accelerator.is_main_process:
-                tau = self.temperature.value() or self.config.loss.temperature
+                tau = self.temperature.value() or self.temperature.config.temperature
                 with self.accelerator.autocast():
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
             values["adversarial_weight"] = self.weights.get("adversarial", 0.0)

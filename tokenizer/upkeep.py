@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.quantizers import Quantizer
 from nsvq.tokenizer.replacement import replace_dead_codes, write_rows
 from nsvq.tokenizer.schedule import Schedule
@@ -30,13 +30,14 @@ class CodebookUpkeep:
     def __init__(
         self,
         quantizer: Quantizer,
-        config: TrainConfig,
+        nsvq: NSVQConfig,
         schedule: Schedule,
         optimizer: torch.optim.Optimizer,
         averages: Callable[[Tensor], list[Tensor]],
+        seed: int,
     ):
-        self.quantizer, self.config, self.schedule = quantizer, config.schedule, schedule
-        self.optimizer, self.averages, self.seed = optimizer, averages, config.run.seed
+        self.quantizer, self.config, self.schedule = quantizer, nsvq, schedule
+        self.optimizer, self.averages, self.seed = optimizer, averages, seed
 
     def start(self, latents: Callable[[int], Tensor]) -> None:
         """Before the first step; latents(n): n encoder outputs [n, d], the same on all ranks."""
@@ -44,8 +45,8 @@ class CodebookUpkeep:
             self.quantizer.initialize(latents(count))
 
     def begin_step(self) -> None:
-        """Say to a method that revives codes whether it may."""
-        self.quantizer.revives = self.schedule.revives_codes()
+        """Say to a method that revives codes after how long, if it may."""
+        self.quantizer.revive_after = self.schedule.revive_after()
 
     def replace(self, counts: Tensor, errors: Tensor) -> int:
         """At the end of an epoch in which the codes won `counts` tokens [K] and left squared `errors` [K], over all
@@ -56,11 +57,11 @@ class CodebookUpkeep:
         dead = replace_dead_codes(
             table,
             counts,
-            weights=errors if self.config.replace_from == "error" else None,
-            noise=self.config.replace_noise,
+            weights=errors if self.config.replace.weights == "error" else None,
+            noise=self.config.replace.noise,
             seed=self.seed + self.schedule.epoch,
             averages=self.averages(table),
-            optimizer=self.optimizer if self.config.replace_resets_adam else None,
+            optimizer=self.optimizer if self.config.replace.reset_adam else None,
         )
         self.quantizer.rows_written(dead)
         return len(dead)
@@ -68,11 +69,12 @@ class CodebookUpkeep:
     def consolidate(self, latents: Callable[[int], list[Tensor]]) -> None:
         """When the encoder has just been frozen; latents(n): its outputs for this rank's part of n training images, a
         batch [m, d] each."""
-        if not self.config.consolidate:
+        freeze = self.config.freeze
+        if not freeze.consolidate:
             return
-        table, batches = self.quantizer.table(), latents(self.config.consolidate_images)
+        table, batches = self.quantizer.table(), latents(freeze.consolidate_images)
         fitted = kmeans(
-            lambda: batches, len(table), seed=self.seed, start=table.detach(), iterations=self.config.consolidate
+            lambda: batches, len(table), seed=self.seed, start=table.detach(), iterations=freeze.consolidate
         )
         rows = torch.arange(len(table), device=table.device)
         write_rows(table, rows, fitted, averages=self.averages(table), optimizer=self.optimizer)

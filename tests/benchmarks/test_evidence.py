@@ -21,14 +21,9 @@ sys.path.remove(str(ROOT / "benchmarks"))
 STUDIES = [p for p in sorted((ROOT / "configs" / "evidence").glob("*.yaml")) if "runs" in read_yaml(p)]
 
 
-def read(path):
-    return validate(evidence_study.Study, read_yaml(path) | {"base": ROOT / read_yaml(path)["base"]})
-
-
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_run_of_every_study_is_a_valid_training_config_of_its_own(path):
-    study = read(path)
-    study.diffusion = study.diffusion and ROOT / study.diffusion
+    study = evidence_study.read_study(path)
     configs = [evidence_study.training_config(study, name, 5, DataConfig(source="synthetic")) for name in study.runs]
     assert all(validate(TrainConfig, values).run.seed == 5 for values in configs)
     if study.diffusion:
@@ -56,13 +51,6 @@ def test_a_record_is_named_after_what_decides_its_numbers():
     assert key == evidence_study.record_key(values | {"data": {"source": "there", "image_size": 64}}, "photos", [])
     others = [(values, "others", []), (values, "photos", ["--limit", "9"]), (values | {"optim": {}}, "photos", [])]
     assert len({key, *(evidence_study.record_key(*other) for other in others)}) == 4
-
-
-def test_a_method_of_another_name_takes_over_no_option_of_the_base():
-    base = {"quantizer": {"name": "nsvq", "init": "latents"}, "loss": {"a": 1, "b": 2}}
-    changed = evidence_study.merged(base, {"quantizer": {"name": "fsq"}, "loss": {"b": 3}})
-    assert changed == {"quantizer": {"name": "fsq"}, "loss": {"a": 1, "b": 3}}
-    assert evidence_study.merged(base, {"quantizer": {"init": "uniform"}})["quantizer"]["name"] == "nsvq"
 
 
 def test_the_table_holds_means_and_spread_and_the_comparison_is_seed_by_seed():

@@ -1,9 +1,9 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
-from nsvq.common.config import Config, describe, differences, parse, to_dict
+from nsvq.common.config import Config, describe, differences, merged, parse, read_config, to_dict
 from nsvq.common.run import RunConfig
 from nsvq.errors import UsageError
 
@@ -17,9 +17,11 @@ class Inner(Config):
 class Outer(Config):
     """An example."""
 
+    renamed: ClassVar[dict[str, str]] = {"pace": "inner.rate", "inner.speed": "inner.rate"}
     steps: int = Field(10, ge=1, description="How long.")
     flag: bool = False
     inner: Inner = Inner()
+    extra: Inner | None = Field(None, description="Another one.")
 
 
 @pytest.fixture
@@ -60,6 +62,9 @@ def test_a_resolved_config_reads_back_as_itself(file):
         (["--inner.ratte", "1"], ["inner.ratte", "did you mean inner.rate?"]),
         (["--stepz", "1"], ["stepz", "did you mean steps?"]),
         (["--outer.rate", "1"], ["outer.rate", "did you mean inner.rate?"]),
+        (["--pace", "1"], ["unknown key --pace: it is now inner.rate"]),
+        (["--inner.speed", "1"], ["unknown key --inner.speed: it is now inner.rate"]),
+        (["--extra", "false"], ["extra = False: it must be a section"]),
         (["--steps", "0"], ["steps = 0", "greater than or equal to 1"]),
         (["--steps", "two"], ["steps = 'two'", "integer"]),
         (["--inner.kind", "c"], ["inner.kind = 'c'", "'a' or 'b'"]),
@@ -87,9 +92,45 @@ def test_a_file_that_is_no_mapping_is_refused(text, tmp_path):
 
 def test_every_problem_of_a_file_is_told_at_once(tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text("steps: 0\ninner: {speed: 3}\n")
-    with pytest.raises(UsageError, match=r"steps = 0.*unknown key inner\.speed"):
+    path.write_text("steps: 0\npace: 2\ninner: {spede: 3}\n")
+    message = r"steps = 0.*unknown key inner\.spede.*unknown key pace: it is now inner\.rate"
+    with pytest.raises(UsageError, match=message):
         parse(Outer, ["--config", str(path)])
+
+
+def test_a_file_holds_what_it_changes_in_its_base_and_arguments_go_over_both(tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "root.yaml").write_text(
+        "steps: 20\ninner: {rate: 0.5, kind: b, names: [x, y]}\nextra: {rate: 3}\n"
+    )
+    (tmp_path / "bases" / "middle.yaml").write_text("base: root.yaml\ninner: {rate: 2, names: [z]}\n")
+    path = tmp_path / "run.yaml"
+    path.write_text("base: bases/middle.yaml\nsteps: 30\nextra: null\n")
+    config = parse(Outer, ["--config", str(path), "--inner.rate", "7"])
+    assert to_dict(config) == {
+        "steps": 30, "flag": False, "inner": {"rate": 7, "kind": "b", "names": ["z"]}, "extra": None
+    }  # fmt: skip
+    assert parse(Outer, ["--config", str(path), "--extra.kind", "b"]).extra == Inner(kind="b")  # revived with defaults
+
+
+def test_a_section_that_chooses_another_kind_starts_anew():
+    base = {"quantizer": {"name": "vq", "init": "latents"}, "loss": {"a": 1, "b": 2}, "data": "synthetic"}
+    changed = merged(base, {"quantizer": {"name": "fsq"}, "loss": {"b": 3}})
+    assert changed == {"quantizer": {"name": "fsq"}, "loss": {"a": 1, "b": 3}, "data": "synthetic"}
+    assert merged(base, {"quantizer": {"name": "vq", "k": 8}})["quantizer"] == {"name": "vq", "init": "latents", "k": 8}
+    assert merged(base, {"quantizer": {"init": "uniform"}})["quantizer"] == {"name": "vq", "init": "uniform"}
+    assert merged(base, {"data": "photos"})["data"] == "photos"
+    with pytest.raises(UsageError, match="data: its base gives it in the short form 'synthetic'"):
+        merged(base, {"data": {"image_size": 64}})
+
+
+def test_a_base_that_is_no_file_or_a_circle_is_told_with_the_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    with pytest.raises(UsageError, match=r"a\.yaml: its base .*b\.yaml is no file"):
+        read_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UsageError, match=r"each other's base: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        read_config(tmp_path / "a.yaml")
 
 
 def test_help_names_every_key_with_type_default_and_meaning():
@@ -97,6 +138,7 @@ def test_help_names_every_key_with_type_default_and_meaning():
     assert "--inner.rate float (default: 0.1)\n        How fast." in text
     assert "--inner.kind {a,b} (default: a)" in text
     assert "--steps int (default: 10)\n        How long." in text
+    assert "--extra a section or null\n        Another one." in text
 
 
 def test_differences_name_the_leaves():
@@ -107,7 +149,7 @@ def test_differences_name_the_leaves():
 def test_every_config_of_the_repository_is_valid():
     from pathlib import Path
 
-    from nsvq.common.config import read_yaml, validate
+    from nsvq.common.config import read_config, read_yaml, validate
     from nsvq.diffusion.config import TrainConfig as DiffusionConfig
     from nsvq.tokenizer.config import TrainConfig as TokenizerConfig
 
@@ -117,7 +159,7 @@ def test_every_config_of_the_repository_is_valid():
     ]
     assert len(files) >= 10
     for path in files:
-        values = read_yaml(path)
+        values = read_config(path)
         schema = DiffusionConfig if values.keys() & {"tokenizer", "steps"} else TokenizerConfig
         assert validate(schema, values, source=path.name)
         for key, text in _undocumented(schema):

@@ -35,9 +35,10 @@ RUN = {"batch_size": BATCH, "accumulation": 2, "workers": 1, "log_every": 5, "sa
 TOKENIZER = {
     "model": {"channels": 8, "channel_multipliers": [1, 2], "layers_per_block": 1, "latent_channels": 4,
               "norm_groups": 4},
-    "quantizer": {"name": "nsvq", "codebook_size": 64},
+    "quantizer": {"name": "vq", "codebook_size": 64},
+    "nsvq": {"replace": {"after": 0}, "freeze": {"latest": 10, "warmup": 4, "ramp": 2}},
     "loss": {"perceptual": "none", "discriminator_channels": 8, "discriminator_layers": 1},
-    "schedule": {"epochs": 24, "latest_freeze": 10, "warmup": 4, "ramp": 2, "replace_after": 0},
+    "schedule": {"epochs": 24},
     "optim": {"ema_decay": 0.9},
     "validation": {"every": 4, "images": 2, "probe_images": 2, "statistics_images": 16},
     "run": RUN,

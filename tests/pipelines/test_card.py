@@ -24,12 +24,18 @@ def test_card_says_what_was_trained_on_what_and_how(folder):
 
 def test_card_tells_how_the_tokenizer_was_trained_where_its_folder_says_so(folder):
     about = json.loads((folder / "nsvq.json").read_text())
-    config = to_dict(TrainConfig(data={"source": "someone/birds"}, schedule={"epochs": 60, "latest_freeze": 40}))
+    config = to_dict(
+        TrainConfig(data={"source": "someone/birds"}, schedule={"epochs": 60}, nsvq={"freeze": {"latest": 40}})
+    )
     (folder / "nsvq.json").write_text(json.dumps(about | {"tokenizer": {"config": config, "samples_seen": 12345}}))
     text = " ".join(write_card(folder).read_text().split())
-    facts = ["nsvq, 12345 samples of `someone/birds` in 60 epochs", "frozen by epoch 40", "perceptual loss vgg",
-             "NS loss 0.1 at temperature 0.35", "GAN weight 0.1", "SHA-256 abc123"]  # fmt: skip
+    nsvq = "NSVQ (NS loss 0.1 at temperature 0.35, dead codes replaced after epoch 5, encoder frozen by epoch 40)"
+    facts = [f"quantizer vq, {nsvq}; 12345 samples of `someone/birds` in 60 epochs", "perceptual loss vgg",
+             "GAN weight 0.1", "SHA-256 abc123"]  # fmt: skip
     assert [fact for fact in facts if fact not in text] == []
+    config |= to_dict(TrainConfig(nsvq=None))
+    (folder / "nsvq.json").write_text(json.dumps(about | {"tokenizer": {"config": config, "samples_seen": 12345}}))
+    assert "quantizer vq, without NSVQ;" in " ".join(write_card(folder).read_text().split())
     (folder / "nsvq.json").write_text(json.dumps(about))
     write_card(folder)
 

@@ -5,7 +5,8 @@ from torchvision import models
 
 from nsvq.errors import UserError
 from nsvq.tokenizer.discriminator import PatchDiscriminator
-from nsvq.tokenizer.losses import LossConfig, Temperature, discriminator_hinge, generator_adversarial, load_lpips
+from nsvq.tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips
+from nsvq.tokenizer.nsvq_config import PullConfig
 
 
 def test_generator_loss_starts_at_log_two_and_falls_as_the_discriminator_is_fooled():
@@ -73,8 +74,8 @@ def test_lpips_keeps_float32_under_autocast(tmp_path):
 
 
 def test_a_relative_temperature_follows_the_mean_distance_to_the_nearest_code():
-    assert Temperature(LossConfig(temperature=0.3), 8).value() == 0.3
-    relative = Temperature(LossConfig(temperature=0.3, temperature_relative=True), 8)
+    assert Temperature(PullConfig(temperature=0.3), 8).value() == 0.3
+    relative = Temperature(PullConfig(temperature=0.3, relative=True), 8)
     assert relative.value() is None  # no distance is known yet
     relative.update(2.0)
     assert relative.value() == pytest.approx(0.3 * 8 * 2.0)

@@ -75,9 +75,35 @@ def test_a_table_for_export_finds_the_same_codes_by_distance(make, name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_a_method_with_a_free_table_has_codes_that_follow_what_is_written(make, name):
+    quantizer = make(name)
+    table = quantizer.table()
+    assert quantizer.free_table == (table is not None)
+    if table is not None:
+        with torch.no_grad():
+            table[3] = 2 * table[7]
+        quantizer.rows_written(torch.tensor([3]))
+        direction = torch.nn.functional.cosine_similarity(*quantizer.codebook()[[3, 7]], dim=0)
+        assert float(direction.detach()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_k_means_of_latents_may_become_the_codes_where_the_method_says_so(make, name):
+    """Where the code of a latent is the row that is nearest to it, before anything is done to either."""
+    quantizer = make(name).eval()
+    if quantizer.can_consolidate:
+        z = 2 * torch.randn(500, quantizer.dim)
+        table = quantizer.table().detach()
+        assert torch.equal(quantizer.lookup(z), torch.cdist(z.double(), table.double()).argmin(1))
+        assert torch.equal(quantizer.codebook().detach(), table)
+    else:
+        assert quantizer.table() is None or name in ("fc_l2", "ibq")
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_after_save_and_load_training_goes_on_as_if_undisturbed(make, name):
-    options = {"revive_after": 2} if name == "ema" else {}
-    one = make(name, **options)
+    one = make(name)
+    one.revive_after = 2
     if name == "vp":
         one.fitted.fill_(False)
     parameters = list(one.parameters())
@@ -101,7 +127,8 @@ def test_after_save_and_load_training_goes_on_as_if_undisturbed(make, name):
     train(one, optimizer, range(5))
     state = {key: value.clone() for key, value in one.state_dict().items()}
     torch.manual_seed(99)  # what a new process starts from is overwritten
-    two = make(name, **options)
+    two = make(name)
+    two.revive_after = 2
     two.load_state_dict(state)
     other = torch.optim.SGD(two.parameters(), 0.05) if parameters else None
     for a, b in zip(train(one, optimizer, range(5, 10)), train(two, other, range(5, 10)), strict=True):
@@ -254,7 +281,7 @@ def test_evaluation_talks_to_no_other_rank(make, monkeypatch, name):
 # Two ranks as one
 
 CROSS_RANK = {  # what has a state or a loss over all ranks
-    "ema": {"codebook_size": 20, "revive_after": 2},
+    "ema": {"codebook_size": 20},
     "lfq": {"temperature": 0.5},
     "bsq": {"temperature": 0.2},
     "ibq": {"codebook_size": 20, "temperature": 0.5},
@@ -269,6 +296,7 @@ def run_all(rank, ranks):
     for name, options in CROSS_RANK.items():
         torch.manual_seed(3)
         quantizer = make_quantizer(TypeAdapter(QuantizerConfig).validate_python({"name": name} | options), 3)
+        quantizer.revive_after = 2
         if count := quantizer.initial_latents():
             quantizer.initialize(torch.randn(count, 3))
         for step in range(3):

@@ -2,7 +2,9 @@ import pytest
 
 from nsvq.common.config import validate
 from nsvq.errors import UsageError
+from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.losses import LossConfig, phase_weights
+from nsvq.tokenizer.nsvq_config import NSVQConfig, PullConfig
 from nsvq.tokenizer.schedule import Schedule, ScheduleConfig, plateaued
 
 # A recorded commitment curve in the shape of the paper's Fig. 5: it falls, rises a little, falls slowly, and stays.
@@ -20,8 +22,11 @@ def freeze_epoch_by_eq_57(losses, patience):
     return None
 
 
-def run(config, losses):
-    schedule = Schedule(config, epoch_samples=100)
+def make_schedule(epochs=100, **parts):
+    return Schedule(ScheduleConfig(epochs=epochs), NSVQConfig(**parts), epoch_samples=100)
+
+
+def run(schedule, losses):
     phases = []
     for loss in losses:
         schedule.end_epoch(loss)
@@ -33,7 +38,7 @@ def run(config, losses):
 def test_encoder_freezes_at_the_plateau_of_equation_57(patience):
     expected = freeze_epoch_by_eq_57(CURVE, patience)
     assert expected is not None
-    _, phases = run(ScheduleConfig(epochs=100, patience=patience, latest_freeze=60, warmup=3), CURVE)
+    _, phases = run(make_schedule(freeze={"patience": patience, "latest": 60, "warmup": 3}), CURVE)
     assert phases.index("warmup") + 1 == expected
 
 
@@ -44,21 +49,20 @@ def test_steadily_falling_loss_never_counts_as_a_plateau():
 
 
 def test_encoder_freezes_at_the_latest_epoch_without_a_plateau():
-    _, phases = run(
-        ScheduleConfig(epochs=70, patience=10, latest_freeze=50, warmup=3), [1 / (t + 1) for t in range(70)]
-    )
+    freeze = {"patience": 10, "latest": 50, "warmup": 3}
+    _, phases = run(make_schedule(freeze=freeze), [1 / (t + 1) for t in range(70)])
     assert phases.count("stage1") == 49  # after 49 epoch ends it is still stage1, after the 50th it is not
     assert phases[49:52] == ["warmup"] * 3
     assert set(phases[52:]) == {"stage2"}
 
 
 def test_without_freezing_the_run_stays_in_stage1():
-    _, phases = run(ScheduleConfig(epochs=30, freeze=False), CURVE)
+    _, phases = run(make_schedule(freeze=None), CURVE)
     assert set(phases) == {"stage1"}
 
 
 def test_gan_is_full_in_stage1_off_in_warmup_and_ramps_linearly_in_stage2():
-    schedule = Schedule(ScheduleConfig(epochs=20, latest_freeze=4, warmup=2, ramp=2), epoch_samples=100)
+    schedule = make_schedule(freeze={"latest": 4, "warmup": 2, "ramp": 2})
     factors = {}
     for epoch in range(10):
         for part in (0, 50):
@@ -70,7 +74,7 @@ def test_gan_is_full_in_stage1_off_in_warmup_and_ramps_linearly_in_stage2():
 
 
 def test_replacement_starts_after_its_delay_and_ends_with_stage1():
-    schedule = Schedule(ScheduleConfig(epochs=20, latest_freeze=9, warmup=2, replace_after=5), epoch_samples=100)
+    schedule = make_schedule(freeze={"latest": 9, "warmup": 2}, replace={"after": 5})
     replaced = []
     for epoch in range(1, 15):
         schedule.end_epoch(1 / epoch)
@@ -81,18 +85,20 @@ def test_replacement_starts_after_its_delay_and_ends_with_stage1():
 
 def test_codes_are_revived_until_an_epochs_end_first_replaces_them():
     for after in (0, 2):
-        schedule = Schedule(ScheduleConfig(epochs=30, freeze=False, replace_after=after), epoch_samples=100)
+        schedule = make_schedule(freeze=None, replace={"after": after}, revive=5)
         for _ in range(5):
-            assert schedule.revives_codes()  # in the epoch whose end comes now
+            assert schedule.revive_after() == 5  # in the epoch whose end comes now
             schedule.end_epoch(0.1)
             if schedule.replaces_codes():
                 break
         assert schedule.epoch == after + 1
-        assert not schedule.revives_codes()
-    frozen, _ = run(ScheduleConfig(epochs=30, latest_freeze=2, warmup=1, replace_after=9), [0.1] * 2)
-    assert not frozen.revives_codes()
-    never, _ = run(ScheduleConfig(epochs=30, latest_freeze=2, warmup=1, replace=False), [0.1] * 9)
-    assert never.revives_codes()
+        assert schedule.revive_after() is None
+    freeze = {"latest": 2, "warmup": 1}
+    frozen, _ = run(make_schedule(freeze=freeze, replace={"after": 9}, revive=5), [0.1] * 2)
+    assert frozen.revive_after() is None
+    never, _ = run(make_schedule(freeze=freeze, replace=None, revive=5), [0.1] * 9)
+    assert never.revive_after() == 5
+    assert make_schedule().revive_after() is None
 
 
 @pytest.mark.parametrize("phase", ["stage1", "warmup", "stage2"])
@@ -110,25 +116,26 @@ def test_each_phase_trains_the_terms_that_the_paper_lists(make, phase):
         "stage2": {"l1": 1, "perceptual": 1, "codebook": 1, "adversarial": 0.05},
     }
     factor = {"stage1": 1.0, "warmup": 0.0, "stage2": 0.5}[phase]
-    assert phase_weights(LossConfig(), phase, factor, make("nsvq")) == expected[phase]
+    assert phase_weights(LossConfig(), PullConfig(), phase, factor, make("vq")) == expected[phase]
 
 
 def test_a_method_trains_with_its_own_terms_while_the_encoder_trains(make):
-    config = LossConfig(perceptual="none", adversarial_weight=0, nonstationary_weight=0, pixel="mse")
-    assert phase_weights(config, "stage1", 1.0, make("fsq")) == {"mse": 1}
-    assert phase_weights(config, "stage1", 1.0, make("ema")) == {"mse": 1, "commitment": 0.25}
+    config = LossConfig(perceptual="none", adversarial_weight=0, pixel="mse")
+    assert phase_weights(config, None, "stage1", 1.0, make("fsq")) == {"mse": 1}
+    assert phase_weights(config, None, "stage1", 1.0, make("ema")) == {"mse": 1, "commitment": 0.25}
     ibq = {"mse": 1, "codebook": 1, "commitment": 0.25, "joint": 1, "entropy": 0.05}
-    assert phase_weights(config, "stage1", 1.0, make("ibq")) == ibq
-    assert phase_weights(config, "warmup", 0.0, make("ibq")) == {"mse": 1, "codebook": 1}
+    assert phase_weights(config, None, "stage1", 1.0, make("ibq")) == ibq
+    assert phase_weights(config, None, "warmup", 0.0, make("ibq")) == {"mse": 1, "codebook": 1}
 
 
 def test_state_survives_saving():
-    schedule, _ = run(ScheduleConfig(epochs=100, patience=3), CURVE)
-    other = Schedule(schedule.config, 100)
+    schedule, _ = run(make_schedule(freeze={"patience": 3}), CURVE)
+    other = Schedule(schedule.config, schedule.nsvq, 100)
     other.load_state_dict(schedule.state_dict())
     assert vars(other) == vars(schedule)
 
 
 def test_a_schedule_without_room_for_stage2_is_refused():
     with pytest.raises(UsageError, match="leaves no stage2"):
-        validate(ScheduleConfig, {"epochs": 50})
+        validate(TrainConfig, {"schedule": {"epochs": 50}})
+    validate(TrainConfig, {"schedule": {"epochs": 50}, "nsvq": {"freeze": None}})

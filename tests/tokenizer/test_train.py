@@ -31,9 +31,10 @@ ROOT = Path(__file__).parents[2]
 TINY = """
 data: {source: synthetic, image_size: 16}
 model: {channels: 8, channel_multipliers: [1, 2], layers_per_block: 1, latent_channels: 4, norm_groups: 4}
-quantizer: {name: nsvq, codebook_size: 64}
+quantizer: {name: vq, codebook_size: 64}
+nsvq: {replace: {after: 0}, freeze: {latest: 4, warmup: 2, ramp: 1}}
 loss: {perceptual: none, discriminator_channels: 8, discriminator_layers: 1}
-schedule: {epoch_samples: 16, epochs: 8, latest_freeze: 4, warmup: 2, ramp: 1, replace_after: 0}
+schedule: {epoch_samples: 16, epochs: 8}
 optim: {lr: 1.0e-3, ema_decay: 0.5, clip_grad_norm: 1.0}
 validation: {every: 2, images: 8, probe_images: 4, statistics_images: 32}
 run: {batch_size: 8, workers: 0, log_every: 1, sample_every: 100, checkpoint_every: 2, keep_checkpoints: 100,
@@ -99,9 +100,8 @@ def test_codes_are_revived_within_the_epochs_before_the_first_replacement(run_sc
         real(quantizer, rows)
 
     monkeypatch.setattr(EMAQuantizer, "rows_written", written)
-    config = read_yaml(tiny) | {"quantizer": {"name": "ema", "codebook_size": 64, "revive_after": 0.5}}
-    tiny.write_text(json.dumps(config))
-    run_script(main, "--config", tiny, "--out", tmp_path / "out", "--schedule.replace_after", 2)
+    arguments = ["--quantizer.name", "ema", "--nsvq.revive", 0.5, "--nsvq.replace.after", 2]
+    run_script(main, "--config", tiny, "--out", tmp_path / "out", *arguments)
     # The start, a step each until the end of the third epoch (2 steps each), and that end itself, which replaces.
     assert len(steps) == 1 + 6 + 1
     assert sum(steps[1:7]) > 0
@@ -112,10 +112,9 @@ def test_every_method_trains_by_the_same_command_to_a_tokenizer_that_loads(run_s
     save_file({"features": torch.randn(64, 5)}, tmp_path / "features.safetensors")
     options = {"fsq": {"levels": [4, 4, 2, 2]}, "fsp": {"levels": [4, 4, 2, 2]}, "lfq": {}, "bsq": {},
                "lc": {"features": str(tmp_path / "features.safetensors")}}.get(name, {"codebook_size": 64})  # fmt: skip
-    config = read_yaml(tiny) | {"quantizer": {"name": name, **options}}
+    config = read_yaml(tiny) | {"quantizer": {"name": name, **options}, "nsvq": None}
     config["model"]["latent_channels"] = 6 if name in ("lfq", "bsq") else 4  # K = 64 has 6 bits
-    config["loss"]["nonstationary_weight"] = 0.0
-    config["schedule"] |= {"epochs": 2, "freeze": False, "replace": False}
+    config["schedule"]["epochs"] = 2
     (tmp_path / "method.yaml").write_text(json.dumps(config))
     run_script(main, "--config", tmp_path / "method.yaml", "--out", tmp_path / "run")
     tokenizer = Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
@@ -253,7 +252,7 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
 def test_consolidation_leaves_each_code_at_the_mean_of_its_latents_when_the_encoder_freezes(run_script, tiny, tmp_path):
     """The codes at the freeze are a fixed point of Lloyd's iteration on the frozen encoder's latents."""
     out = tmp_path / "out"
-    arguments = ["--schedule.consolidate", 500, "--schedule.consolidate_images", 64, "--data.image_size", 16]
+    arguments = ["--nsvq.freeze.consolidate", 500, "--nsvq.freeze.consolidate_images", 64, "--data.image_size", 16]
     run_script(main, "--config", tiny, "--out", out, *arguments)
     codes = {step: weights(out, step, "decoder")["quantizer.weight"] for step in (6, 8)}
     config = validate(TrainConfig, read_yaml(out / "config.yaml")["config"])
@@ -320,8 +319,18 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
     [
         (["--model.chanels", "8"], "did you mean model.channels"),
         (["--quantizer.codebook_size", "many"], "quantizer.codebook_size = 'many'"),
-        (["--quantizer.name", "simvq"], "schedule.replace: false"),
-        (["--quantizer.name", "ibq"], "loss.nonstationary_weight: 0"),
+        (["--quantizer.name", "simvq"], "simvq has no free codes to replace; set nsvq.replace: null"),
+        (["--quantizer.name", "ibq"], "the NS loss pulls no codes of ibq; set nsvq.pull: null"),
+        (["--quantizer.name", "simvq", "--nsvq.replace", "null", "--nsvq.revive", "5"], "set nsvq.revive: null"),
+        (["--quantizer.name", "fc_l2", "--nsvq.freeze.consolidate", "9"], "set nsvq.freeze.consolidate: 0"),
+        (
+            ["--schedule.epochs", "6"],
+            "latest \\+ warmup leaves no stage2 in schedule.epochs = 6; .* nsvq.freeze: null",
+        ),
+        (["--quantizer.name", "nsvq"], "unknown quantizer.name: nsvq: it is now the section nsvq"),
+        (["--loss.nonstationary_weight", "0.1"], "nonstationary_weight: it is now nsvq.pull.weight"),
+        (["--schedule.freeze", "false"], "schedule.freeze: it is now nsvq.freeze"),
+        (["--nsvq.freeze", "false"], "nsvq.freeze = False: it must be a section"),
         (["--quantizer.decay", "0.9"], "quantizer.decay is a key of another choice"),
         (["--data.image_size", "17"], "multiple of f = 2"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], "must be a multiple of ranks"),

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nsvq.tokenizer.config import TrainConfig
-from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.nsvq_config import NSVQConfig
+from nsvq.tokenizer.schedule import Schedule, ScheduleConfig
 from nsvq.tokenizer.upkeep import CodebookUpkeep
 
 K, D = 6, 4
@@ -14,17 +14,20 @@ K, D = 6, 4
 
 @pytest.fixture
 def upkeep(make):
-    """upkeep(**schedule): that of a plain table whose every value has Adam moments and an averaged copy."""
+    """upkeep(**nsvq): that of a plain table whose every value has Adam moments and an averaged copy."""
 
-    def build(name="vq", **schedule):
+    def build(name="vq", **nsvq):
         quantizer = make(name, codebook_size=K, dim=D)
-        sizes = {"epochs": 9, "latest_freeze": 5, "warmup": 1, "replace_after": 1} | schedule
-        config = TrainConfig(quantizer={"name": name, "codebook_size": K}, model={"latent_channels": D}, schedule=sizes)
+        sections = {"replace": {"after": 1}, "freeze": {"latest": 5, "warmup": 1}, "revive": None}
+        nsvq = NSVQConfig(
+            **{key: (value or {}) | nsvq.get(key, {}) if value else nsvq.get(key) for key, value in sections.items()}
+        )
+        schedule = Schedule(ScheduleConfig(epochs=9), nsvq, 10)
         table = quantizer.table()
         average = torch.zeros(K, D)
         state = {table: {"step": torch.tensor(3.0), "exp_avg": torch.ones(K, D), "exp_avg_sq": torch.ones(K, D)}}
         found = CodebookUpkeep(
-            quantizer, config, Schedule(config.schedule, 10), SimpleNamespace(state=state), lambda asked: [average]
+            quantizer, nsvq, schedule, SimpleNamespace(state=state), averages=lambda asked: [average], seed=0
         )
         return found, table, average, state[table]
 
@@ -32,7 +35,7 @@ def upkeep(make):
 
 
 def test_dead_codes_are_replaced_only_between_the_first_epochs_and_the_freeze(upkeep):
-    keeper, table, *_ = upkeep(replace_noise=0)
+    keeper, table, *_ = upkeep(replace={"noise": 0})
     counts, errors = torch.tensor([5, 0, 0, 2, 0, 1]), torch.zeros(K)
     replaced = []
     for _ in range(7):
@@ -57,13 +60,13 @@ def test_a_replaced_code_takes_its_average_along_and_loses_its_moments(upkeep):
 
 
 def test_a_method_may_revive_until_replacement_sets_in(upkeep):
-    keeper, *_ = upkeep("ema")
+    keeper, *_ = upkeep("ema", revive=5)
     allowed = []
     for _ in range(4):
         keeper.begin_step()
-        allowed.append(keeper.quantizer.revives)
+        allowed.append(keeper.quantizer.revive_after)
         keeper.schedule.end_epoch(commitment=1.0)
-    assert allowed == [True, True, False, False]
+    assert allowed == [5, 5, None, None]
 
 
 def test_consolidation_is_lloyds_fixed_point_and_off_by_default(upkeep):
@@ -72,7 +75,7 @@ def test_consolidation_is_lloyds_fixed_point_and_off_by_default(upkeep):
     before = table.detach().clone()
     keeper.consolidate(lambda images: pytest.fail("no latents are needed"))
     assert torch.equal(table, before)
-    keeper, table, average, moments = upkeep(consolidate=500, consolidate_images=77)
+    keeper, table, average, moments = upkeep(freeze={"consolidate": 500, "consolidate_images": 77})
     asked = []
     keeper.consolidate(lambda images: asked.append(images) or [points[:120], points[120:]])
     assert asked == [77]

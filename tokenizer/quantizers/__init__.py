@@ -20,22 +20,7 @@ from nsvq.tokenizer.quantizers.transvq import TransVQ
 from nsvq.tokenizer.quantizers.vp import VP
 from nsvq.tokenizer.quantizers.vq import VQ
 
-_METHODS = (
-    VQ,
-    EMAQuantizer,
-    NormalizedVQ,
-    SimVQ,
-    NSVQPrecursor,
-    TransVQ,
-    LC,
-    FVQ,
-    FSQ,
-    LFQ,
-    BSQ,
-    IBQ,
-    VP,
-    FSP,
-)
+_METHODS = (VQ, EMAQuantizer, NormalizedVQ, SimVQ, NSVQPrecursor, TransVQ, LC, FVQ, FSQ, LFQ, BSQ, IBQ, VP, FSP)
 QUANTIZERS: dict[str, type[Quantizer]] = {
     name: method for method in _METHODS for name in get_args(method.Config.model_fields["name"].annotation)
 }

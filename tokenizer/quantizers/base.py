@@ -55,8 +55,11 @@ class Quantizer(nn.Module):
     Config: ClassVar[type[QuantizerOptions]]
     terms: ClassVar[tuple[str, ...]] = ()  # of "codebook" and "commitment", those that the method trains with
     learns_codes: ClassVar[bool] = False  # in training, so that the NS loss means something
+    free_table: ClassVar[bool] = False  # the codes are rows of `table`, which may be written
+    can_consolidate: ClassVar[bool] = False  # k-means of latents as the encoder gives them may become the codes
+    can_revive: ClassVar[bool] = False  # it minds `revive_after`
     nonstationary_weight: float = 0.0  # alpha, for a method that moves its codes other than by their gradient
-    revives: bool = True  # the schedule's word on a method that revives codes
+    revive_after: float | None = None  # `Schedule.revive_after`, before each step
     dim: int
     codebook_size: int
 
@@ -102,7 +105,7 @@ class Quantizer(nn.Module):
         return self.codes(torch.arange(self.codebook_size, device=_device(self)))
 
     def table(self) -> Tensor | None:
-        """The parameter or buffer [K, d] whose rows are the codes and may be written; None where codes are computed."""
+        """The parameter or buffer [K, d] whose rows are the codes and may be written; None without `free_table`."""
         return None
 
     def rows_written(self, rows: Tensor) -> None:

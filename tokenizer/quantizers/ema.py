@@ -25,15 +25,13 @@ class EMAConfig(TableConfig):
     name: Literal["ema"] = Field(description="ema: codes are moving averages of their latents.")
     decay: float = Field(0.99, ge=0, lt=1, description="Decay g of counts and sums at each step.")
     eps: float = Field(1e-5, gt=0, description="Laplace smoothing of the counts.")
-    revive_after: float = Field(
-        0.0, ge=0, description="A code that has won no token while the mean code won this many moves onto a random "
-        "latent of the step, until schedule.replace sets in; 0 revives none.")  # fmt: skip
 
 
 class EMAQuantizer(TableQuantizer):
     """`weight` [K, d] is a buffer, with `counts` [K] and `sums` [K, d]; micro-batches add up until `end_step`."""
 
     Config = EMAConfig
+    can_revive = True
     terms = ("commitment",)
 
     def __init__(self, config: EMAConfig, dim: int):
@@ -82,14 +80,14 @@ class EMAQuantizer(TableQuantizer):
             n, k = self.counts.sum(), self.codebook_size
             smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
             self.weight.copy_(self.sums / smoothed[:, None])
-            if self.config.revive_after > 0 and self.revives:
+            if self.revive_after is not None:
                 self._revive(ranks.total(self.step_wins))
         self.step_wins.zero_()
 
     def _revive(self, wins: Tensor) -> None:
         self.waited += wins.mean()
         self.waited[wins > 0] = 0
-        dead = torch.nonzero(self.waited > self.config.revive_after).flatten()
+        dead = torch.nonzero(self.waited > self.revive_after).flatten()
         tokens = len(self.latest) * ranks.world()[1]
         positions = torch.randperm(tokens, generator=self.draws.generator())[: len(dead)].to(dead.device)
         longest = self.waited[dead].argsort(descending=True, stable=True)

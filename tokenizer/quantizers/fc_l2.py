@@ -24,6 +24,7 @@ class NormalizedVQ(VQ):
     """Codes w / |w| [K, d]; latents are normalised, and both losses are measured on the sphere."""
 
     Config = NormalizedConfig
+    can_consolidate = False  # codes are directions
 
     def prepare(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=1)

@@ -35,6 +35,7 @@ class IBQ(Quantizer):
     """`weight` [K, d] starts from N(0, 1)."""
 
     Config = IBQConfig
+    free_table = True
     terms = ("codebook", "commitment")
 
     def __init__(self, config: IBQConfig, dim: int):

@@ -1,7 +1,7 @@
 """Plain vector quantization with a trainable table (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
 
-NSVQ (arXiv 2606.11363) uses this same table: what makes it NSVQ composes with other quantizers too (the NS loss,
-tokenizer/replacement.py, tokenizer/schedule.py). Factorized codes (`fc`) are this table at a small d.
+NSVQ (arXiv 2606.11363) uses this same table: what makes it NSVQ composes with other quantizers too (nsvq_config.py).
+Factorized codes (VQGAN-FC) are this table at a small d.
 """
 
 from typing import Literal
@@ -24,6 +24,7 @@ class TableConfig(CodebookConfig, NearestConfig):
 class TableQuantizer(NearestQuantizer):
     """K codes of width d as the rows of `weight`, a parameter or a buffer; `initialize` starts them from latents."""
 
+    free_table = can_consolidate = True
     weight: Tensor
 
     def __init__(self, config: TableConfig, dim: int):
@@ -52,9 +53,7 @@ class TableQuantizer(NearestQuantizer):
 class VQConfig(TableConfig):
     """A free table."""
 
-    name: Literal["nsvq", "vq", "fc"] = Field(
-        "nsvq", description="nsvq, vq and fc: a trained table (fc at a small model.latent_channels)."
-    )
+    name: Literal["vq"] = Field("vq", description="vq: a trained table.")
 
 
 class VQ(TableQuantizer):

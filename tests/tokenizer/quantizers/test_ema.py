@@ -62,7 +62,8 @@ def test_micro_batches_make_one_update_and_evaluation_none(make):
 
 
 def test_codes_that_win_nothing_for_long_enough_move_onto_latents_of_the_step(make):
-    quantizer = make("ema", revive_after=10)
+    quantizer = make("ema")
+    quantizer.revive_after = 10
     with torch.no_grad():
         quantizer.weight[:30] += 50  # out of reach
     quantizer._start_averages()
@@ -83,7 +84,8 @@ def test_codes_that_win_nothing_for_long_enough_move_onto_latents_of_the_step(ma
 
 
 def test_where_the_dead_outnumber_the_latents_the_rest_moves_in_later_steps(make):
-    quantizer = make("ema", revive_after=0.2)
+    quantizer = make("ema")
+    quantizer.revive_after = 0.2
     with torch.no_grad():
         quantizer.weight[:39] += 50
     quantizer._start_averages()

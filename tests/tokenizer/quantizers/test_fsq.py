@@ -59,6 +59,5 @@ def test_levels_that_do_not_fit_are_refused(levels, message):
         TrainConfig(
             model={"latent_channels": 3},
             quantizer={"name": "fsq", "levels": levels},
-            loss={"nonstationary_weight": 0},
-            schedule={"replace": False},
+            nsvq=None,
         )
