@@ -15,6 +15,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, M
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
 from nsvq.diffusion.sampling import make_sampler, sample, set_steps
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
@@ -212,7 +213,7 @@ class ClassConditionalPipeline(DiTPipeline):
 
 def _predictor(transformer: ModelMixin) -> Callable:
     """The transformer as `sample` calls it."""
-
+    use_cpu_attention(transformer)
     without_classes = isinstance(transformer, UNet2DModel) and transformer.class_embedding is None
 
     def predict(latents: Tensor, time: Tensor, labels: Tensor, **known) -> Tensor:
