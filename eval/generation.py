@@ -36,7 +36,7 @@ from nsvq.eval.pictures import Grid
 from nsvq.eval.ranks import build_in_turn
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
-from nsvq.hashes import file_hash
+from nsvq.files import file_hash
 
 IMAGENET = "ILSVRC/imagenet-1k"
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}

@@ -9,7 +9,7 @@ from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Wei
 
 from nsvq.errors import UserError
 from nsvq.eval.ranks import build_in_turn
-from nsvq.hashes import file_hash
+from nsvq.files import file_hash
 from nsvq.tokenizer.losses import load_lpips
 
 _KNOWN = {"vgg": VGG16_Weights, "alex": AlexNet_Weights, "squeeze": SqueezeNet1_1_Weights}

@@ -31,6 +31,7 @@ from nsvq.diffusion import dit
 from nsvq.diffusion.dit import DiT, PipelineDiT
 from nsvq.diffusion.unet import UNet
 from nsvq.errors import UserError
+from nsvq.files import atomic_folder
 from nsvq.pipelines.card import write_card
 from nsvq.tokenizer.pretrained import VQ_MODELS
 
@@ -205,24 +206,21 @@ def save_pipeline(
 
     `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card.
     """
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
-        LDMPipeline(vae, network, scheduler).save_pretrained(temporary)
-    else:
-        DiTPipeline(network, vae, scheduler).save_pretrained(temporary)
-        # DiTPipeline reads its names from here, but does not save them.
-        changes = {"id2label": {str(i): name for i, name in classes.items()}}
-        if isinstance(network, PipelineDiT):
-            shutil.copyfile(dit.__file__, temporary / "transformer" / f"{SHIPPED_MODULE}.py")
-            changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]
-        index = temporary / "model_index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | changes, indent=2, ensure_ascii=False) + "\n")
-    if about is not None:
-        (temporary / "nsvq.json").write_text(json.dumps(about, indent=2) + "\n")
-        write_card(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with atomic_folder(folder) as part:
+        if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
+            LDMPipeline(vae, network, scheduler).save_pretrained(part)
+        else:
+            DiTPipeline(network, vae, scheduler).save_pretrained(part)
+            # DiTPipeline reads its names from here, but does not save them.
+            changes = {"id2label": {str(i): name for i, name in classes.items()}}
+            if isinstance(network, PipelineDiT):
+                shutil.copyfile(dit.__file__, part / "transformer" / f"{SHIPPED_MODULE}.py")
+                changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]
+            index = part / "model_index.json"
+            index.write_text(json.dumps(json.loads(index.read_text()) | changes, indent=2, ensure_ascii=False) + "\n")
+        if about is not None:
+            (part / "nsvq.json").write_text(json.dumps(about, indent=2) + "\n")
+            write_card(part)
 
 
 def read_parts(source: str | Path, **options) -> dict | None:

@@ -26,6 +26,7 @@ from nsvq.data.loading import batches_of, make_loader
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
 from nsvq.errors import UsageError, UserError
+from nsvq.files import atomic_file
 from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.latents import LatentCache, shard_hash
 
@@ -145,9 +146,8 @@ def _encode(folder: Path, tokenizer: Tokenizer, data: DataConfig, images: Images
     if manifest["bad_images"] > data.max_bad_fraction * (manifest["count"] + manifest["bad_images"]):
         raise _too_many_bad(manifest["bad_images"], manifest["count"] + manifest["bad_images"], data, bad)
     if accelerator.is_main_process:
-        temporary = folder / ".manifest.json.part"
-        temporary.write_text(json.dumps(manifest, indent=2))
-        temporary.replace(folder / "manifest.json")
+        with atomic_file(folder / "manifest.json") as part:
+            part.write_text(json.dumps(manifest, indent=2))
     accelerator.wait_for_everyone()
 
 
@@ -278,13 +278,11 @@ def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shap
         "sums": sums.clone(),
         "squares": squares.clone(),
     }
-    temporary = path.with_name(f".{path.name}.part")
+    about = {"key": json.dumps(key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
     try:
-        about = {"key": json.dumps(key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
-        save_file(tensors, temporary, metadata=about)
-        temporary.replace(path)
+        with atomic_file(path) as part:
+            save_file(tensors, part, metadata=about)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the next start goes on from the shards there are") from None
     return bad
 

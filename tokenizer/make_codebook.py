@@ -33,6 +33,7 @@ from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
+from nsvq.files import atomic_file
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.quantizers.lc import load_features
 
@@ -177,9 +178,8 @@ def main() -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    with atomic_file(path) as part:
+        save_file(tensors, part)
 
 
 if __name__ == "__main__":
