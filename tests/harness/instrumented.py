@@ -79,7 +79,6 @@ def samples(record: str) -> dict[int, str]:
 
 
 if __name__ == "__main__":
-    launch.start_cpu_ranks()  # while the arguments are as they came
     spec = json.loads(sys.argv.pop(1))
     module = import_module(f"nsvq.{spec.pop('stage')}.train")
     if spec.pop("shard", False):
