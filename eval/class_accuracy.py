@@ -54,8 +54,10 @@ def from_outputs(
     """
     layer = extractor.layers.get("isc")
     if layer is None:
-        raise UsageError(f"--classifier features needs class outputs, and {extractor.name} has none, or --metrics "
-                         "leaves out isc, which reads them: use --classifier trained")  # fmt: skip
+        raise UsageError(
+            f"--classifier features needs class outputs, and {extractor.name} has none, or --metrics "
+            "leaves out isc, which reads them: use --classifier trained"
+        )
     one_image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=accelerator.device)
     outputs = extractor(one_image)[layer].shape[1]
     if outputs < classes:

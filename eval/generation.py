@@ -162,22 +162,32 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         result["meanings"]["class_accuracy_real"] = class_accuracy.MEANINGS["class_accuracy_real"]
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    return result | best | {
-        "counts": {"samples": config.samples, **reference.pop("counts")},
-        "data": report.about_data(data, split, images),
-        "reference": reference,
-        "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__,
-                     "sha256": report.folder_hash(Path(config.pipeline))},
-        "labels": _LABELS[config.labels] if names else "no class",
-        "classes": names,
-        "seeds": f"sample i has seed {config.seed} + i",
-        "sampler": {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval,
-                    "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
-                    **_public(pipeline.scheduler.config)},
-        "features": {name: extractor.about for name, extractor in extractors.items()},
-        "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
-        **report.provenance(accelerator, config.model_copy(update={"data": data})),
-    }  # fmt: skip
+    return (
+        result
+        | best
+        | {
+            "counts": {"samples": config.samples, **reference.pop("counts")},
+            "data": report.about_data(data, split, images),
+            "reference": reference,
+            "pipeline": {
+                "folder": config.pipeline,
+                "class": type(pipeline).__name__,
+                "sha256": report.folder_hash(Path(config.pipeline)),
+            },
+            "labels": _LABELS[config.labels] if names else "no class",
+            "classes": names,
+            "seeds": f"sample i has seed {config.seed} + i",
+            "sampler": {
+                "scheduler": type(pipeline.scheduler).__name__,
+                "guidance_interval": config.guidance_interval,
+                "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
+                **_public(pipeline.scheduler.config),
+            },
+            "features": {name: extractor.about for name, extractor in extractors.items()},
+            "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
+            **report.provenance(accelerator, config.model_copy(update={"data": data})),
+        }
+    )
 
 
 def _classifier(

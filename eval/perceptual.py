@@ -42,6 +42,7 @@ def load_networks(
         about[net] = {"weights": str(file), "weights_sha256": file_hash(file)}
         known = Path(url).stem.rpartition("-")[2]  # torchvision's names end in the first digits
         if file.suffix == ".pth" and not about[net]["weights_sha256"].startswith(known):
-            result["warnings"].append(f"lpips_{net}: {file} is not torchvision's {Path(url).name}: it compares with no "
-                                      "published number")  # fmt: skip
+            result["warnings"].append(
+                f"lpips_{net}: {file} is not torchvision's {Path(url).name}: it compares with no published number"
+            )
     return loaded, about

@@ -166,8 +166,16 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
                 shift[2 * i + k], scale[2 * i + k], gate[2 * i + k] = parts[3 * k : 3 * k + 3]
         weights[f"modulation.{kind}"] = rows.flatten(0, 1)
     with init_empty_weights():
-        model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, depth, width,
-                            heads, out_channels=config.out_channels)  # fmt: skip
+        model = PipelineDiT(
+            config.sample_size,
+            config.in_channels,
+            STOCK_NULL_CLASS,
+            config.patch_size,
+            depth,
+            width,
+            heads,
+            out_channels=config.out_channels,
+        )
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
 

@@ -64,8 +64,10 @@ def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
         clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_vision_model")
         model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"no vision encoder at {name} ({str(error).splitlines()[0]}): give --encoder FOLDER, or your "
-                        "own features with --features FILE") from None  # fmt: skip
+        raise UserError(
+            f"no vision encoder at {name} ({str(error).splitlines()[0]}): give --encoder FOLDER, or your "
+            "own features with --features FILE"
+        ) from None
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
@@ -129,9 +131,13 @@ def cluster(batches: Callable[[], Iterator[Tensor]], codes: int, config: Codeboo
 
     try:
         return kmeans(
-            lambda: (points.float() for points in batches() if len(points)), codes, seed=config.seed,
-            start=saved.get("centroids"), iterations=config.iterations - done, on_iteration=keep,
-        )  # fmt: skip
+            lambda: (points.float() for points in batches() if len(points)),
+            codes,
+            seed=config.seed,
+            start=saved.get("centroids"),
+            iterations=config.iterations - done,
+            on_iteration=keep,
+        )
     except ValueError as error:
         raise UserError(f"{error}; give more --images or fewer --codes") from None
 
