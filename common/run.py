@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
+from nsvq.common.fsdp import load_module, load_optimizer, whole
 from nsvq.common.launch import keep_freed_memory
 from nsvq.common.metrics import MetricsLog, surviving, warn
-from nsvq.common.sharding import load_module, load_optimizer, whole
 from nsvq.errors import Stopped, UsageError, UserError
 from nsvq.files import atomic_file
 

@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.config import Config
+from nsvq.common.fsdp import full, split_like
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means, show, surviving
 from nsvq.common.run import (
@@ -35,11 +36,10 @@ from nsvq.common.run import (
     micro_batch_size,
     progress_bar,
 )
-from nsvq.common.sharding import full, split_like
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.model import DiTConfig, ModelConfig, make_model
 from nsvq.diffusion.objectives import FlowConfig, ObjectiveConfig, drop_labels, make_objective
-from nsvq.diffusion.sampling import TIMESTEPS, sample
+from nsvq.diffusion.samplers import TIMESTEPS, sample
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.features import INCEPTION
 from nsvq.eval.monitor import FrechetMonitor

@@ -14,8 +14,8 @@ from nsvq.common.image_metrics import to_uint8
 from nsvq.data.config import DataConfig
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.classifier import train_classifier
+from nsvq.eval.distributed import gather_by_index
 from nsvq.eval.features import Extractor
-from nsvq.eval.ranks import gather_by_index
 from nsvq.eval.reference import real_batches
 
 _IMAGES_PER_CLASS = 50  # real ones, to find out which output of an extractor means which class

@@ -26,14 +26,14 @@ from nsvq.common import launch
 from nsvq.data.config import DataConfig
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
-from nsvq.diffusion.sampling import SAMPLERS, make_sampler, set_steps
+from nsvq.diffusion.samplers import SAMPLERS, make_sampler, set_steps
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
+from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
 from nsvq.eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
 from nsvq.eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
 from nsvq.eval.pictures import Grid
-from nsvq.eval.ranks import build_in_turn
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
 from nsvq.files import file_hash

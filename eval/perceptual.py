@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 from nsvq.errors import UserError
-from nsvq.eval.ranks import build_in_turn
+from nsvq.eval.distributed import build_in_turn
 from nsvq.files import file_hash
 from nsvq.tokenizer.losses import load_lpips
 

@@ -27,11 +27,11 @@ from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
 from nsvq.eval.autoencoders import open_tokenizer, reconstruct
+from nsvq.eval.distributed import gather_by_index, in_groups
 from nsvq.eval.drift import Drift
 from nsvq.eval.features import INCEPTION, Collector, Extractor, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
-from nsvq.eval.ranks import gather_by_index, in_groups
 from nsvq.eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
 from nsvq.eval.reference import Cache, bad_images, key_of
 from nsvq.tokenizer.pretrained import Tokenizer

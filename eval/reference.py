@@ -27,9 +27,9 @@ from nsvq.data.config import DataConfig
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, Gaussian
 from nsvq.eval.features import Collector, Extractor
-from nsvq.eval.ranks import build_in_turn
 from nsvq.files import atomic_file
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "nsvq" / "references"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
-from nsvq.diffusion.sampling import make_sampler, sample, set_steps
+from nsvq.diffusion.samplers import make_sampler, sample, set_steps
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
@@ -125,7 +125,7 @@ class ClassConditionalPipeline(DiTPipeline):
             unconditional.
         guidance_interval: (low, high) in t / 1000, 0 to 1, which is sigma of a rectified flow; outside of it only the
             class is evaluated.
-        sampler: a name in `diffusion.sampling.SAMPLERS` that fits the model; null is the folder's own scheduler.
+        sampler: a name in `diffusion.samplers.SAMPLERS` that fits the model; null is the folder's own scheduler.
         guide: transformer of a smaller or earlier model of the same latents and classes, for autoguidance: guide +
             scale (transformer - guide), both of the class.
         seeds: one an image. It alone decides the image's noise, so that an image does not depend on the others, on

@@ -10,7 +10,7 @@ from fakes import FakePipeline
 
 from nsvq.errors import UserError
 from nsvq.eval import generation, reconstruction
-from nsvq.eval.ranks import build_in_turn, gather_by_index
+from nsvq.eval.distributed import build_in_turn, gather_by_index
 
 
 def run(which, options, accelerator):
