@@ -21,7 +21,7 @@ from measure import Elsewhere, interleaved, machine, ratio, serve
 from nsvq.common.launch import keep_freed_memory
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.model import SIZES, DiTConfig, make_model
-from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import from_stock, to_stock
 

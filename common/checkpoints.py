@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nsvq.errors import UserError
-from nsvq.hashes import file_hash
+from nsvq.files import atomic_folder, file_hash
 
 MANIFEST = "manifest.json"
 
@@ -31,23 +30,15 @@ def write(target: Path, weights: dict[str, dict[str, Tensor]], state: dict, abou
 
     `weights`: state dicts by module. Raises `OSError` where that fails, and leaves nothing of it then.
     """
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        for name, tensors in weights.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors")
-        torch.save(state, part / "state.pt")
-        files = {path.name: _digest(path) for path in sorted(part.iterdir())}
-        (part / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=2))
-        for path in [*part.iterdir(), part]:
-            sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-        sync(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # how each of the two libraries tells a full disk
-        shutil.rmtree(part, ignore_errors=True)
-        raise error if isinstance(error, OSError) else OSError(str(error).splitlines()[0]) from None
+        with atomic_folder(target) as part:
+            for name, tensors in weights.items():
+                save_file({key: value.contiguous() for key, value in tensors.items()}, part / f"{name}.safetensors")
+            torch.save(state, part / "state.pt")
+            files = {path.name: _digest(path) for path in sorted(part.iterdir())}
+            (part / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=2))
+    except (SafetensorError, RuntimeError) as error:  # how each of the two libraries tells a full disk
+        raise OSError(str(error).splitlines()[0]) from None
 
 
 def verify(folder: Path) -> dict:
@@ -74,8 +65,10 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
         weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
         return weights, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{folder} is refused, because it holds more than tensors and plain values: delete it "
-                        f"({str(error).splitlines()[0]})") from None  # fmt: skip
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{folder} is refused, because it holds more than tensors and plain values: delete it ({why})"
+        ) from None
 
 
 def complete(root: Path) -> list[Path]:
@@ -120,15 +113,6 @@ def prune(root: Path, keep: int, keep_every: int | None) -> None:
     for folder in complete(root)[:-keep]:
         if keep_every is None or step(folder) % keep_every:
             shutil.rmtree(folder)
-
-
-def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(path: Path) -> dict:

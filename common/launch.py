@@ -1,4 +1,4 @@
-"""How a script starts and ends: errors as one line, exit codes, as many CPU processes as were asked for, and memory."""
+"""How a script starts and ends: errors as one line, exit codes, launchers, and memory."""
 
 import ctypes
 import errno
@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 
 import psutil
+import torch
+from accelerate.utils import parse_flag_from_env
 
 from nsvq.errors import Stopped, UsageError, UserError
 
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # set by torchrun and by MPIs
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -18,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` and a `Stopped` become one line on stderr and their exit code."""
     try:
-        start_cpu_ranks()
+        check_launcher()
         end_with_the_launcher()
         main()
     except Stopped as stopped:
@@ -36,28 +39,22 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def start_cpu_ranks() -> None:
-    """Replace this process by torchrun's where `accelerate launch` was asked for several CPU processes and started one.
+def check_launcher() -> None:
+    """Raises `UsageError` where several CPU processes were asked for and each would train alone.
 
-    `accelerate launch --cpu --num_processes N` starts N only through MPI; without it one runs, and nothing is said.
-    Returns at once in every other case. Raises `UsageError` where the number cannot be read off the command line.
+    `accelerate launch --cpu --num_processes N` starts one, and says nothing. The processes of torchrun do not look for
+    each other on a machine without an accelerator, unless accelerate is told to use the CPU.
     """
-    environment = os.environ
-    # The launcher sets the address for more than one process, and torchrun or MPI then set a rank.
-    alone = "MASTER_ADDR" in environment and not any(
-        name in environment for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    )
-    if not alone or environment.get("ACCELERATE_USE_CPU", "False").lower() not in ("true", "1", "yes"):
-        return
-    command = psutil.Process().parent().cmdline()
-    try:
-        count = str(int(command[command.index("--num_processes") + 1]))
-    except (ValueError, IndexError):
-        raise UsageError("several CPU processes were asked for, but how many is not on the command line of "
-                         "`accelerate launch`; give --num_processes there, or use torchrun") from None  # fmt: skip
-    port = environment["MASTER_PORT"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", count, "--master_port", port]
-    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    started = any(name in os.environ for name in _RANKS)
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        alone = "MASTER_ADDR" in os.environ and not started  # an address is set for more than one process only
+    else:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    if alone:
+        raise UsageError(
+            "this launcher does not start several CPU processes that know each other; this does: "
+            f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {sys.argv[0]} ..."
+        )
 
 
 def end_with_the_launcher() -> None:

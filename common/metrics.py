@@ -1,4 +1,4 @@
-"""The numbers of a run: means over an interval, metrics.jsonl, trackers, throughput, memory model-FLOPs utilization.
+"""The numbers of a run: means over an interval, metrics.jsonl, trackers, throughput, memory, model-FLOPs utilization.
 
 docs/watching.md says what each of them means.
 """
@@ -20,9 +20,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from nsvq.files import atomic_file
+
 # Dense bfloat16 and float16 FLOP/s of a GPU, from NVIDIA's data sheets, by a word of its name.
-_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
-               "L4": 121e12, "A10": 125e12}  # fmt: skip
+_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}
 
 
 class Means:
@@ -76,7 +86,8 @@ class MetricsLog:
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.path, "".join(kept))
+            with atomic_file(self.path) as part:
+                part.write_text("".join(kept))
 
     def write(self, step: int, samples_seen: int, values: dict[str, float], **extra: object) -> dict[str, float]:
         """Append one object; returns `values` with what was added. What cannot be written goes with the next line."""
@@ -136,17 +147,6 @@ def surviving(what: str) -> Iterator[None]:
 def warn(text: str) -> None:
     """A line on stderr, above the progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file, or leave it as it was and raise `OSError`."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _append(path: Path, text: str) -> None:

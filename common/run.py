@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
+from nsvq.common.fsdp import load_module, load_optimizer, whole
 from nsvq.common.launch import keep_freed_memory
-from nsvq.common.metrics import MetricsLog, surviving, warn, write_atomically
-from nsvq.common.sharding import load_module, load_optimizer, whole
+from nsvq.common.metrics import MetricsLog, surviving, warn
 from nsvq.errors import Stopped, UsageError, UserError
+from nsvq.files import atomic_file
 
 
 class RunConfig(configs.Config):
@@ -178,7 +179,8 @@ class Run:
                     "choose another --out, or delete that folder"
                 )
             about = {"nsvq": code_version(), "command": shlex.join(sys.argv), "config": self._config}
-            write_atomically(path, yaml.safe_dump(about, sort_keys=False))
+            with atomic_file(path) as part:
+                part.write_text(yaml.safe_dump(about, sort_keys=False))
         except OSError as error:
             raise UsageError(f"cannot write to out = {self.out}: {error.strerror}") from None
 

@@ -25,10 +25,10 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from nsvq.common.config import Config
+from nsvq.common.fsdp import full, split_like
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means, show
 from nsvq.common.run import Run, averaged_weights, micro_batch_size, progress_bar
-from nsvq.common.sharding import full, split_like
 
 
 @dataclass

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.config import Config
-from nsvq.common.metrics import write_atomically
 from nsvq.data.batches import BadImages
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, center_crop, resize_short_side
@@ -37,6 +36,7 @@ from nsvq.data.loading import batches_of, make_loader
 from nsvq.data.shards import Stream
 from nsvq.data.sources import open_split
 from nsvq.errors import UserError
+from nsvq.files import atomic_file
 
 _LOADED_AT_ONCE = 16
 
@@ -81,14 +81,17 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
                 if not done.exists():
                     resize = resize_short_side if name == "train" else center_crop
                     found = _write_shard(config.output / shard, split, items, resize, config)
-                    write_atomically(done, json.dumps(found))
+                    with atomic_file(done) as part:
+                        part.write_text(json.dumps(found))
                 found = json.loads(done.read_text())
                 counts[name] += found["images"]
                 bad.update({"label": [None] * found["images"], "bad": found["bad"]})
                 bad.check()
         if splits["train"].classes:
-            write_atomically(config.output / "classes.txt", "\n".join(splits["train"].classes) + "\n")
-        write_atomically(config.output / "bad-images.txt", "".join(f"{id}\n" for id in bad.bad))
+            with atomic_file(config.output / "classes.txt") as part:
+                part.write_text("\n".join(splits["train"].classes) + "\n")
+        with atomic_file(config.output / "bad-images.txt") as part:
+            part.write_text("".join(f"{id}\n" for id in bad.bad))
     except OSError as error:
         raise UserError(f"cannot write to {config.output} ({error}); the same command goes on from here") from None
     return counts | {"bad": bad.check(final=True)}
@@ -99,7 +102,8 @@ def _claim(folder: Path, about: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists() and (changed := configs.differences(json.loads(path.read_text()), about)):
         raise UserError(f"{folder} holds other shards ({'; '.join(changed[:3])}): delete it, or give another --output")
-    write_atomically(path, json.dumps(about, indent=2))
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(about, indent=2))
 
 
 def _shards(name: str, split, shard_images: int) -> Iterator[tuple[str, list]]:
@@ -117,28 +121,23 @@ def _write_shard(path: Path, split, items: list, resize: Callable, config: Shard
     """How many images it holds, and the ids of those that did not decode. The file takes its name when it is whole."""
     if isinstance(split, Stream):
         items = list(split.samples(items[0]))
-    part, bad, images = path.with_name(f".{path.name}.part"), [], 0
+    bad, images = [], 0
     loader = make_loader(
         _Encoded(split, items, resize, config), config.workers, batch_size=_LOADED_AT_ONCE, collate_fn=list
     )
     prefix = hashlib.sha256(path.name.encode()).hexdigest()[:6]  # keys differ between shards
-    try:
-        with tarfile.open(part, "w") as tar:
-            for batch in batches_of(loader):
-                for id, image, label in batch:
-                    if image is None:
-                        bad.append(id)
-                        continue
-                    fields = {config.format: image} | ({"cls": str(label).encode()} if split.classes else {})
-                    for field, data in fields.items():
-                        member = tarfile.TarInfo(f"{prefix}{images:06d}.{field}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-                    images += 1
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as part, tarfile.open(part, "w") as tar:
+        for batch in batches_of(loader):
+            for id, image, label in batch:
+                if image is None:
+                    bad.append(id)
+                    continue
+                fields = {config.format: image} | ({"cls": str(label).encode()} if split.classes else {})
+                for field, data in fields.items():
+                    member = tarfile.TarInfo(f"{prefix}{images:06d}.{field}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                images += 1
     return {"images": images, "bad": bad}
 
 

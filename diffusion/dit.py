@@ -20,23 +20,6 @@ from torch import Tensor, nn
 TIME_CHANNELS = 256  # sinusoids of the timestep, as in the stock class
 ROTARY_BASE = 10_000.0
 EPS = 1e-6
-SCRATCH_BYTES = 2**21  # of attention on a CPU: measured to be best with caches of 1 MiB a core
-
-
-def on_cpu_in_bfloat16(x: Tensor) -> bool:
-    """Where PyTorch's own kernels leave something to gain, and no compiler sees to it."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`. In bfloat16 on a CPU that puts the bias where the product is added to it, which takes longer than
-    adding the bias to the product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        if on_cpu_in_bfloat16(x):
-            return F.linear(x, self.weight.to(x.dtype)).add_(self.bias.to(x.dtype))
-        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -45,8 +28,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, modern: bool):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.norm_q = nn.RMSNorm(width // heads, eps=EPS) if modern else None
         self.norm_k = nn.RMSNorm(width // heads, eps=EPS) if modern else None
 
@@ -57,60 +40,12 @@ class Attention(nn.Module):
             q, k, v = qkv
             q, k = rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation)
             qkv = torch.stack([q.to(v.dtype), k.to(v.dtype), v])
-        return self.out(attend(qkv).transpose(1, 2).flatten(2))
-
-
-def attend(qkv: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of q, k and v (3, B, H, N, D) -> (B, H, N, D)."""
-    if on_cpu_in_bfloat16(qkv):
-        return ChunkedAttention.apply(qkv)
-    return F.scaled_dot_product_attention(*qkv)
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """The same by its formula, a few heads at a time in scratch memory: for bfloat16 on a CPU, where the fused kernel
-    takes 1.7 to 1.9 times as long. Like that one it keeps no N x N matrix; unlike it, it rounds logits to bfloat16."""
+        return self.out(self.attend(qkv).transpose(1, 2).flatten(2))
 
     @staticmethod
-    def forward(ctx, qkv: Tensor) -> Tensor:
-        ctx.sizes, qkv = qkv.shape[1:3], qkv.flatten(1, 2)  # (3, B H, N, D)
-        ctx.save_for_backward(qkv)
-        (scratch,) = attention_scratch(qkv, 1)
-        out = torch.empty_like(qkv[0])
-        for (q, k, v), o in zip(qkv.split(len(scratch), dim=1), out.split(len(scratch)), strict=True):
-            torch.bmm(attention_weights(q, k, scratch), v, out=o)
-        return out.unflatten(0, ctx.sizes)
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor) -> Tensor:
-        (qkv,) = ctx.saved_tensors
-        scratch, grad_scratch = attention_scratch(qkv, 2)
-        grad = torch.empty_like(qkv)
-        parts = (qkv.split(len(scratch), dim=1), grad.split(len(scratch), dim=1),
-                 grad_out.flatten(0, 1).split(len(scratch)))  # fmt: skip
-        for (q, k, v), (grad_q, grad_k, grad_v), grad_o in zip(*parts, strict=True):
-            weights = attention_weights(q, k, scratch)
-            torch.bmm(weights.transpose(1, 2), grad_o, out=grad_v)
-            grad_logits = torch.bmm(grad_o, v.transpose(1, 2), out=grad_scratch[: len(q)])
-            torch.ops.aten._softmax_backward_data.out(grad_logits, weights, -1, q.dtype, grad_input=grad_logits)
-            torch.bmm(grad_logits, k, out=grad_q)
-            torch.bmm(grad_logits.transpose(1, 2), q, out=grad_k)
-        grad[:2] *= qkv.shape[-1] ** -0.5
-        return grad.unflatten(1, ctx.sizes)
-
-
-def attention_scratch(qkv: Tensor, count: int) -> Tensor:
-    """Room for N x N matrices of as many of the heads (3, B H, N, D) as SCRATCH_BYTES hold: (count, heads, N, N)."""
-    heads, length = qkv.shape[1:3]
-    fit = SCRATCH_BYTES // (length**2 * qkv.element_size())
-    return qkv.new_empty(count, min(max(fit, 1), heads), length, length)
-
-
-def attention_weights(q: Tensor, k: Tensor, out: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) of (H, N, D), in the first H matrices of `out`."""
-    out = out[: len(q)]
-    torch.baddbmm(out, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5, out=out)
-    return torch.softmax(out, -1, out=out)
+    def attend(qkv: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v of q, k and v (3, B, H, N, D) -> (B, H, N, D)."""
+        return F.scaled_dot_product_attention(*qkv)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -137,8 +72,8 @@ class MLP(nn.Module):
         super().__init__()
         hidden = 8 * width // 3 // 8 * 8 if modern else 4 * width  # multiples of 8 fit matrix units
         self.modern = modern
-        self.fc_in = Linear(width, 2 * hidden if modern else hidden)
-        self.fc_out = Linear(hidden, width)
+        self.fc_in = nn.Linear(width, 2 * hidden if modern else hidden)
+        self.fc_out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc_in(x)

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nsvq.common.config import Config
+from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.unet import UNet, make_unet
 
@@ -66,8 +67,9 @@ class UNetConfig(_NetworkConfig):
 
     variant: Literal["unet"] = Field("unet", description="diffusers' UNet2DModel.")
     width: int = Field(256, ge=32, multiple_of=32, description="Channels of the first level.")
-    multipliers: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="Channels of each level, in widths; each "
-                                         "level has half the side of the one before.")  # fmt: skip
+    multipliers: tuple[int, ...] = Field(
+        (1, 2, 4), min_length=1, description="Channels of each level, in widths; each has half the side of the last."
+    )
     layers: int = Field(2, ge=1, description="Residual blocks of a level.")
 
 
@@ -92,6 +94,7 @@ def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, int, int
     else:
         depth, width, heads = config.dimensions()
         model = DiT(side, channels, classes, config.patch_size, depth, width, heads, config.variant)
+        use_cpu_attention(model)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nsvq.common.config import Config
-from nsvq.diffusion.sampling import TIMESTEPS, ddpm_scheduler, flow_scheduler, timestep
+from nsvq.diffusion.samplers import TIMESTEPS, ddpm_scheduler, flow_scheduler, timestep
 
 _SHIFT_FREE_DIM = 4096
 

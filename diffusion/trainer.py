@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from nsvq.common.fsdp import full
 from nsvq.common.metrics import surviving
-from nsvq.common.sharding import full
 from nsvq.common.training import Optimized, Trainer
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import drop_labels, make_objective
-from nsvq.diffusion.sampling import sample
+from nsvq.diffusion.samplers import sample
 from nsvq.errors import UsageError
 from nsvq.tokenizer.latents import LatentCache, train_batches
 from nsvq.tokenizer.pretrained import Tokenizer

@@ -14,8 +14,8 @@ from nsvq.common.image_metrics import to_uint8
 from nsvq.data.config import DataConfig
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.classifier import train_classifier
+from nsvq.eval.distributed import gather_by_index
 from nsvq.eval.features import Extractor
-from nsvq.eval.ranks import gather_by_index
 from nsvq.eval.reference import real_batches
 
 _IMAGES_PER_CLASS = 50  # real ones, to find out which output of an extractor means which class
@@ -54,8 +54,10 @@ def from_outputs(
     """
     layer = extractor.layers.get("isc")
     if layer is None:
-        raise UsageError(f"--classifier features needs class outputs, and {extractor.name} has none, or --metrics "
-                         "leaves out isc, which reads them: use --classifier trained")  # fmt: skip
+        raise UsageError(
+            f"--classifier features needs class outputs, and {extractor.name} has none, or --metrics "
+            "leaves out isc, which reads them: use --classifier trained"
+        )
     one_image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=accelerator.device)
     outputs = extractor(one_image)[layer].shape[1]
     if outputs < classes:

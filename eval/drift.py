@@ -4,7 +4,7 @@ from torch import Tensor
 
 from nsvq.errors import UsageError
 from nsvq.eval.autoencoders import encode
-from nsvq.eval.ranks import in_groups
+from nsvq.eval.distributed import in_groups
 from nsvq.tokenizer.pretrained import Tokenizer
 
 MEANINGS = {

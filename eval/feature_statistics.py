@@ -59,14 +59,7 @@ class Moments:
         count = sum(gather_object([self.count]))
         if count < 2:
             return count, None
-        width = max(gather_object([len(self.sum) if self.count else 0]))
-        device = accelerator.device
-        if self.count == 0:  # a rank without images
-            self.sum = torch.zeros(width, dtype=torch.float64, device=device)
-            self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
-        total = accelerator.reduce(self.sum.to(device), "sum").cpu()
-        second = accelerator.reduce(self.second.to(device), "sum").cpu()
-        mean = total / count
+        mean, second = _total(self.sum, accelerator) / count, _total(self.second, accelerator)
         return count, Gaussian(mean, (second - count * torch.outer(mean, mean)) / (count - 1))
 
 
@@ -105,17 +98,18 @@ class InceptionScore:
 
     def total(self, accelerator: Accelerator) -> tuple[float, float]:
         """(mean, standard deviation) of the splits' scores over all ranks. A collective call."""
-        shape = max(gather_object([tuple(self.probability.shape) if torch.is_tensor(self.probability) else (0, 0)]))
-        if not torch.is_tensor(self.probability):
-            self.probability = torch.zeros(shape, dtype=torch.float64)
-            self.negentropy = torch.zeros(shape[0], dtype=torch.float64)
-        device = accelerator.device
-        probability = accelerator.reduce(self.probability.to(device), "sum").cpu()
-        negentropy = accelerator.reduce(self.negentropy.to(device), "sum").cpu()
+        probability, negentropy = _total(self.probability, accelerator), _total(self.negentropy, accelerator)
         counts = torch.bincount(self.splits, minlength=self.number).double()
         q = probability / counts[:, None]
         scores = (negentropy / counts - torch.special.xlogy(q, q).sum(1)).exp()
         return scores.mean().item(), scores.std(correction=0).item()
+
+
+def _total(value: Tensor | float, accelerator: Accelerator) -> Tensor:
+    """The sum of float64 tensors over all ranks, on the CPU; a number stands for a rank that has had no image."""
+    shape = max(gather_object([tuple(value.shape) if torch.is_tensor(value) else ()]))
+    value = value if torch.is_tensor(value) else torch.zeros(shape, dtype=torch.float64)
+    return accelerator.reduce(value.to(accelerator.device), "sum").cpu()
 
 
 def isc_splits(count: int, adm: bool = False) -> Tensor | None:

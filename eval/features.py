@@ -27,9 +27,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.distributed import build_in_turn, gather_by_index, in_groups
 from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, Moments
-from nsvq.eval.ranks import build_in_turn, gather_by_index, in_groups
-from nsvq.hashes import file_hash, state_hash
+from nsvq.files import file_hash, state_hash
 
 INCEPTION = "inception-v3-compat"
 DINOV2 = "dinov2-vit-l-14"

@@ -26,17 +26,17 @@ from nsvq.common import launch
 from nsvq.data.config import DataConfig
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
-from nsvq.diffusion.sampling import SAMPLERS, make_sampler, set_steps
+from nsvq.diffusion.samplers import SAMPLERS, make_sampler, set_steps
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
+from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
 from nsvq.eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
 from nsvq.eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
 from nsvq.eval.pictures import Grid
-from nsvq.eval.ranks import build_in_turn
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
-from nsvq.hashes import file_hash
+from nsvq.files import file_hash
 
 IMAGENET = "ILSVRC/imagenet-1k"
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
@@ -162,22 +162,32 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         result["meanings"]["class_accuracy_real"] = class_accuracy.MEANINGS["class_accuracy_real"]
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    return result | best | {
-        "counts": {"samples": config.samples, **reference.pop("counts")},
-        "data": report.about_data(data, split, images),
-        "reference": reference,
-        "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__,
-                     "sha256": report.folder_hash(Path(config.pipeline))},
-        "labels": _LABELS[config.labels] if names else "no class",
-        "classes": names,
-        "seeds": f"sample i has seed {config.seed} + i",
-        "sampler": {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval,
-                    "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
-                    **_public(pipeline.scheduler.config)},
-        "features": {name: extractor.about for name, extractor in extractors.items()},
-        "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
-        **report.provenance(accelerator, config.model_copy(update={"data": data})),
-    }  # fmt: skip
+    return (
+        result
+        | best
+        | {
+            "counts": {"samples": config.samples, **reference.pop("counts")},
+            "data": report.about_data(data, split, images),
+            "reference": reference,
+            "pipeline": {
+                "folder": config.pipeline,
+                "class": type(pipeline).__name__,
+                "sha256": report.folder_hash(Path(config.pipeline)),
+            },
+            "labels": _LABELS[config.labels] if names else "no class",
+            "classes": names,
+            "seeds": f"sample i has seed {config.seed} + i",
+            "sampler": {
+                "scheduler": type(pipeline.scheduler).__name__,
+                "guidance_interval": config.guidance_interval,
+                "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
+                **_public(pipeline.scheduler.config),
+            },
+            "features": {name: extractor.about for name, extractor in extractors.items()},
+            "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
+            **report.provenance(accelerator, config.model_copy(update={"data": data})),
+        }
+    )
 
 
 def _classifier(

@@ -69,8 +69,9 @@ def add_metrics(
             numbers = {metric: frechet_distance(made.gaussians[layer], real.gaussians[layer])}
             result["warnings"] += rank_warnings(metric_name(metric, extractor.name), made, real, layer)
         if metric == "prc" and protocol == "adm" and len(real.rows[layer]) != ADM_ROWS:
-            result["warnings"].append(f"protocol adm means {ADM_ROWS} real images for precision and recall, these are "
-                                      f"{len(real.rows[layer])}")  # fmt: skip
+            result["warnings"].append(
+                f"protocol adm means {ADM_ROWS} real images for precision and recall, these are {len(real.rows[layer])}"
+            )
         for name, value in numbers.items():
             honest = metric_name(name, extractor.name)
             result["metrics"][honest] = value

@@ -16,6 +16,7 @@ from pydantic import Field
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UserError
+from nsvq.files import atomic_file
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
@@ -70,10 +71,8 @@ def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
 </body></html>
 """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(text)
-        temporary.replace(path)
+        with atomic_file(path) as part:
+            part.write_text(text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

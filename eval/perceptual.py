@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 from nsvq.errors import UserError
-from nsvq.eval.ranks import build_in_turn
-from nsvq.hashes import file_hash
+from nsvq.eval.distributed import build_in_turn
+from nsvq.files import file_hash
 from nsvq.tokenizer.losses import load_lpips
 
 _KNOWN = {"vgg": VGG16_Weights, "alex": AlexNet_Weights, "squeeze": SqueezeNet1_1_Weights}
@@ -42,6 +42,7 @@ def load_networks(
         about[net] = {"weights": str(file), "weights_sha256": file_hash(file)}
         known = Path(url).stem.rpartition("-")[2]  # torchvision's names end in the first digits
         if file.suffix == ".pth" and not about[net]["weights_sha256"].startswith(known):
-            result["warnings"].append(f"lpips_{net}: {file} is not torchvision's {Path(url).name}: it compares with no "
-                                      "published number")  # fmt: skip
+            result["warnings"].append(
+                f"lpips_{net}: {file} is not torchvision's {Path(url).name}: it compares with no published number"
+            )
     return loaded, about

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torchvision.utils import save_image
 
-from nsvq.eval.ranks import gather_by_index
+from nsvq.eval.distributed import gather_by_index
 
 _PAIRS = 8  # of each picture of reconstructions
 _GRID_CLASSES, _GRID_SAMPLES = 10, 8

@@ -27,11 +27,11 @@ from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
 from nsvq.eval.autoencoders import open_tokenizer, reconstruct
+from nsvq.eval.distributed import gather_by_index, in_groups
 from nsvq.eval.drift import Drift
-from nsvq.eval.features import INCEPTION, Collector, Extractor, PytorchFidInception, metric_name
+from nsvq.eval.features import INCEPTION, Collector, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
-from nsvq.eval.ranks import gather_by_index, in_groups
 from nsvq.eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
 from nsvq.eval.reference import Cache, bad_images, key_of
 from nsvq.tokenizer.pretrained import Tokenizer
@@ -149,7 +149,9 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         result["warnings"].append(warning)
     measurement = Measurement(config, tokenizer, drift)
     measurement.lpips, about_lpips = load_networks(config.lpips, config.lpips_weights, accelerator, result)
-    extractors = _load_extractors(config, accelerator, result)
+    extractors = report.load_extractors(config, accelerator, ("fid",), result, lambda name: [metric_name("rfid", name)])
+    if config.protocol == "simvq":
+        extractors = {name: PytorchFidInception(extractor) for name, extractor in extractors.items()}
     cache = Cache(config.cache, config.cache_features, accelerator)
     references, keys = {}, {}
     transform = {"ours": "8-bit", "simvq": "float32"}[config.protocol]
@@ -225,13 +227,6 @@ def main() -> None:
         )
         print(report.table(title, result))
         print(f"wrote {config.output}")
-
-
-def _load_extractors(config: ReconstructionConfig, accelerator: Accelerator, result: dict) -> dict[str, Extractor]:
-    extractors = report.load_extractors(config, accelerator, ("fid",), result, lambda name: [metric_name("rfid", name)])
-    if config.protocol == "simvq":
-        extractors = {name: PytorchFidInception(extractor) for name, extractor in extractors.items()}
-    return extractors
 
 
 if __name__ == "__main__":

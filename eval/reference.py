@@ -27,14 +27,19 @@ from nsvq.data.config import DataConfig
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, Gaussian
 from nsvq.eval.features import Collector, Extractor
-from nsvq.eval.ranks import build_in_turn
+from nsvq.files import atomic_file
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "nsvq" / "references"
 ADM_ROWS = 10_000  # real images that ADM's precision and recall compare with
-ADM_SIZES = {64: "VIRTUAL_imagenet64_labeled", 128: "VIRTUAL_imagenet128_labeled",
-             256: "VIRTUAL_imagenet256_labeled", 512: "VIRTUAL_imagenet512"}  # fmt: skip
+ADM_SIZES = {
+    64: "VIRTUAL_imagenet64_labeled",
+    128: "VIRTUAL_imagenet128_labeled",
+    256: "VIRTUAL_imagenet256_labeled",
+    512: "VIRTUAL_imagenet512",
+}
 _BAD_SHOWN = 20
 _FILE_BATCH = 64  # images of a file at once
 _ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
@@ -90,14 +95,10 @@ class Cache:
             arrays |= {f"mean {layer}": gaussian.mean.numpy(), f"covariance {layer}": gaussian.covariance.numpy()}
         if self.features:
             arrays |= {f"rows {layer}": rows.numpy() for layer, rows in features.rows.items()}
-        path = self.path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(temporary, **arrays)
-            temporary.replace(path)
+            with atomic_file(self.path(key), shared=True) as part, open(part, "wb") as file:
+                np.savez(file, **arrays)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             print(f"warning: the reference is not kept in {self.folder} ({error.strerror})", file=sys.stderr)
 
 

@@ -25,7 +25,7 @@ from nsvq.errors import UsageError, UserError
 from nsvq.eval.feature_statistics import FeatureSet
 from nsvq.eval.features import INCEPTION, Extractor, Unavailable, load_extractor
 from nsvq.eval.reference import DEFAULT_CACHE
-from nsvq.hashes import file_hash
+from nsvq.files import atomic_file, file_hash, part_of
 
 
 class EvaluationConfig(configs.Config):
@@ -58,8 +58,8 @@ def open_output(path: Path) -> None:
         raise UsageError(f"--output {path}: give the name of a .json file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _part(path).touch()
-        _part(path).unlink()
+        part_of(path).touch()
+        part_of(path).unlink()
     except OSError as error:
         raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None
 
@@ -164,8 +164,8 @@ def write(path: Path, result: dict) -> None:
         "warnings": result["warnings"] + warnings,
     }
     try:
-        _part(path).write_text(json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")
-        _part(path).replace(path)
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
@@ -177,10 +177,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
 
 
 def table(title: str, result: dict) -> str:

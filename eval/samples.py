@@ -6,7 +6,6 @@ is the beginning of a larger one. Kept samples are PNG files, one each; those th
 """
 
 import inspect
-import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 from nsvq.common import config as configs
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UsageError, UserError
+from nsvq.files import atomic_file
 from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import VQ_MODELS
 
@@ -127,10 +127,13 @@ class SampleFolder:
         if path.is_file():
             changed = configs.differences(json.loads(path.read_text()), json.loads(json.dumps(about)))
             if changed:
-                raise UsageError(f"{folder} holds samples of other settings ({'; '.join(changed[:4])}): delete it, or "
-                                 "give another --output")  # fmt: skip
+                what = "; ".join(changed[:4])
+                raise UsageError(
+                    f"{folder} holds samples of other settings ({what}): delete it, or give another --output"
+                )
         else:
-            _write(path, json.dumps(about, indent=2).encode())
+            with atomic_file(path) as part:
+                part.write_text(json.dumps(about, indent=2))
 
     def load(self, samples: range) -> Tensor | None:
         """These samples uint8 [B, 3, S, S], or None where one of them is absent or damaged."""
@@ -143,16 +146,14 @@ class SampleFolder:
     def save(self, samples: range, images: Tensor) -> None:
         """Write uint8 images [B, 3, S, S], each in one step."""
         for sample, image in zip(samples, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            data = io.BytesIO()
-            Image.fromarray(image).save(data, "png", compress_level=1)
-            _write(self._path(sample), data.getvalue())
+            with atomic_file(self._path(sample)) as part:
+                Image.fromarray(image).save(part, "png", compress_level=1)
 
     def pack(self, path: Path, count: int, labels: list[int] | None) -> None:
         """Write `count` samples in ADM's format, one in memory at a time: uint8 arr_0 [N, S, S, 3], and arr_1 [N] where
         they have labels."""
         first = np.asarray(Image.open(self._path(0)))
-        temporary = path.with_name(f".{path.name}.part")
-        with zipfile.ZipFile(temporary, "w") as file:
+        with atomic_file(path) as part, zipfile.ZipFile(part, "w") as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as array:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
                 npy.write_array_header_1_0(array, header)
@@ -161,13 +162,6 @@ class SampleFolder:
             if labels is not None:
                 with file.open("arr_1.npy", "w") as array:
                     npy.write_array(array, np.array(labels, np.int64))
-        temporary.replace(path)
 
     def _path(self, sample: int) -> Path:
         return self.folder / f"{sample:06}.png"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    temporary.replace(path)

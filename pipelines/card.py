@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from nsvq.files import atomic_file
+
 PAPER = "2606.11363"
 _NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net"}
 
@@ -27,9 +29,8 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
         _citation(variant),
     ]
     path = folder / "README.md"
-    temporary = folder / ".README.md.part"
-    temporary.write_text("\n".join(parts))
-    temporary.replace(path)
+    with atomic_file(path) as part:
+        part.write_text("\n".join(parts))
     return path
 
 

@@ -31,10 +31,12 @@ from nsvq.diffusion import dit
 from nsvq.diffusion.dit import DiT, PipelineDiT
 from nsvq.diffusion.unet import UNet
 from nsvq.errors import UserError
+from nsvq.files import atomic_folder
 from nsvq.pipelines.card import write_card
 from nsvq.tokenizer.pretrained import VQ_MODELS
 
 STOCK_NULL_CLASS = 1000  # DiTPipeline's "no class", whatever the number of classes
+_IN_BLOCKS = {"attention.out": "attn1.to_out.0", "mlp.fc_in": "ff.net.0.proj", "mlp.fc_out": "ff.net.2"}
 SHIPPED_MODULE = "nsvq_dit"  # the name of diffusion/dit.py in a folder
 
 
@@ -91,27 +93,21 @@ def _stock_dit(model: DiT) -> DiTTransformer2DModel:
         norm_eps=dit.EPS,
     )
     own, layers = model.state_dict(), 2 * config.depth
-    weights = {f"pos_embed.proj.{kind}": own[f"patch_embed.proj.{kind}"] for kind in ("weight", "bias")}
-    weights |= _linear(own, "proj_out", "proj_out_2")
-    labels = label_table(own["class_embed.weight"])
-    for i in range(config.depth):
-        ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
-        for layer in ("linear_1", "linear_2"):
-            weights |= _linear(own, f"time_embed.{layer}", f"{theirs}.norm1.emb.timestep_embedder.{layer}")
-        weights[f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"] = labels
-        for kind in ("weight", "bias"):
-            for name, part in zip("qkv", own[f"{ours}.attention.qkv.{kind}"].chunk(3), strict=True):
-                weights[f"{theirs}.attn1.to_{name}.{kind}"] = part
-        weights |= _linear(own, f"{ours}.attention.out", f"{theirs}.attn1.to_out.0")
-        weights |= _linear(own, f"{ours}.mlp.fc_in", f"{theirs}.ff.net.0.proj")
-        weights |= _linear(own, f"{ours}.mlp.fc_out", f"{theirs}.ff.net.2")
+    labels, weights = label_table(own["class_embed.weight"]), {}
     for kind in ("weight", "bias"):
+        weights |= {f"{new}.{kind}": own[f"{old}.{kind}"] for old, new in _names(config.depth).items()}
         rows = own[f"modulation.{kind}"].unflatten(0, (-1, config.width))
         gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
-        for i in range(config.depth):
-            of_both = [part for k in (2 * i, 2 * i + 1) for part in (shift[k], scale[k], gate[k])]
-            weights[f"transformer_blocks.{i}.norm1.linear.{kind}"] = torch.cat(of_both)
         weights[f"proj_out_1.{kind}"] = torch.cat([shift[-1], scale[-1]])
+        for i in range(config.depth):
+            block = f"transformer_blocks.{i}"
+            for name, part in zip("qkv", own[f"blocks.{i}.attention.qkv.{kind}"].chunk(3), strict=True):
+                weights[f"{block}.attn1.to_{name}.{kind}"] = part
+            of_both = [part for k in (2 * i, 2 * i + 1) for part in (shift[k], scale[k], gate[k])]
+            weights[f"{block}.norm1.linear.{kind}"] = torch.cat(of_both)
+            for k in (1, 2):
+                weights[f"{block}.norm1.emb.timestep_embedder.linear_{k}.{kind}"] = own[f"time_embed.linear_{k}.{kind}"]
+            weights[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = labels
     stock.load_state_dict(weights)
     return stock.eval()
 
@@ -143,14 +139,8 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
 
     labels = theirs.pop(f"{blocks[0]}.norm1.emb.class_embedder.embedding_table.weight")
     weights = {"class_embed.weight": labels.clone()}
-    renamed = {"pos_embed.proj": "patch_embed.proj", "proj_out_2": "proj_out"}
-    for layer in ("linear_1", "linear_2"):
-        renamed[f"{blocks[0]}.norm1.emb.timestep_embedder.{layer}"] = f"time_embed.{layer}"
-    for i, block in enumerate(blocks):
-        renamed |= {f"{block}.attn1.to_out.0": f"blocks.{i}.attention.out"}
-        renamed |= {f"{block}.ff.net.0.proj": f"blocks.{i}.mlp.fc_in", f"{block}.ff.net.2": f"blocks.{i}.mlp.fc_out"}
     for kind in ("weight", "bias"):
-        for old, new in renamed.items():
+        for new, old in _names(depth).items():
             weights[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}").clone()
         last = theirs.pop(f"proj_out_1.{kind}").unflatten(0, (2, width))
         rows = last.new_empty(3 * layers + 2, *last.shape[1:])
@@ -165,14 +155,22 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
                 shift[2 * i + k], scale[2 * i + k], gate[2 * i + k] = parts[3 * k : 3 * k + 3]
         weights[f"modulation.{kind}"] = rows.flatten(0, 1)
     with init_empty_weights():
-        model = PipelineDiT(config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, depth, width,
-                            heads, out_channels=config.out_channels)  # fmt: skip
+        sizes = (config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, depth, width, heads)
+        model = PipelineDiT(*sizes, out_channels=config.out_channels)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
 
 
-def _linear(weights: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    return {f"{new}.{kind}": weights[f"{old}.{kind}"] for kind in ("weight", "bias")}
+def _names(depth: int) -> dict[str, str]:
+    """Layers that our DiT has in the form of the stock one: {its name: the stock one's, in the first block for what is
+    the same in all}."""
+    names = {"patch_embed.proj": "pos_embed.proj", "proj_out": "proj_out_2"}
+    for k in (1, 2):
+        names[f"time_embed.linear_{k}"] = f"transformer_blocks.0.norm1.emb.timestep_embedder.linear_{k}"
+    for i in range(depth):
+        for ours, theirs in _IN_BLOCKS.items():
+            names[f"blocks.{i}.{ours}"] = f"transformer_blocks.{i}.{theirs}"
+    return names
 
 
 @torch.no_grad()
@@ -205,24 +203,21 @@ def save_pipeline(
 
     `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card.
     """
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
-        LDMPipeline(vae, network, scheduler).save_pretrained(temporary)
-    else:
-        DiTPipeline(network, vae, scheduler).save_pretrained(temporary)
-        # DiTPipeline reads its names from here, but does not save them.
-        changes = {"id2label": {str(i): name for i, name in classes.items()}}
-        if isinstance(network, PipelineDiT):
-            shutil.copyfile(dit.__file__, temporary / "transformer" / f"{SHIPPED_MODULE}.py")
-            changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]
-        index = temporary / "model_index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | changes, indent=2, ensure_ascii=False) + "\n")
-    if about is not None:
-        (temporary / "nsvq.json").write_text(json.dumps(about, indent=2) + "\n")
-        write_card(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with atomic_folder(folder) as part:
+        if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
+            LDMPipeline(vae, network, scheduler).save_pretrained(part)
+        else:
+            DiTPipeline(network, vae, scheduler).save_pretrained(part)
+            # DiTPipeline reads its names from here, but does not save them.
+            changes = {"id2label": {str(i): name for i, name in classes.items()}}
+            if isinstance(network, PipelineDiT):
+                shutil.copyfile(dit.__file__, part / "transformer" / f"{SHIPPED_MODULE}.py")
+                changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]
+            index = part / "model_index.json"
+            index.write_text(json.dumps(json.loads(index.read_text()) | changes, indent=2, ensure_ascii=False) + "\n")
+        if about is not None:
+            (part / "nsvq.json").write_text(json.dumps(about, indent=2) + "\n")
+            write_card(part)
 
 
 def read_parts(source: str | Path, **options) -> dict | None:

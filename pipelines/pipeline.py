@@ -15,8 +15,9 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, M
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
-from nsvq.diffusion.sampling import make_sampler, sample, set_steps
+from nsvq.diffusion.samplers import make_sampler, sample, set_steps
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
@@ -124,7 +125,7 @@ class ClassConditionalPipeline(DiTPipeline):
             unconditional.
         guidance_interval: (low, high) in t / 1000, 0 to 1, which is sigma of a rectified flow; outside of it only the
             class is evaluated.
-        sampler: a name in `diffusion.sampling.SAMPLERS` that fits the model; null is the folder's own scheduler.
+        sampler: a name in `diffusion.samplers.SAMPLERS` that fits the model; null is the folder's own scheduler.
         guide: transformer of a smaller or earlier model of the same latents and classes, for autoguidance: guide +
             scale (transformer - guide), both of the class.
         seeds: one an image. It alone decides the image's noise, so that an image does not depend on the others, on
@@ -212,7 +213,7 @@ class ClassConditionalPipeline(DiTPipeline):
 
 def _predictor(transformer: ModelMixin) -> Callable:
     """The transformer as `sample` calls it."""
-
+    use_cpu_attention(transformer)
     without_classes = isinstance(transformer, UNet2DModel) and transformer.class_embedding is None
 
     def predict(latents: Tensor, time: Tensor, labels: Tensor, **known) -> Tensor:

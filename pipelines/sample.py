@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.config import Config
-from nsvq.diffusion.sampling import SAMPLERS
+from nsvq.diffusion.samplers import SAMPLERS
 from nsvq.errors import UsageError, UserError
 from nsvq.pipelines import ClassConditionalPipeline
 

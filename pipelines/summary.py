@@ -67,8 +67,10 @@ def main() -> None:
         images = result["counts"].get("samples") or result["counts"]["images"]
         lines += ["", f"{kind}, {images} images, {result['data']['split']} split of {result['data']['source']}"]
         lines += [f"  {name:<28} {value}" for name, value in rows(result)]
-    pictures = [sorted((config.out / run / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)[-1]
-                for run in ("nsvq", "dit")]  # fmt: skip
+    pictures = [
+        sorted((config.out / run / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)[-1]
+        for run in ("nsvq", "dit")
+    ]
     places = {
         "reconstructions (originals above)": pictures[0],
         "samples during training": pictures[1],

@@ -98,19 +98,27 @@ def run_instrumented(monkeypatch, run_script):
     return run
 
 
-@pytest.fixture
-def run_two_ranks():
-    """The same on two ranks, by `accelerate launch`; returns the launcher's exit code and stderr."""
+@pytest.fixture(scope="session")
+def torchrun():
+    """Run a script with its arguments on two ranks, as the README says; returns the exit code and stderr."""
 
-    def run(stage, *arguments, **spec):
-        options = "--quiet --cpu --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no"
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
-        command += [str(HARNESS / "instrumented.py"), json.dumps({"stage": stage, **spec}, default=str)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    def run(*command):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [*command, *map(str, arguments)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=300
+            [*launcher, *map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=300
         )
         return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.fixture
+def run_two_ranks(torchrun):
+    """`run_instrumented` on two ranks."""
+
+    def run(stage, *arguments, **spec):
+        return torchrun(HARNESS / "instrumented.py", json.dumps({"stage": stage, **spec}, default=str), *arguments)
 
     return run
 

@@ -266,9 +266,13 @@ def _bound_columns(x: Tensor, norms: Tensor, squares: Tensor, factor: int, rows:
 
 
 def _filtered_search(
-    keys: Tensor, queries: Tensor, own: Tensor | None, bounds: tuple[Tensor, Tensor, Tensor], tile: slice,
+    keys: Tensor,
+    queries: Tensor,
+    own: Tensor | None,
+    bounds: tuple[Tensor, Tensor, Tensor],
+    tile: slice,
     reach: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`_plain_search` by float32 distances in the blocks that the bounds leave open, or None if these are too many."""
     bound_keys, bound_queries, squares = bounds
     least = _least_of_blocks(bound_keys, bound_queries[tile], own)

@@ -26,6 +26,7 @@ from nsvq.data.loading import batches_of, make_loader
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
 from nsvq.errors import UsageError, UserError
+from nsvq.files import atomic_file
 from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.latents import LatentCache, shard_hash
 
@@ -69,8 +70,9 @@ def open_cache(
     """
     folder = Path(folder)
     if data.image_size % tokenizer.downsampling:
-        raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = "
-                         f"{tokenizer.downsampling}")  # fmt: skip
+        raise UsageError(
+            f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {tokenizer.downsampling}"
+        )
     if quantized:
         _check_codes(tokenizer)
     with accelerator.main_process_first():
@@ -94,8 +96,10 @@ def open_cache(
     if verify:
         damaged = gather_object(cache.damaged(accelerator.process_index, accelerator.num_processes))
         if damaged:
-            raise UserError(f"{folder}: {', '.join(damaged[:3])} not what was written: delete manifest.json and these "
-                            "shards, and start again")  # fmt: skip
+            raise UserError(
+                f"{folder}: {', '.join(damaged[:3])} not what was written: delete manifest.json and these "
+                "shards, and start again"
+            )
     return cache
 
 
@@ -105,8 +109,10 @@ def _check_codes(tokenizer: Tokenizer) -> None:
     again = tokenizer.codebook[tokenizer.quantize(codes.T[None, :, None])[0, 0]]
     # Clones that replacement left may stand for each other: a distance of nearly zero is not exact in float32.
     if not torch.allclose(again, codes, rtol=0, atol=1e-2 * float(codes.std())):
-        raise UsageError("latents: quantized needs a tokenizer whose codes are their own nearest codes, and this one "
-                         "compares latents elsewhere: use latents: continuous")  # fmt: skip
+        raise UsageError(
+            "latents: quantized needs a tokenizer whose codes are their own nearest codes, and this one "
+            "compares latents elsewhere: use latents: continuous"
+        )
 
 
 def _refuse_stale(folder: Path, key: dict) -> None:
@@ -119,8 +125,15 @@ def _refuse_stale(folder: Path, key: dict) -> None:
             raise UserError(f"{folder} holds latents of {', '.join(what)}: delete that folder, or give another --cache")
 
 
-def _encode(folder: Path, tokenizer: Tokenizer, data: DataConfig, images: Images | Stream, accelerator: Accelerator,
-            key: dict, workers: int) -> None:  # fmt: skip
+def _encode(
+    folder: Path,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    images: Images | Stream,
+    accelerator: Accelerator,
+    key: dict,
+    workers: int,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     side = data.image_size // tokenizer.downsampling
     shape = (key["crops"] * key["flips"], tokenizer.codebook.shape[1], side, side)
@@ -145,16 +158,17 @@ def _encode(folder: Path, tokenizer: Tokenizer, data: DataConfig, images: Images
     if manifest["bad_images"] > data.max_bad_fraction * (manifest["count"] + manifest["bad_images"]):
         raise _too_many_bad(manifest["bad_images"], manifest["count"] + manifest["bad_images"], data, bad)
     if accelerator.is_main_process:
-        temporary = folder / ".manifest.json.part"
-        temporary.write_text(json.dumps(manifest, indent=2))
-        temporary.replace(folder / "manifest.json")
+        with atomic_file(folder / "manifest.json") as part:
+            part.write_text(json.dumps(manifest, indent=2))
     accelerator.wait_for_everyone()
 
 
 def _too_many_bad(count: int, total: int, data: DataConfig, names: list[str]) -> UserError:
     such = f", such as {', '.join(names[:3])}" if names else ""
-    return UserError(f"{count} of {total} images of {data.source} do not decode{such}: more than "
-                     f"data.max_bad_fraction = {data.max_bad_fraction}")  # fmt: skip
+    return UserError(
+        f"{count} of {total} images of {data.source} do not decode{such}: more than "
+        f"data.max_bad_fraction = {data.max_bad_fraction}"
+    )
 
 
 def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int | None) -> None:
@@ -168,9 +182,10 @@ def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int | None
     needed, free = count * each - done, shutil.disk_usage(folder).free
     print(f"latent cache {folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
     if needed > free:
-        raise UserError(f"{folder} needs {needed / 2**30:.1f} GiB more for latents, and its disk has "
-                        f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
-                        )  # fmt: skip
+        raise UserError(
+            f"{folder} needs {needed / 2**30:.1f} GiB more for latents, and its disk has "
+            f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
+        )
 
 
 # Which shards there are to write, as (file name, batches); batches are those of data/batches.py
@@ -252,8 +267,15 @@ def _stream_jobs(folder, data, images, accelerator, key, workers) -> tuple[int |
     return key["limit"], jobs()
 
 
-def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shape: tuple[int, ...], key: dict,
-                 bar: tqdm, device: torch.device) -> list[str]:  # fmt: skip
+def _write_shard(
+    path: Path,
+    tokenizer: Tokenizer,
+    batches: Iterable[dict],
+    shape: tuple[int, ...],
+    key: dict,
+    bar: tqdm,
+    device: torch.device,
+) -> list[str]:
     """Encode one shard, whose file takes its name when it is complete; returns the names of bad images."""
     latents, labels, bad = [], [], []
     sums, squares = torch.zeros(2, shape[1], dtype=torch.float64)
@@ -278,13 +300,11 @@ def _write_shard(path: Path, tokenizer: Tokenizer, batches: Iterable[dict], shap
         "sums": sums.clone(),
         "squares": squares.clone(),
     }
-    temporary = path.with_name(f".{path.name}.part")
+    about = {"key": json.dumps(key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
     try:
-        about = {"key": json.dumps(key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
-        save_file(tensors, temporary, metadata=about)
-        temporary.replace(path)
+        with atomic_file(path) as part:
+            save_file(tensors, part, metadata=about)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the next start goes on from the shards there are") from None
     return bad
 

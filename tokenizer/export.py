@@ -2,7 +2,6 @@
 row of a table, else `tokenizer.vqmodel.QuantizerVQModel`."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import VQModel
 from torch import Tensor, nn
 
+from nsvq.files import atomic_folder
 from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, vqmodel_arguments
 from nsvq.tokenizer.pretrained import TRAINING_FILE
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
@@ -73,9 +73,6 @@ def to_vqmodel(
 
 def save(model: VQModel, folder: Path, about: dict) -> None:
     """Write the `VQModel` folder in one step, with `about` (how it was trained) as nsvq.json beside the weights."""
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    (temporary / TRAINING_FILE).write_text(json.dumps(about, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with atomic_folder(folder) as part:
+        model.save_pretrained(part)
+        (part / TRAINING_FILE).write_text(json.dumps(about, indent=2))

@@ -46,8 +46,10 @@ class LatentCache:
             raise UserError(f"{self.folder} has lost {', '.join(gone[:3])}: delete that folder to encode it again")
         sizes = [shard["bytes"] for shard in self.manifest["shards"]]
         if cut := [path.name for path, size in zip(self._files, sizes, strict=True) if path.stat().st_size != size]:
-            raise UserError(f"{self.folder}: {', '.join(cut[:3])} not of the size that was written: delete "
-                            "manifest.json and these shards, and start again")  # fmt: skip
+            raise UserError(
+                f"{self.folder}: {', '.join(cut[:3])} not of the size that was written: delete "
+                "manifest.json and these shards, and start again"
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])

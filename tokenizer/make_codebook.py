@@ -33,6 +33,7 @@ from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
+from nsvq.files import atomic_file
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.quantizers.lc import load_features
 
@@ -63,8 +64,10 @@ def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
         clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_vision_model")
         model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"no vision encoder at {name} ({str(error).splitlines()[0]}): give --encoder FOLDER, or your "
-                        "own features with --features FILE") from None  # fmt: skip
+        raise UserError(
+            f"no vision encoder at {name} ({str(error).splitlines()[0]}): give --encoder FOLDER, or your "
+            "own features with --features FILE"
+        ) from None
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
@@ -128,9 +131,13 @@ def cluster(batches: Callable[[], Iterator[Tensor]], codes: int, config: Codeboo
 
     try:
         return kmeans(
-            lambda: (points.float() for points in batches() if len(points)), codes, seed=config.seed,
-            start=saved.get("centroids"), iterations=config.iterations - done, on_iteration=keep,
-        )  # fmt: skip
+            lambda: (points.float() for points in batches() if len(points)),
+            codes,
+            seed=config.seed,
+            start=saved.get("centroids"),
+            iterations=config.iterations - done,
+            on_iteration=keep,
+        )
     except ValueError as error:
         raise UserError(f"{error}; give more --images or fewer --codes") from None
 
@@ -177,9 +184,8 @@ def main() -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    with atomic_file(path) as part:
+        save_file(tensors, part)
 
 
 if __name__ == "__main__":

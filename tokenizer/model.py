@@ -23,8 +23,11 @@ class ModelConfig(Config):
     )
     layers_per_block: int = Field(2, ge=1, description="Residual blocks per level (the decoder has one more).")
     latent_channels: int = Field(
-        128, ge=1, description="d, the width of latents and codes. VQGAN's 1x1 projections before and after the "
-        "quantizer are part of the 3x3 convolutions beside them: for factorized codes this is their d.")  # fmt: skip
+        128,
+        ge=1,
+        description="d, the width of latents and codes. VQGAN's 1x1 projections before and after the "
+        "quantizer are part of the 3x3 convolutions beside them: for factorized codes this is their d.",
+    )
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
 

@@ -13,7 +13,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from nsvq.errors import UserError
-from nsvq.hashes import state_hash
+from nsvq.files import state_hash
 from nsvq.tokenizer.codebook import nearest_code
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
 

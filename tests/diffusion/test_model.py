@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nsvq.diffusion import dit
+from nsvq.diffusion import cpu_attention
 from nsvq.diffusion.dit import DiT, rotary_angles, rotate
 from nsvq.diffusion.model import SIZES, DiTConfig, UNetConfig, make_model
 from nsvq.diffusion.unet import make_unet
@@ -165,42 +165,43 @@ def test_networks_compile_into_one_graph_with_the_same_gradients(variant, checkp
 
 @pytest.mark.parametrize("heads_at_once", [1, 4, 100])
 def test_attention_in_bfloat16_on_the_cpu_agrees_with_the_dense_formula(monkeypatch, heads_at_once):
-    monkeypatch.setattr(dit, "SCRATCH_BYTES", heads_at_once * 16 * 16 * 2)  # of 2 x 3 heads
+    monkeypatch.setattr(cpu_attention, "SCRATCH_BYTES", heads_at_once * 16 * 16 * 2)  # of 2 x 3 heads
     qkv, weight = torch.randn(3, 2, 3, 16, 8).bfloat16().requires_grad_(), torch.randn(2, 3, 16, 8)
     exact = qkv.detach().double().requires_grad_()
     q, k, v = exact
     expected = (q @ k.transpose(2, 3) / math.sqrt(8)).softmax(-1) @ v
-    actual = dit.attend(qkv)
+    actual = cpu_attention.attend(qkv)
     (gradient,), (expected_gradient,) = (
         torch.autograd.grad((o * weight).sum(), x) for o, x in ((actual, qkv), (expected, exact))
     )
     for a, b in zip((actual, *gradient), (expected, *expected_gradient), strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
     with torch.no_grad():
-        assert torch.equal(dit.attend(qkv), actual)
-        torch.testing.assert_close(dit.attend(qkv.float()).double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(cpu_attention.attend(qkv), actual)
+        torch.testing.assert_close(cpu_attention.attend(qkv.float()).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_linear_layers_in_bfloat16_on_the_cpu_agree_with_the_formula():
-    layer = dit.Linear(24, 40)
-    x, weight = torch.randn(3, 5, 24), torch.randn(3, 5, 40)
-    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
-    expected = exact[0] @ exact[1].T + exact[2]
-    x.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = layer(x.bfloat16())
-    assert actual.dtype == torch.bfloat16
-    actual, expected = (
-        (o, *torch.autograd.grad((o * weight).sum(), inputs))
-        for o, inputs in ((actual, (x, layer.weight, layer.bias)), (expected, exact))
+def test_only_bfloat16_on_the_cpu_goes_around_the_kernel_and_weights_keep_their_names(monkeypatch):
+    plain = random_dit()
+    model = make_model(DiTConfig(depth=2, width=32, heads=2), (3, 4, 4), 5)
+    model.load_state_dict(plain.state_dict())
+    arguments, calls, kernel = inputs(plain), [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *qkv: calls.append(qkv[0].dtype) or kernel(*qkv)
     )
-    for a, b in zip(actual, expected, strict=True):
-        assert (a - b).norm() < 0.01 * b.norm()
+    assert torch.equal(model(*arguments), plain(*arguments))
+    assert calls == [torch.float32] * 4
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(*arguments)
+        assert len(calls) == 4
+        plain(*arguments)
+    assert calls[4:] == [torch.bfloat16] * 2
 
 
 def test_a_network_in_bfloat16_compiles_into_one_graph_on_the_cpu():
     torch._dynamo.reset()
     model = random_dit()
+    cpu_attention.use_cpu_attention(model)
     compiled, arguments = torch.compile(model, backend="aot_eager", fullgraph=True), inputs(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, actual = model(*arguments), compiled(*arguments)

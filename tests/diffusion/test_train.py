@@ -16,7 +16,7 @@ from nsvq.common.run import Run
 from nsvq.diffusion import train, trainer
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
-from nsvq.diffusion.sampling import sample
+from nsvq.diffusion.samplers import sample
 from nsvq.diffusion.train import main
 from nsvq.errors import Stopped, UsageError, UserError
 from nsvq.eval import generation

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.samplers import flow_scheduler
 
 COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9]])
 

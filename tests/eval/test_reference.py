@@ -8,7 +8,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UserError
 from nsvq.eval import reference
-from nsvq.hashes import file_hash
+from nsvq.files import file_hash
 
 
 def test_the_reference_is_the_split_that_was_asked_for(measure_samples):

@@ -17,7 +17,7 @@ from diffusers import (
 from fakes import FakePipeline
 from PIL import Image
 
-from nsvq.diffusion.sampling import ddpm_scheduler, flow_scheduler
+from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import generation
 from nsvq.eval.report import folder_hash

@@ -1,4 +1,4 @@
-"""python two_ranks.py CASES.json RESULTS.json, with RANK and WORLD_SIZE set: evaluations as one rank of several."""
+"""torchrun two_ranks.py FOLDER: evaluations of FOLDER/cases.json, as one rank of two, to FOLDER/RANK.json."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from fakes import FakePipeline
 
 from nsvq.errors import UserError
 from nsvq.eval import generation, reconstruction
-from nsvq.eval.ranks import build_in_turn, gather_by_index
+from nsvq.eval.distributed import build_in_turn, gather_by_index
 
 
 def run(which, options, accelerator):
@@ -44,10 +44,11 @@ def fail_on_the_first(accelerator):
 def main():
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    cases = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(sys.argv[1])
+    cases = json.loads((folder / "cases.json").read_text())
     results = {name: run(*case, accelerator) for name, case in cases.items()}
     results |= {"twice": count_twice(accelerator), "fail": fail_on_the_first(accelerator)}
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    (folder / f"{accelerator.process_index}.json").write_text(json.dumps(results))
     accelerator.end_training()
 
 

@@ -87,7 +87,6 @@ def samples(record: str) -> dict[int, str]:
 
 
 if __name__ == "__main__":
-    launch.start_cpu_ranks()  # while the arguments are as they came
     spec = json.loads(sys.argv.pop(1))
     stage = spec.pop("stage")
     if spec.pop("shard", False):

@@ -3,7 +3,7 @@ import torch
 from diffusers import VQModel
 
 from nsvq.diffusion.dit import DiT
-from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
 

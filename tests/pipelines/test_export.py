@@ -19,7 +19,7 @@ from diffusers import (
 
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.model import SIZES
-from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.diffusion.unet import make_unet
 from nsvq.errors import UserError
 from nsvq.pipelines import ClassConditionalPipeline

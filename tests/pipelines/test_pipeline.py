@@ -16,7 +16,7 @@ from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 
 from nsvq.diffusion.objectives import DDPM, DDPMConfig
-from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
 

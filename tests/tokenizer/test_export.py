@@ -126,7 +126,7 @@ def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_p
     from diffusers import DiffusionPipeline, DiTPipeline
 
     from nsvq.diffusion.dit import DiT
-    from nsvq.diffusion.sampling import flow_scheduler
+    from nsvq.diffusion.samplers import flow_scheduler
     from nsvq.eval.samples import load_pipeline
     from nsvq.pipelines import ClassConditionalPipeline
     from nsvq.pipelines.export import save_pipeline, to_stock

@@ -1,10 +1,6 @@
 """Two processes (gloo) against one, through the evaluations themselves."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,27 +28,12 @@ def cases(tokenizer_folder, image_folder, tiny_extractor, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(cases, tmp_path_factory):
+def ranks(cases, torchrun, tmp_path_factory):
     """What each of two ranks returned."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("two_ranks.py")
-    processes = []
-    for rank in "01":
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, script, folder / "cases.json", folder / f"{rank}.json"]
-        processes.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    code, errors = torchrun(Path(__file__).with_name("two_ranks.py"), folder)
+    assert code == 0, errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in "01"]
 
 

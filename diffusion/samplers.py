@@ -111,8 +111,10 @@ def set_steps(scheduler: SchedulerMixin, steps: int) -> Tensor:
         count = scheduler.config.num_train_timesteps
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         near = [max(n for n in divisors if n < steps), *[n for n in divisors if n > steps][:1]]
-        raise ValueError(f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not: "
-                         f"take {' or '.join(map(str, near))}")  # fmt: skip
+        raise ValueError(
+            f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not: "
+            f"take {' or '.join(map(str, near))}"
+        )
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # Equal steps before the shift, as diffusers' flow pipelines ask for; by default it shifts its last one twice.
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from nsvq.diffusion.objectives import shift_sigma
-from nsvq.diffusion.sampling import ddpm_scheduler, flow_scheduler, make_sampler, sample, set_steps, timestep
+from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler, make_sampler, sample, set_steps, timestep
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
