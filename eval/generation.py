@@ -149,8 +149,8 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         runs.append(_run(pipeline, how, names, extractors, real, classifier, config, accelerator))
     real_accuracy = None
     if classifier:
-        loading = {"batch_size": config.batch_size, "workers": config.workers}
-        real_accuracy = class_accuracy.real_accuracy(classifier, data, config.reference_limit, accelerator, **loading)
+        limit = config.reference_limit
+        real_accuracy = class_accuracy.real_accuracy(classifier, data, limit, accelerator, **config.loading)
     if not accelerator.is_main_process:
         return None
     best = best_setting(runs)
@@ -199,8 +199,7 @@ def _classifier(
         return class_accuracy.train_on_one_rank(data, config.workers, accelerator)
     if not extractors:
         raise UsageError("--classifier features needs an extractor: give --features")
-    loading = {"batch_size": config.batch_size, "workers": config.workers}
-    return class_accuracy.from_outputs(next(iter(extractors.values())), data, classes, accelerator, **loading)
+    return class_accuracy.from_outputs(next(iter(extractors.values())), data, classes, accelerator, **config.loading)
 
 
 def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
@@ -289,8 +288,7 @@ def _real_sets(
             limit=config.reference_limit,
             only_adm_rows=config.protocol == "adm",
             accelerator=accelerator,
-            batch_size=config.batch_size,
-            workers=config.workers,
+            **config.loading,
         )
         found, about = found | sets, about | said
     return found, about

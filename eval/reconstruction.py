@@ -164,11 +164,10 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     batches = eval_batches(
         data,
         config.split,
-        batch_size=config.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        workers=config.workers,
         limit=config.limit,
+        **config.loading,
     )
     bad = BadImages(data.max_bad_fraction, accelerator)
     progress = tqdm(batches, "reconstruct", unit="batch", disable=not accelerator.is_main_process, leave=False)

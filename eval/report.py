@@ -51,6 +51,11 @@ class EvaluationConfig(configs.Config):
     )
     workers: int = Field(4, ge=0, description="Data loading processes per rank.")
 
+    @property
+    def loading(self) -> dict[str, int]:
+        """How images are loaded, as arguments of `eval_batches`."""
+        return {"batch_size": self.batch_size, "workers": self.workers}
+
 
 def open_output(path: Path) -> None:
     """Have the folder of the result ready before any long work. Raises `UsageError` where it cannot be written to."""

@@ -32,9 +32,18 @@ def _tile(pointer, rows, count, dim, columns):
 
 @triton.jit
 def _products(
-    a, b, a_rows, b_rows, a_count, b_count, dim,
-    precision: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    a_rows,
+    b_rows,
+    a_count,
+    b_count,
+    dim,
+    precision: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """a b^T for A rows of one matrix and B rows of another -> [A, B], CHUNK columns at a time to spare registers."""
     products = tl.zeros([A, B], tl.float32)
     for first in range(0, dim, CHUNK):
@@ -46,10 +55,24 @@ def _products(
 
 @triton.jit
 def _search_kernel(
-    z, codebook, norms, best_out, index_out, total_out, latent_count, code_count, dim, scale, codes_per_split,
-    exclude_self: tl.constexpr, normalize: tl.constexpr, precision: tl.constexpr,
-    LATENTS: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    z,
+    codebook,
+    norms,
+    best_out,
+    index_out,
+    total_out,
+    latent_count,
+    code_count,
+    dim,
+    scale,
+    codes_per_split,
+    exclude_self: tl.constexpr,
+    normalize: tl.constexpr,
+    precision: tl.constexpr,
+    LATENTS: tl.constexpr,
+    CODES: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Best score, its code and sum exp(score - best) of LATENTS latents in one part of the codebook -> [splits, N]."""
     latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
     first = tl.program_id(1) * codes_per_split
@@ -80,10 +103,26 @@ def _search_kernel(
 
 @triton.jit
 def _softmax_sums_kernel(
-    z, codebook, squares, norms, normalizer, winners, loss_out, weight_out, latent_out,
-    latent_count, code_count, dim, scale, latents_per_split,
-    precision: tl.constexpr, LATENTS: tl.constexpr, CODES: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
+    z,
+    codebook,
+    squares,
+    norms,
+    normalizer,
+    winners,
+    loss_out,
+    weight_out,
+    latent_out,
+    latent_count,
+    code_count,
+    dim,
+    scale,
+    latents_per_split,
+    precision: tl.constexpr,
+    LATENTS: tl.constexpr,
+    CODES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DIM: tl.constexpr,
+):
     """For CODES codes, over one part of the latents, with w the softmax without the winner:
     sum_i w_ij |z_i - c_j|^2 and s -> [splits, K], A -> [splits, K, d]."""
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
@@ -138,12 +177,12 @@ def softmax_sums(
     splits, per_split = _split(latent_count, latents, _PROGRAMS // code_tiles)
     loss, weight_sum = z.new_empty(splits, code_count), z.new_empty(splits, code_count)
     latent_sum = z.new_empty(splits, code_count, dim)
+    inputs = (z, codebook, z.square().sum(1), codebook.square().sum(1), log_total, winners.int())
+    sizes = (latent_count, code_count, dim, 1 / temperature, per_split)
+    constants = (_PRECISION, latents, codes, min(_CHUNK, padded), padded)
     _softmax_sums_kernel[(code_tiles, splits)](
-        z, codebook, z.square().sum(1), codebook.square().sum(1), log_total, winners.int(), loss, weight_sum,
-        latent_sum, latent_count, code_count, dim, 1 / temperature, per_split,
-        precision=_PRECISION, LATENTS=latents, CODES=codes, CHUNK=min(_CHUNK, padded), DIM=padded,
-        num_warps=warps, num_stages=2,
-    )  # fmt: skip
+        *inputs, loss, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=2
+    )
     return winners, winner_mass, log_total, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
 
 
@@ -159,11 +198,11 @@ def _search(
     splits, per_split = _split(code_count, _CODES, _PROGRAMS // latent_tiles)
     best = z.new_empty(splits, latent_count)
     index, total = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best) if normalize else best
+    inputs, sizes = (z, codebook, codebook.square().sum(1)), (latent_count, code_count, dim, scale, per_split)
+    constants = (exclude_self, normalize, _PRECISION, _LATENTS, _CODES, min(_CHUNK, _padded(dim)))
     _search_kernel[(latent_tiles, splits)](
-        z, codebook, codebook.square().sum(1), best, index, total, latent_count, code_count, dim, scale, per_split,
-        exclude_self=exclude_self, normalize=normalize, precision=_PRECISION,
-        LATENTS=_LATENTS, CODES=_CODES, CHUNK=min(_CHUNK, _padded(dim)), num_warps=_WARPS, num_stages=_STAGES,
-    )  # fmt: skip
+        *inputs, best, index, total, *sizes, *constants, num_warps=_WARPS, num_stages=_STAGES
+    )
     overall, split = best.max(0)  # the first of equals: the lower index
     indices = index.gather(0, split[None]).squeeze(0).long()
     return indices, overall + (total * (best - overall).exp()).sum(0).log() if normalize else None
