@@ -53,8 +53,7 @@ def write_sources(folder: Path, images: int, size: int, workers: int) -> dict[st
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
     sources = {
-        name: DataConfig(source=str(folder / name), image_size=size, shuffle_buffer=100)
-        for name in ("folders", "parquet", "shards")
+        name: DataConfig(source=str(folder / name), image_size=size) for name in ("folders", "parquet", "shards")
     }
     resized = make_shards.ShardConfig(
         output=folder / "resized", data=sources["folders"], workers=workers, shard_images=images // 8

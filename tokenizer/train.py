@@ -20,10 +20,9 @@ from nsvq.common.guard import Guard
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.common.metrics import Means, show
 from nsvq.common.run import Run, averaged_weights, code_version, make_accelerator, micro_batch_size, progress_bar
-from nsvq.data.batches import BadImages, eval_batches, train_batches
-from nsvq.data.shards import Stream
+from nsvq.data.bad_images import BadImages
+from nsvq.data.batches import eval_batches, train_batches
 from nsvq.data.sources import open_split
-from nsvq.errors import UsageError
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
@@ -51,8 +50,6 @@ def main() -> None:
     loading = {"batch_size": micro_batch, "workers": config.run.workers, **ranks}
     epoch_samples = config.schedule.epoch_samples
     if epoch_samples is None:
-        if isinstance(train_split, Stream):
-            raise UsageError("a streamed data set has no known length: give --schedule.epoch_samples")
         epoch_samples = len(train_split)
     bad_images = BadImages(config.data.max_bad_fraction, accelerator)
 
@@ -112,9 +109,6 @@ def main() -> None:
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         ema.to(device)
-        if isinstance(train_split, Stream) and state["layout"] != run.layout:
-            run.warn(f"streamed data is shuffled by (ranks, run.workers), which were {state['layout']} and are now "
-                     f"{run.layout}: it goes on at the same number of samples, in another order")  # fmt: skip
         if schedule.phase != "stage1":
             freeze_encoder()
 
