@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from nsvq.data import make_shards, synthetic
+from nsvq.data import make_shards, shards, synthetic
 from nsvq.data.batches import train_batches
 from nsvq.data.config import DataConfig
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        datasets.config.HF_DATASETS_CACHE = shards.CACHE = Path(folder) / "cache"
         sources = write_sources(Path(folder), options.images, options.size, max(options.workers))
         for workers in options.workers:
             best = dict.fromkeys(sources, 0.0)

@@ -5,7 +5,8 @@ folder: that one can be written where data lie on a read-only disk or behind a U
 seek. A remote shard, of a URL that fsspec opens and seeks in, is fetched about once as a whole for its index.
 
 What this adds to `datasets`' webdataset reader: random access without a copy of the data in Arrow files. What it adds
-to the webdataset library: a length, labels, one shuffled order over all shards, and a resume that reads nothing twice.
+to webdataset's own random access (wids): the index is kept, lengths and classes are found, and a remote shard is not
+copied to read an image of it.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from nsvq.data.images import BadImage
 from nsvq.data.tables import note
 from nsvq.errors import UserError
 
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nsvq" / "shards"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nsvq" / "shards"
 _VERSION = 1  # of what an index holds
 _ARRAYS = ("keys", "labels", "offsets", "sizes")
 _THREADS = 16  # for disks and networks that are slow to answer
@@ -96,7 +97,7 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
     what = [fs.unstrip_protocol(path), image_field, label_field]
     about = json.dumps([_VERSION, *what, state])
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-    kept = _CACHE / f"{name}.npz"
+    kept = CACHE / f"{name}.npz"
     try:
         with np.load(kept) as file:
             if str(file["about"]) == about:
@@ -113,7 +114,7 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        note(f"the index of the shards is not kept in {_CACHE} ({error.strerror}), and made again at each start")
+        note(f"the index of the shards is not kept in {CACHE} ({error.strerror}), and made again at each start")
     return arrays
 
 

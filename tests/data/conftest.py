@@ -13,7 +13,7 @@ from nsvq.data import shards, sources
 def _own_cache(tmp_path, monkeypatch):
     """Nothing is read from or left in the user's data cache, and no data set stays open between tests."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(shards, "_CACHE", tmp_path / "index")
+    monkeypatch.setattr(shards, "CACHE", tmp_path / "index")
     sources._open.cache_clear()
 
 

@@ -284,7 +284,7 @@ def test_a_shard_is_indexed_once_and_again_when_it_changes(shards, png, write_sh
 def test_a_damaged_index_is_made_anew(shards, damage):
     config = shards([30])
     found = open_split(config, "train")
-    for path in reading._CACHE.iterdir():
+    for path in reading.CACHE.iterdir():
         data = bytearray(path.read_bytes())
         middle = len(data) // 2
         data[middle] ^= 0xFF
@@ -298,7 +298,7 @@ def test_a_damaged_index_is_made_anew(shards, damage):
 def test_an_index_that_cannot_be_kept_is_said_and_made_each_time(shards, monkeypatch, tmp_path, capsys):
     note.cache_clear()
     (tmp_path / "file").touch()
-    monkeypatch.setattr(reading, "_CACHE", tmp_path / "file" / "index")
+    monkeypatch.setattr(reading, "CACHE", tmp_path / "file" / "index")
     assert colours(open_split(shards([3]), "train")) == [0, 1, 2]
     assert capsys.readouterr().err.count("the index of the shards is not kept") == 1
 
