@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from nsvq.data import make_shards, synthetic
+from nsvq.data import make_shards, shards, synthetic
 from nsvq.data.batches import train_batches
 from nsvq.data.config import DataConfig
 
@@ -53,8 +53,7 @@ def write_sources(folder: Path, images: int, size: int, workers: int) -> dict[st
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
     sources = {
-        name: DataConfig(source=str(folder / name), image_size=size, shuffle_buffer=100)
-        for name in ("folders", "parquet", "shards")
+        name: DataConfig(source=str(folder / name), image_size=size) for name in ("folders", "parquet", "shards")
     }
     resized = make_shards.ShardConfig(
         output=folder / "resized", data=sources["folders"], workers=workers, shard_images=images // 8
@@ -80,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        datasets.config.HF_DATASETS_CACHE = shards.CACHE = Path(folder) / "cache"
         sources = write_sources(Path(folder), options.images, options.size, max(options.workers))
         for workers in options.workers:
             best = dict.fromkeys(sources, 0.0)

@@ -54,9 +54,7 @@ class RunConfig(configs.Config):
     )
     batch_size: int = Field(128, ge=1, description="Images per optimizer step, over all ranks and micro-batches.")
     accumulation: int = Field(1, ge=1, description="Micro-batches that each rank splits its share of a batch into.")
-    workers: int = Field(
-        4, ge=0, description="Data loading processes per rank, or 0. Another number reorders streamed data on resuming."
-    )
+    workers: int = Field(4, ge=0, description="Data loading processes per rank, or 0.")
     log_every: int = Field(100, ge=1, description="Optimizer steps between two lines of metrics.jsonl.")
     sample_every: int = Field(5_000, ge=1, description="Optimizer steps between two pictures in <out>/samples.")
     checkpoint_every: int = Field(5_000, ge=1, description="Optimizer steps between two checkpoints.")
@@ -135,8 +133,7 @@ class Run:
     """The output folder `out` of a training run, and where in it the run stands.
 
     `modules` and `optimizers`, as accelerate prepared them, are what a checkpoint holds beside the trainer's own state.
-    Attributes: `step` (optimizer steps done), `samples_seen` (global, over all ranks) and `layout` (ranks, and loading
-    processes of each: what the order of streamed data depends on).
+    Attributes: `step` (optimizer steps done) and `samples_seen` (global, over all ranks).
     Raises `UsageError` where `out` holds a run of another config, or one that another process trains.
     """
 
@@ -153,7 +150,6 @@ class Run:
         self._modules, self._optimizers, self._config = modules, optimizers, configs.to_dict(config)
         self._checkpoints = self.out / "checkpoints"
         self.step = self.samples_seen = 0
-        self.layout = [accelerator.num_processes, max(1, config.run.workers)]
         self._retry_at: int | None = None
         self._log = MetricsLog(accelerator, self.out / "metrics.jsonl")
         problem = [None]
@@ -232,7 +228,6 @@ class Run:
         state = {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "layout": self.layout,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
             "scaler": None if scaler is None else scaler.state_dict(),
             **state,

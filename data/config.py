@@ -36,7 +36,6 @@ class DataConfig(Config):
     class_names: str | None = Field(None, description="Text file with one class name a line, in label order.")
     image_size: int = Field(128, ge=8, le=2048, description="Side of the square images, in pixels.")
     flip: bool = Field(True, description="Mirror half of the training images.")
-    shuffle_buffer: int = Field(1_000, ge=1, description="Images that a loading process shuffles a stream within.")
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="Share of images that may fail to decode before the run ends."
     )

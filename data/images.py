@@ -1,4 +1,8 @@
-"""Image bytes to upright RGB, and the crops: ADM's for evaluation and latents, resize and random crop for training."""
+"""Image bytes to upright RGB, and the crops: ADM's for evaluation and latents, resize and random crop for training.
+
+What this adds to torchvision's v2 transforms: each draw comes from a generator that the caller gives (theirs draw from
+torch's global one, so a crop would depend on the loading process), ADM's crop, and a name for each bad image.
+"""
 
 import hashlib
 import io

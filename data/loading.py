@@ -1,4 +1,8 @@
-"""Batches from loading processes, which may be killed and which leave signals to the training process."""
+"""Batches from torch's loader.
+
+What this adds: a loading process that is killed is replaced instead of ending the run, signals of a scheduler are left
+to the training process, and an error is one line instead of a traceback.
+"""
 
 import os
 import signal

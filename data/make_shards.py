@@ -17,7 +17,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +29,11 @@ from tqdm import tqdm
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.config import Config
-from nsvq.data.batches import BadImages
+from nsvq.data.bad_images import BadImages
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, center_crop, resize_short_side
 from nsvq.data.loading import batches_of, make_loader
-from nsvq.data.shards import Stream
-from nsvq.data.sources import open_split
+from nsvq.data.sources import Images, SyntheticImages, open_split
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
 
@@ -48,7 +47,7 @@ class ShardConfig(Config):
     data: DataConfig = Field(default_factory=DataConfig)
     format: Literal["jpg", "png"] = Field("jpg", description="Of the resized images; png keeps every value.")
     quality: int = Field(95, ge=1, le=100, description="JPEG quality.")
-    shard_images: int = Field(1_000, ge=1, description="Images in a shard; a data set in shards keeps its own.")
+    shard_images: int = Field(1_000, ge=1, description="Images in a shard.")
     workers: int = Field(4, ge=0, description="Decoding processes.")
 
 
@@ -76,13 +75,16 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
     try:
         _claim(config.output, about)
         for name, split in splits.items():
-            for shard, items in tqdm(list(_shards(name, split, config.shard_images)), desc=name, unit="shard"):
+            order = np.random.default_rng(0).permutation(len(split))
+            parts = np.split(order, range(config.shard_images, len(order), config.shard_images))
+            for i, part in enumerate(tqdm(parts, desc=name, unit="shard")):
+                shard = f"{name}-{i:06d}.tar"
                 done = config.output / f".{shard}.json"
                 if not done.exists():
                     resize = resize_short_side if name == "train" else center_crop
-                    found = _write_shard(config.output / shard, split, items, resize, config)
-                    with atomic_file(done) as part:
-                        part.write_text(json.dumps(found))
+                    found = _write_shard(config.output / shard, split, part, resize, config)
+                    with atomic_file(done) as file:
+                        file.write_text(json.dumps(found))
                 found = json.loads(done.read_text())
                 counts[name] += found["images"]
                 bad.update({"label": [None] * found["images"], "bad": found["bad"]})
@@ -106,25 +108,13 @@ def _claim(folder: Path, about: dict) -> None:
         part.write_text(json.dumps(about, indent=2))
 
 
-def _shards(name: str, split, shard_images: int) -> Iterator[tuple[str, list]]:
-    """(file name, what `split.load` takes) of each shard to be."""
-    if isinstance(split, Stream):
-        for i, shard in enumerate(split.shards):
-            yield f"{name}-{i:06d}.tar", [shard]
-        return
-    order = np.random.default_rng(0).permutation(len(split))
-    for i, first in enumerate(range(0, len(order), shard_images)):
-        yield f"{name}-{i:06d}.tar", order[first : first + shard_images].tolist()
-
-
-def _write_shard(path: Path, split, items: list, resize: Callable, config: ShardConfig) -> dict:
+def _write_shard(
+    path: Path, split: Images | SyntheticImages, order: np.ndarray, resize: Callable, config: ShardConfig
+) -> dict:
     """How many images it holds, and the ids of those that did not decode. The file takes its name when it is whole."""
-    if isinstance(split, Stream):
-        items = list(split.samples(items[0]))
     bad, images = [], 0
-    loader = make_loader(
-        _Encoded(split, items, resize, config), config.workers, batch_size=_LOADED_AT_ONCE, collate_fn=list
-    )
+    encoded = _Encoded(split, order.tolist(), resize, config)
+    loader = make_loader(encoded, config.workers, batch_size=_LOADED_AT_ONCE, collate_fn=list)
     prefix = hashlib.sha256(path.name.encode()).hexdigest()[:6]  # keys differ between shards
     with atomic_file(path) as part, tarfile.open(part, "w") as tar:
         for batch in batches_of(loader):
@@ -142,23 +132,23 @@ def _write_shard(path: Path, split, items: list, resize: Callable, config: Shard
 
 
 class _Encoded(Dataset):
-    """i -> (id, encoded image or None, label) of item i."""
+    """i -> (id, encoded image or None, label) of the i-th image of `order`."""
 
-    def __init__(self, split, items: list, resize: Callable, config: ShardConfig):
-        self.split, self.items, self.resize, self.config = split, items, resize, config
+    def __init__(self, split: Images | SyntheticImages, order: list[int], resize: Callable, config: ShardConfig):
+        self.split, self.order, self.resize, self.config = split, order, resize, config
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.order)
 
     def __getitem__(self, i: int) -> tuple[str, bytes | None, int]:
         try:
-            image, label = self.split.load(self.items[i])
+            image, label = self.split.load(self.order[i])
         except BadImage as error:
             return error.id, None, -1
         buffer = io.BytesIO()
         image = self.resize(image, self.config.data.image_size)
         image.save(buffer, "JPEG" if self.config.format == "jpg" else "PNG", quality=self.config.quality)
-        return self.split.id(self.items[i]), buffer.getvalue(), label
+        return self.split.id(self.order[i]), buffer.getvalue(), label
 
 
 if __name__ == "__main__":

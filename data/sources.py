@@ -1,12 +1,13 @@
 """From a data config to images: which split, which columns, which classes.
 
-Tables (Hub, class folders, parquet) keep their images undecoded, so that a damaged one is a `BadImage` with a name
-instead of a crash. How tables come about is in data/tables.py, webdataset shards are in data/shards.py.
+Images stay undecoded until one is loaded, so that a damaged one is a `BadImage` with a name instead of a crash. How
+tables come about (Hub, class folders, parquet) is in data/tables.py, webdataset shards are in data/shards.py.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,29 @@ from PIL import Image
 from nsvq.data import synthetic, tables
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, decode
-from nsvq.data.shards import LABEL_NAMES, Stream
+from nsvq.data.shards import Shards, first_fields
+from nsvq.data.tables import IMAGE_SUFFIXES, Rows
 from nsvq.errors import UsageError, UserError
 
+LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _TEST_SPLITS = ("validation", "val", "valid", "test")  # in this order: ImageNet-1k's test split has no labels
 _MAX_CLASSES = 100_000
 
 
 class Images:
-    """Images with random access: a split of a table, undecoded; `rows` chooses and orders its rows.
+    """Images with random access: a split of a table or of shards; `rows` chooses and orders its rows.
 
     `classes`: names in label order, [] without labels. `fingerprint`: stands for split, count, labels and a sample of
     the contents, and is the same in every process and on every machine.
     """
 
-    def __init__(self, table: datasets.Dataset, image: str, labels: np.ndarray, classes: list[str], rows, name: str):
-        self._table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        self._image, self._labels, self._rows, self._name = image, labels, rows, name
+    def __init__(self, encoded: Rows | Shards, labels: np.ndarray, classes: list[str], rows: np.ndarray, name: str):
+        self._encoded, self._labels, self._rows = encoded, labels, rows
         self.classes = classes
         digest = hashlib.sha256(json.dumps([name, len(rows), classes]).encode() + labels[rows].tobytes())
         for i in np.linspace(0, len(rows) - 1, min(len(rows), 32)).astype(int):
             try:
-                digest.update(hashlib.sha256(self._read(int(rows[i]))).digest())
+                digest.update(hashlib.sha256(encoded.read(int(rows[i]))[0]).digest())
             except BadImage:
                 digest.update(b"no image")
         self.fingerprint = digest.hexdigest()
@@ -54,27 +56,11 @@ class Images:
     def load(self, i: int) -> tuple[Image.Image, int]:
         """Image i as upright RGB, and its label (-1: none). Raises `BadImage` where it does not decode."""
         row = int(self._rows[i])
-        try:
-            return decode(self._read(row), self._id(row)), int(self._labels[row])
-        except BadImage as error:
-            path = (self._table[row][self._image] or {}).get("path")
-            raise BadImage(f"{error.id} ({path})" if path else error.id, error.reason) from None
+        return decode(*self._encoded.read(row)), int(self._labels[row])
 
     def id(self, i: int) -> str:
-        """What names image i: split[row]."""
-        return self._id(int(self._rows[i]))
-
-    def _id(self, row: int) -> str:
-        return f"{self._name}[{row}]"
-
-    def _read(self, row: int) -> bytes:
-        value = self._table[row][self._image] or {}
-        if value.get("bytes"):
-            return value["bytes"]
-        try:
-            return Path(value["path"]).read_bytes()
-        except (OSError, TypeError, KeyError):
-            raise BadImage(self._id(row), "no bytes") from None
+        """What names image i: split[row], or shard:key."""
+        return self._encoded.id(int(self._rows[i]))
 
 
 class SyntheticImages:
@@ -100,18 +86,18 @@ class SyntheticImages:
         return f"{self._split}[{i}]"
 
 
-def open_split(config: DataConfig, split: str) -> Images | SyntheticImages | Stream:
+def open_split(config: DataConfig, split: str) -> Images | SyntheticImages:
     """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process.
 
     Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
-    return _open(type(config), config.model_dump_json(exclude={"flip", "shuffle_buffer", "max_bad_fraction"}), split)
+    return _open(type(config), config.model_dump_json(exclude={"flip", "max_bad_fraction"}), split)
 
 
 @lru_cache(maxsize=8)
-def _open(schema: type, text: str, split: str) -> Images | SyntheticImages | Stream:
+def _open(schema: type, text: str, split: str) -> Images | SyntheticImages:
     config = schema(**json.loads(text))
     if config.source == "synthetic":
         return SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size)
@@ -121,7 +107,7 @@ def _open(schema: type, text: str, split: str) -> Images | SyntheticImages | Str
     if not files:
         return _open_table(config, split, tables.from_class_folders(Path(config.source).expanduser()))
     if files[0].endswith(".tar"):
-        return _open_stream(config, split, tables.by_split(files))
+        return _open_shards(config, split, tables.by_split(files))
     return _open_table(config, split, tables.from_parquet(tables.by_split(files)))
 
 
@@ -144,31 +130,30 @@ def _open_table(config: DataConfig, split: str, found: dict[str, datasets.Datase
         raise UserError(f"{config.source} is empty")
     name, shared = _choose(config, split, list(found))
     table = found[name]
-    image = _image_column(config, table.features)
+    encoded = Rows(table, _image_column(config, table.features), name)
     classes, labels = _labels(config, _label_column(config, table.features), found, name)
-    rows = _shared_rows(config, split, len(table)) if shared else np.arange(len(table))
-    return Images(table, image, labels, classes, rows, name)
+    return Images(encoded, labels, classes, _rows(config, split, len(table), shared), name)
 
 
-def _shared_rows(config: DataConfig, split: str, n: int) -> np.ndarray:
-    """Rows of the one split there is that belong to "train" or "test": a fixed random share."""
+def _open_shards(config: DataConfig, split: str, files: dict[str, list[str]]) -> Images:
+    name, shared = _choose(config, split, list(files))
+    image, label = _fields(config, first_fields(files[name]), files[name][0])
+    # The classes are those of all splits, unless they are named.
+    wanted = files if label is not None and config.class_names is None else [name]
+    found = {part: Shards(files[part], image, label) for part in wanted}
+    classes, labels = ([], np.full(len(found[name]), -1)) if label is None else _shard_labels(config, found, name)
+    return Images(found[name], labels, classes, _rows(config, split, len(labels), shared), name)
+
+
+def _rows(config: DataConfig, split: str, n: int, shared: bool) -> np.ndarray:
+    """Rows of a split that belong to "train" or "test": all, or a fixed random share where both are in one."""
+    if not shared:
+        return np.arange(n)
     count = round(n * config.holdout)
     if not 0 < count < n:
         raise UserError(f"{config.source}: of {n} images, data.holdout = {config.holdout} leaves none on one side")
     order = np.random.default_rng(0).permutation(n)
     return np.sort(order[:count] if split == "test" else order[count:])
-
-
-def _open_stream(config: DataConfig, split: str, shards: dict[str, list[str]]) -> Stream:
-    name, shared = _choose(config, split, list(shards))
-    return Stream(
-        shards[name],
-        every_shard=[shard for part in shards.values() for shard in part],
-        image_field=config.image_column,
-        label_field=config.label_column,
-        names=None if config.class_names is None else read_class_names(config.class_names),
-        part=(split, config.holdout) if shared else None,
-    )
 
 
 # Columns
@@ -236,10 +221,49 @@ def _labels(config: DataConfig, column: str | None, found: dict, split: str) -> 
     else:
         raise UsageError(f"{config.source}: data.label_column = {column!r} holds {kind}, not class ids or names")
     names = list(names) if config.class_names is None else read_class_names(config.class_names)
+    _check(config, names, labels, lambda row: f"{split}[{row}]")
+    return names, labels
+
+
+def _check(config: DataConfig, names: list[str], labels: np.ndarray, id: Callable[[int], str]) -> None:
     wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
     if len(wrong):
-        place = f"label {labels[wrong[0]]} of {split}[{wrong[0]}]"
+        place = f"label {labels[wrong[0]]} of {id(wrong[0])}"
         raise UserError(f"{config.source}: {place} is outside the classes 0..{len(names) - 1}")
+
+
+def _fields(config: DataConfig, fields: list[str], shard: str) -> tuple[str, str | None]:
+    """Which fields of a shard's samples hold the image and the label."""
+    images = [config.image_column] if config.image_column else [f for f in fields if f".{f.lower()}" in IMAGE_SUFFIXES]
+    if len(images) != 1 or images[0] not in fields:
+        raise UsageError(f"{shard}: set data.image_column to the image's field, one of {', '.join(fields)}")
+    label = config.label_column
+    if label is not None and label not in fields:
+        raise UsageError(f"{shard} has no field data.label_column = {label!r}: it has {', '.join(fields)}")
+    usual = [f"{name}{suffix}" for name in LABEL_NAMES for suffix in ("", ".txt")]
+    return images[0], label or next((field for field in usual if field in fields), None)
+
+
+def _shard_labels(config: DataConfig, found: dict[str, Shards], split: str) -> tuple[list[str], np.ndarray]:
+    """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
+    values = {name: np.unique(shards.labels) for name, shards in found.items()}
+    texts = {value: value.decode(errors="replace") for part in values.values() for value in part.tolist() if value}
+    if all(re.fullmatch(r"-?\d+", text) for text in texts.values()):
+        ids = {value: int(text) for value, text in texts.items()}
+        top = max(ids.values(), default=-1)
+        if top >= _MAX_CLASSES:
+            raise UserError(f"{config.source}: labels go up to {top}: these are no class ids")
+        names = [str(i) for i in range(top + 1)] if config.class_names is None else read_class_names(config.class_names)
+    else:
+        names = sorted(set(texts.values())) if config.class_names is None else read_class_names(config.class_names)
+        places = {name: i for i, name in enumerate(names)}
+        for value in (value for value, text in texts.items() if text not in places):
+            id = found[split].id(int(np.argmax(found[split].labels == value)))
+            raise UserError(f"{config.source}: label {texts[value]!r} of {id} is none of those in data.class_names")
+        ids = {value: places[text] for value, text in texts.items()}
+    numbers = np.array([ids.get(value, -1) for value in values[split].tolist()], np.int64)
+    labels = numbers[np.searchsorted(values[split], found[split].labels)]
+    _check(config, names, labels, found[split].id)
     return names, labels
 
 

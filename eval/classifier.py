@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsvq.data.batches import BadImages, train_batches
+from nsvq.data.bad_images import BadImages
+from nsvq.data.batches import train_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UserError

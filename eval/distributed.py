@@ -59,8 +59,8 @@ def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> 
     """Bring the per-image rows of all ranks together, in the order of the images.
 
     rows: {name: batches [B, ...] of this rank}, the same names on every rank, with the images' numbers in
-    `rows["index"]`, or -1 in streams, whose images have none and stay in the order of the ranks. A rank may have no
-    batch. Returns {name: [N, ...]} on the CPU of the main process, None on the others. A collective call.
+    `rows["index"]`. A rank may have no batch. Returns {name: [N, ...]} on the CPU of the main process, None on the
+    others. A collective call.
     Raises `RuntimeError` where an image was counted twice.
     """
     gathered = {name: _gather(accelerator, batches) for name, batches in rows.items()}
@@ -68,8 +68,7 @@ def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> 
         return None
     order = gathered["index"].argsort(stable=True)
     gathered = {name: values[order] for name, values in gathered.items()}
-    index = gathered["index"]
-    if ((index.diff() == 0) & (index[1:] >= 0)).any():
+    if (gathered["index"].diff() == 0).any():
         raise RuntimeError("an image was counted twice")
     return gathered
 

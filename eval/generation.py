@@ -24,7 +24,6 @@ from tqdm import tqdm
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.data.config import DataConfig
-from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
 from nsvq.diffusion.samplers import SAMPLERS, make_sampler, set_steps
 from nsvq.errors import UsageError
@@ -250,8 +249,6 @@ def _label_rule(config: GenerationConfig, data: DataConfig, classes: int):
     if config.labels == "balanced":
         return lambda sample: sample % classes
     images = open_split(data, "train")
-    if isinstance(images, Stream):
-        raise UsageError("--labels data: a streamed data set does not tell its classes in advance; use balanced")
     counts = np.bincount(images.labels()[images.labels() >= 0], minlength=classes)
     borders = np.cumsum(counts / counts.sum())
     # Beside the seed of its noise, sample i has a random number of its own.
@@ -264,7 +261,7 @@ def _real_sets(
     extractors: dict[str, Extractor],
     data: DataConfig,
     split: str,
-    images: Images | Stream,
+    images: Images,
     config: GenerationConfig,
     accelerator: Accelerator,
 ) -> tuple[dict[str, FeatureSet], dict]:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.image_metrics import from_uint8, squared_error, ssim, to_uint8, truncate_uint8
-from nsvq.data.batches import BadImages, eval_batches
+from nsvq.data.bad_images import BadImages
+from nsvq.data.batches import eval_batches
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report

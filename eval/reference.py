@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nsvq.common.image_metrics import to_uint8
-from nsvq.data.batches import BadImages, eval_batches
+from nsvq.data.bad_images import BadImages
+from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
-from nsvq.data.shards import Stream
 from nsvq.data.sources import Images
-from nsvq.errors import UsageError, UserError
+from nsvq.errors import UserError
 from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, Gaussian
 from nsvq.eval.features import Collector, Extractor
@@ -46,7 +46,7 @@ _ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_ba
 
 
 def key_of(
-    data: DataConfig, split: str, limit: int | None, images: Images | Stream, extractor: Extractor, transform: str
+    data: DataConfig, split: str, limit: int | None, images: Images, extractor: Extractor, transform: str
 ) -> dict:
     """What the statistics of a set of real images depend on."""
     files = {name: value for name, value in extractor.about.items() if name.endswith("sha256")}
@@ -120,7 +120,7 @@ def real_sets(
     cache: Cache,
     data: DataConfig,
     split: str,
-    images: Images | Stream,
+    images: Images,
     *,
     limit: int | None,
     only_adm_rows: bool,
@@ -179,12 +179,7 @@ def bad_images(accelerator: Accelerator, bad: list[str]) -> dict:
     return {"bad_images": len(everywhere), "bad_images_shown": everywhere[:_BAD_SHOWN]}
 
 
-def _choose_rows(images: Images | Stream) -> Tensor:
-    if isinstance(images, Stream):
-        raise UsageError(
-            "--protocol adm takes 10,000 real images at random, which streamed data do not allow: use --protocol ours, "
-            "or --reference with a file of ADM"
-        )
+def _choose_rows(images: Images) -> Tensor:
     keep = torch.zeros(len(images), dtype=torch.bool)
     keep[torch.from_numpy(np.random.default_rng(0).permutation(len(images))[:ADM_ROWS])] = True
     return keep

@@ -19,7 +19,6 @@ from pydantic import Field
 from nsvq.common import config as configs
 from nsvq.common.run import code_version
 from nsvq.data.config import DataConfig
-from nsvq.data.shards import Stream
 from nsvq.data.sources import Images
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.feature_statistics import FeatureSet
@@ -106,7 +105,7 @@ def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
     }
 
 
-def about_data(config: DataConfig, split: str, images: Images | Stream) -> dict:
+def about_data(config: DataConfig, split: str, images: Images) -> dict:
     """Which images were measured."""
     return {
         "source": config.source,

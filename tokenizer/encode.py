@@ -3,7 +3,6 @@
 A start after an interruption keeps the shards that are complete.
 """
 
-import itertools
 import json
 import shutil
 import sys
@@ -16,14 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nsvq.data.batches import eval_batches
+from nsvq.data.batches import batches_in_order
 from nsvq.data.config import DataConfig
-from nsvq.data.images import BadImage, several_crops, to_tensor
-from nsvq.data.loading import batches_of, make_loader
-from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
@@ -129,7 +124,7 @@ def _encode(
     folder: Path,
     tokenizer: Tokenizer,
     data: DataConfig,
-    images: Images | Stream,
+    images: Images,
     accelerator: Accelerator,
     key: dict,
     workers: int,
@@ -137,8 +132,7 @@ def _encode(
     folder.mkdir(parents=True, exist_ok=True)
     side = data.image_size // tokenizer.downsampling
     shape = (key["crops"] * key["flips"], tokenizer.codebook.shape[1], side, side)
-    jobs = _stream_jobs if isinstance(images, Stream) else _image_jobs
-    count, shards = jobs(folder, data, images, accelerator, key, workers)
+    count, shards = _image_jobs(folder, data, images, accelerator, key, workers)
     if accelerator.is_main_process:
         _announce(folder, shape, key, count)
     accelerator.wait_for_everyone()
@@ -150,7 +144,7 @@ def _encode(
     )
     for name, batches in shards:
         bad += _write_shard(folder / name, tokenizer, batches, shape, key, bar, accelerator.device)
-        if count is not None and len(bad) > data.max_bad_fraction * count:  # can't come right any more
+        if len(bad) > data.max_bad_fraction * count:  # can't come right any more
             raise _too_many_bad(len(bad), count, data, bad)
     bar.close()
     accelerator.wait_for_everyone()
@@ -171,12 +165,9 @@ def _too_many_bad(count: int, total: int, data: DataConfig, names: list[str]) ->
     )
 
 
-def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int | None) -> None:
+def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int) -> None:
     """Say what the cache takes. Raises `UserError` where the disk has less."""
     each = 2 * int(np.prod(shape))
-    if count is None:
-        print(f"latent cache {folder}: {each / 2**10:.0f} KiB an image; the stream's length is not known", flush=True)
-        return
     views = f"{key['crops']} crops x {key['flips']} flips" if key["crops"] > 1 else f"{key['flips']} flips"
     done = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
     needed, free = count * each - done, shutil.disk_usage(folder).free
@@ -203,68 +194,10 @@ def _image_jobs(folder, data, images, accelerator, key, workers) -> tuple[int, I
 
     def jobs():
         for i in mine:
-            rows = [parts[i][k : k + BATCH_IMAGES] for k in range(0, len(parts[i]), BATCH_IMAGES)]
-            crops = _Crops(images, data.image_size, key["crops"])
-            yield names[i], batches_of(make_loader(crops, workers, batch_sampler=rows, collate_fn=_collate))
+            how = {"batch_size": BATCH_IMAGES, "workers": workers, "crops": key["crops"]}
+            yield names[i], batches_in_order(images, parts[i], data.image_size, **how)
 
     return len(order), jobs()
-
-
-class _Crops(Dataset):
-    """index -> (crops, label), or the name of a bad image."""
-
-    def __init__(self, images: Images, size: int, count: int):
-        self.images, self.size, self.count = images, size, count
-
-    def __getitem__(self, index: int):
-        try:
-            image, label = self.images.load(int(index))
-        except BadImage as error:
-            return error.id
-        return several_crops(image, self.size, self.count, self.images.id(int(index))), label
-
-
-def _collate(items: list) -> dict:
-    good = [item for item in items if not isinstance(item, str)]
-    return {
-        "image": to_tensor([crop for crops, _ in good for crop in crops]) if good else None,
-        "label": torch.tensor([label for _, label in good], dtype=torch.int64),
-        "bad": [item for item in items if isinstance(item, str)],
-    }
-
-
-def _stream_jobs(folder, data, images, accelerator, key, workers) -> tuple[int | None, Iterator]:
-    """The same for a stream, whose shards belong to one number of ranks and workers; what complete shards hold is read
-    once more, but not encoded."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    layout = f"shard-{ranks}-{max(workers, 1)}"
-    if accelerator.is_main_process:
-        for path in set(folder.glob("shard-*.safetensors")) - set(folder.glob(f"{layout}-*.safetensors")):
-            path.unlink()  # another layout's: these images would be there twice
-
-    def jobs():
-        batches = eval_batches(
-            data,
-            "train",
-            batch_size=BATCH_IMAGES,
-            rank=rank,
-            world_size=ranks,
-            workers=workers,
-            limit=key["limit"],
-            crops=key["crops"],
-        )
-        for i in itertools.count():
-            part = itertools.islice(batches, SHARD_IMAGES // BATCH_IMAGES)
-            first = next(part, None)
-            if first is None:
-                return
-            name = f"{layout}-{rank:04d}-{i:06d}.safetensors"
-            if not (folder / name).exists():
-                yield name, itertools.chain([first], part)
-            for _ in part:
-                pass
-
-    return key["limit"], jobs()
 
 
 def _write_shard(

@@ -11,10 +11,9 @@ from nsvq.common import config as configs
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.common.run import code_version
 from nsvq.common.training import Optimized, Trainer
-from nsvq.data.batches import BadImages, eval_batches, train_batches
-from nsvq.data.shards import Stream
+from nsvq.data.bad_images import BadImages
+from nsvq.data.batches import eval_batches, train_batches
 from nsvq.data.sources import open_split
-from nsvq.errors import UsageError
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
@@ -41,8 +40,6 @@ class TokenizerTrainer(Trainer):
         # Data
         with accelerator.main_process_first():
             self.images, _ = open_split(config.data, "train"), open_split(config.data, "test")
-        if config.schedule.epoch_samples is None and isinstance(self.images, Stream):
-            raise UsageError("a streamed data set has no known length: give --schedule.epoch_samples")
         self.bad_images = BadImages(config.data.max_bad_fraction, accelerator)
 
         # Networks

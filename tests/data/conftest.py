@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nsvq.data import sources
+from nsvq.data import shards, sources
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     """Nothing is read from or left in the user's data cache, and no data set stays open between tests."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(shards, "CACHE", tmp_path / "index")
     sources._open.cache_clear()
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from nsvq.common import config as configs
-from nsvq.data.batches import BadImages, eval_batches, train_batches
+from nsvq.data.bad_images import BadImages
+from nsvq.data.batches import eval_batches, train_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UserError

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -67,9 +66,7 @@ def test_without_flips_only_the_images_are_cached(tmp_path, tokenizer, data, acc
     assert all(torch.equal(plain.read(i, 0)[0], cache.read(i, 0)[0]) for i in range(len(cache)))
 
 
-def test_with_several_crops_each_is_cached_with_its_mirror_image(
-    tmp_path, tokenizer, data, tar, accelerator, cache, capsys
-):
+def test_with_several_crops_each_is_cached_with_its_mirror_image(tmp_path, tokenizer, data, accelerator, cache, capsys):
     capsys.readouterr()
     several = open_cache(tmp_path / "several", tokenizer, data, accelerator, crops=3)
     assert "44 images x 3 crops x 2 flips" in capsys.readouterr().out
@@ -88,11 +85,6 @@ def test_with_several_crops_each_is_cached_with_its_mirror_image(
     batches = train_batches(several, batch_size=44, seed=0)
     seen = {row.numpy().tobytes() for _ in range(30) for row in next(batches)["latents"]}
     assert len(seen) > 0.95 * 44 * 6  # views come over time: e^-5 of them are not seen in 30 epochs
-    stream = open_cache(tmp_path / "stream", tokenizer, tar, accelerator, crops=2)
-    samples = list(open_split(tar, "train").samples(tar.source))
-    split = open_split(tar, "train")
-    expected = to_tensor(several_crops(split.load(samples[3])[0], 16, 2, split.id(samples[3])))
-    torch.testing.assert_close(stream.read(3, 2)[0].float(), tokenizer.latents(expected)[1], rtol=1e-3, atol=1e-3)
 
 
 def test_quantized_latents_are_codes_and_decode_to_the_same_images(tmp_path, tokenizer, data, accelerator, cache):
@@ -294,36 +286,6 @@ def test_ranks_divide_the_shards_that_are_missing(cache, data):
     assert [len(part) for part in jobs] == [2, 1]
     seen = sorted(len(batch["label"]) for part in jobs for _, batches in part for batch in batches)
     assert sum(seen) == 44
-
-
-@pytest.fixture
-def tar(image_folder, tmp_path):
-    path = tmp_path / "train.tar"
-    with tarfile.open(path, "w") as file:
-        for image in sorted(image_folder.glob("*/*.png")):
-            label = tmp_path / "label.cls"
-            label.write_text(str(int(image.parent.name == "bee")))
-            file.add(image, f"{image.stem}.png")
-            file.add(label, f"{image.stem}.cls")
-    return DataConfig(source=str(path), image_size=16, holdout=0.05)
-
-
-def test_a_stream_is_cached_whole_and_goes_on_after_an_interruption(tmp_path, tokenizer, tar, accelerator, monkeypatch):
-    whole = open_cache(tmp_path / "whole", tokenizer, tar, accelerator)
-    count = sum(1 for _ in open_split(tar, "train").samples(tar.source))
-    assert len(whole) == count
-    rows = [whole.read(i, 0)[0].numpy().tobytes() for i in range(count)]
-    assert len(set(rows)) == count
-    folder = tmp_path / "parts"
-    shutil.copytree(whole.folder, folder)
-    (folder / "manifest.json").unlink()
-    (folder / whole.manifest["shards"][-1]["file"]).unlink()
-    encoded, real = [], Tokenizer.latents
-    monkeypatch.setattr(Tokenizer, "latents", lambda self, x: (encoded.append(len(x)), real(self, x))[1])
-    parts = open_cache(folder, tokenizer, tar, accelerator)
-    assert sum(encoded) == 2 * whole.manifest["shards"][-1]["count"]
-    assert parts.manifest == whole.manifest
-    assert [parts.read(i, 0)[0].numpy().tobytes() for i in range(count)] == rows
 
 
 # Reading
