@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from nsvq.common import config as configs
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.train import TrainConfig as DiffusionConfig
-from nsvq.eval.generation import GenerationConfig
+from nsvq.eval.config import GenerationConfig
 from nsvq.tokenizer.config import TrainConfig
 
 COLUMNS = {  # of the table: metric (or its start, with _ at the end), heading, format

@@ -44,10 +44,9 @@ from nsvq.errors import UsageError, UserError
 from nsvq.eval.features import INCEPTION
 from nsvq.eval.monitor import FrechetMonitor
 from nsvq.pipelines.export import check_classes, save_pipeline, to_stock
-from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.encode import open_cache
 from nsvq.tokenizer.latents import train_batches
-from nsvq.tokenizer.pretrained import read_training
+from nsvq.tokenizer.pretrained import Tokenizer, read_training
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
 _QUARTILES = 4  # of the noise level, in the loss that is logged

@@ -18,7 +18,6 @@ from nsvq.eval.features import Extractor, metric_name
 from nsvq.eval.reference import ADM_ROWS
 from nsvq.eval.report import rank_warnings
 
-METRICS = ("fid", "sfid", "isc", "kid", "prc")
 _NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}
 _OF_ROWS = {"kid": (kid, KID_SUBSET), "prc": (precision_recall, NEIGHBOURS + 1)}  # function, least images of each set
 _MEANINGS = {

@@ -1,4 +1,4 @@
-"""What both evaluations share: their options, and the result as a file and a table."""
+"""What both evaluations share: the result as a file and a table."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 
 from nsvq.common import config as configs
 from nsvq.common.run import code_version
@@ -22,34 +21,10 @@ from nsvq.data.config import DataConfig
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.config import EvaluationConfig
 from nsvq.eval.feature_statistics import FeatureSet
-from nsvq.eval.features import INCEPTION, Extractor, Unavailable, load_extractor
-from nsvq.eval.reference import DEFAULT_CACHE
+from nsvq.eval.features import Extractor, Unavailable, load_extractor
 from nsvq.hashes import file_hash
-
-
-class EvaluationConfig(configs.Config):
-    """Options of both evaluations."""
-
-    data: DataConfig = Field(DataConfig(), description="The images to measure against.")
-    output: Path = Field(description="The result, a .json file; its folder is created.")
-    features: list[str] = Field(
-        [INCEPTION],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
-    features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
-    cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
-    cache_features: bool = Field(
-        False,
-        description="Keep the features of single images there, too, so that KID, precision and recall reuse them.",
-    )
-    batch_size: int = Field(
-        64,
-        ge=1,
-        description="Images that a rank loads at once; networks see always as many at a time, so it changes no number.",
-    )
-    workers: int = Field(4, ge=0, description="Data loading processes per rank.")
 
 
 def open_output(path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from nsvq.common import config as configs
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UsageError, UserError
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once

@@ -16,7 +16,7 @@ from nsvq.common import launch
 from nsvq.common.config import Config
 from nsvq.diffusion.sampling import SAMPLERS
 from nsvq.errors import UsageError, UserError
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

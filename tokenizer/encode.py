@@ -26,8 +26,8 @@ from nsvq.data.loading import batches_of, make_loader
 from nsvq.data.shards import Stream
 from nsvq.data.sources import Images, open_split
 from nsvq.errors import UsageError, UserError
-from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.latents import LatentCache, shard_hash
+from nsvq.tokenizer.pretrained import Tokenizer
 
 SHARD_IMAGES = 2048  # 256 MiB at 16 x 16 x 128
 BATCH_IMAGES = 32

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, generation
-from nsvq.eval.generation import GenerationConfig
+from nsvq.eval.config import GenerationConfig
 from nsvq.eval.report import folder_hash
 
 

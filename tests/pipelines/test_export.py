@@ -22,8 +22,8 @@ from nsvq.diffusion.model import SIZES
 from nsvq.diffusion.sampling import flow_scheduler
 from nsvq.diffusion.unet import make_unet
 from nsvq.errors import UserError
-from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import from_stock, save_pipeline, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "golden retriever"}
 

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 
 from nsvq.diffusion.objectives import DDPM, DDPMConfig
 from nsvq.diffusion.sampling import flow_scheduler
-from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 STEPS = 4
 

@@ -4,9 +4,9 @@ from accelerate import Accelerator
 from diffusers import VQModel
 
 from nsvq.errors import UserError
-from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
+from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
