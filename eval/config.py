@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from nsvq.common.config import Config
 from nsvq.data.config import DataConfig
-from nsvq.diffusion.sampling import SAMPLERS
+from nsvq.diffusion.sampling import Sampler
 from nsvq.eval.features import DINOV2, INCEPTION
 from nsvq.eval.reference import DEFAULT_CACHE
 
@@ -97,7 +97,7 @@ class GenerationConfig(EvaluationConfig):
     guide: Path | None = Field(
         None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
     )
-    sampler: Literal[SAMPLERS] | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
+    sampler: Sampler | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
     steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
     seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(

@@ -12,6 +12,7 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     guide = _prepare(pipeline, config)
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
-    result = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
+    result: dict[str, Any] = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config)
     if not names:
         if config.classifier != "none" or config.labels == "data":
@@ -258,7 +259,8 @@ def _run(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    result = {"setting": {"guidance_scale": how.guidance_scale, "steps": how.steps}, **report.no_numbers()}
+    setting = {"guidance_scale": how.guidance_scale, "steps": how.steps}
+    result: dict[str, Any] = {"setting": setting, **report.no_numbers()}
     for name, extractor in extractors.items():
         add_metrics(result, made[name], real[name], scores.get(name), extractor, config.metrics, config.protocol)
     if accuracy:

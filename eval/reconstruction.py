@@ -10,6 +10,7 @@ unless --data.image_size is given. The protocols are written down in docs/evalua
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -116,7 +117,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
             f"{tokenizer.downsampling}"
         )
     images = open_split(data, config.split)
-    result = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
+    result: dict[str, Any] = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
     if data.image_size != tokenizer.image_size:
         warning = f"images of {data.image_size} pixels, for a tokenizer of {tokenizer.image_size}"
         result["warnings"].append(warning)

@@ -53,7 +53,7 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
 # The result
 
 
-def no_numbers() -> dict[str, dict | list]:
+def no_numbers() -> dict[str, Any]:
     """The part of a result that measuring fills: {name: number}, {name: what it is}, {name: why not}, warnings."""
     return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
 
