@@ -101,7 +101,7 @@ def test_the_wheel_holds_code_configs_licence_and_type_marker_and_nothing_beside
     names = set(zipfile.ZipFile(wheel).namelist())
     info = next(name.split("/")[0] for name in names if name.endswith("/METADATA"))
     assert {name.split("/")[0] for name in names} == {"nsvq", info}
-    folders = ("data", "common", "tokenizer", "diffusion", "autoregressive", "pipelines", "eval")
+    folders = ("data", "common", "tokenizer", "diffusion", "autoregressive", "pipelines", "eval", "configs")
     found = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found += [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")]
     expected = {f"nsvq/{path}" for path in found} | {f"nsvq/{path.name}" for path in (ROOT / "nsvq").glob("*.py")}
