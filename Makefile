@@ -33,7 +33,7 @@ quickstart: .venv/installed  ## both stages, evaluation and pipeline; DATA=, OUT
 test: .venv/installed  ## all tests
 	$(BIN)/pytest
 
-test-fast: .venv/installed  ## without the tests that run whole scripts, for the inner loop
+test-fast: .venv/installed  ## without the slow tests, for the inner loop
 	$(BIN)/pytest -m "not slow"
 
 soak: .venv/installed  ## kill both trainers 20 times each, and compare with runs that nobody disturbed

@@ -128,8 +128,8 @@ def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_p
     from nsvq.diffusion.dit import DiT
     from nsvq.diffusion.sampling import flow_scheduler
     from nsvq.eval.samples import load_pipeline
-    from nsvq.pipelines import ClassConditionalPipeline
     from nsvq.pipelines.export import save_pipeline, to_stock
+    from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
     encoder, decoder, images = build(make("fsq"))
     model = exported(encoder, decoder, images)
