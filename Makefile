@@ -12,9 +12,13 @@ THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: quickstart test soak format lint clean
+# The folders of a clone, under the names that they have when installed: mypy looks for packages in a path alone.
+TYPED := .venv/typed/nsvq
+FOLDERS := $(filter-out nsvq,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 
-quickstart: .venv/installed
+.PHONY: quickstart test test-fast soak lint format clean help
+
+quickstart: .venv/installed  ## both stages, evaluation and pipeline; DATA=, OUT=, FEATURES=
 	$(LAUNCH) tokenizer/train.py --config $(RECIPE)nsvq.yaml --data "$(DATA)" --out "$(OUT)/nsvq"
 	$(LAUNCH) diffusion/train.py --config $(RECIPE)dit.yaml --data "$(DATA)" --out "$(OUT)/dit" \
 		--tokenizer "$(OUT)/nsvq/tokenizer"
@@ -26,21 +30,28 @@ quickstart: .venv/installed
 		--output "$(OUT)/generation.json"
 	$(BIN)/python pipelines/summary.py --out "$(OUT)"
 
-test: .venv/installed
+test: .venv/installed  ## all tests
 	$(BIN)/pytest
 
-# Kills both trainers 20 times each and compares with runs that nobody disturbed.
-soak: .venv/installed
+test-fast: .venv/installed  ## without the slow tests, for the inner loop
+	$(BIN)/pytest -m "not slow"
+
+soak: .venv/installed  ## kill both trainers 20 times each, and compare with runs that nobody disturbed
 	$(BIN)/python tests/harness/soak.py
 
-lint: .venv/installed
+lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED) && ln -s $(addprefix $(CURDIR)/,$(wildcard nsvq/*.py) $(FOLDERS)) $(TYPED)
+	$(BIN)/mypy
 
-format: .venv/installed
+format: .venv/installed  ## write code as ruff wants it
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-clean:
+clean:  ## remove .venv and runs
 	rm -rf .venv runs
+
+help:  ## these lines
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -22,8 +22,8 @@ from nsvq.common.launch import keep_freed_memory
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.model import SIZES, DiTConfig, make_model
 from nsvq.diffusion.samplers import flow_scheduler
-from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import from_stock, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 SHAPE, CLASSES = (128, 16, 16), 1000
 SIDES = ("ours", "stock")

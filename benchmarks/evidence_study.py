@@ -13,7 +13,7 @@ from nsvq.common import config as configs
 from nsvq.common.config import merged
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.config import TrainConfig as DiffusionConfig
-from nsvq.eval.generation import GenerationConfig
+from nsvq.eval.config import GenerationConfig
 from nsvq.tokenizer.config import TrainConfig
 
 COLUMNS = {  # of the table: metric (or its start, with _ at the end), heading, format

@@ -147,7 +147,7 @@ def _describe(schema: type[Config], prefix: str) -> list[str]:
             lines.append(f"  --{prefix}{name} a section{or_null}\n        {field.description}")
         for section in sections:
             if len(sections) > 1:
-                choice = " or ".join(get_args(section.model_fields[field.discriminator].annotation))
+                choice = " or ".join(get_args(section.model_fields[str(field.discriminator)].annotation))
                 lines.append(f"  with {prefix}{name}.{field.discriminator} {choice}:")
             lines += _describe(section, f"{prefix}{name}.")
         if not sections:
@@ -157,7 +157,7 @@ def _describe(schema: type[Config], prefix: str) -> list[str]:
 
 
 def _leaves(schema: type[Config], prefix: str = "") -> dict:
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         if sections := _sections(field.annotation):
             leaves |= {prefix + name: field} if field.description else {}
@@ -258,11 +258,13 @@ def _path(schema: type[Config], location: tuple) -> list:
         schemas = [section for field in fields for section in _sections(field.annotation)]
         if len(schemas) > 1 and parts:
             chosen = parts.pop(0)
-            schemas = [s for s in schemas if chosen in get_args(s.model_fields[fields[0].discriminator].annotation)]
+            schemas = [
+                s for s in schemas if chosen in get_args(s.model_fields[str(fields[0].discriminator)].annotation)
+            ]
     return path
 
 
-def _explain(schema: type[Config], error: dict) -> str:
+def _explain(schema: type[Config], error: Any) -> str:
     key = ".".join(map(str, _path(schema, error["loc"])))
     if error["type"] == "extra_forbidden" and key in _leaves(schema):
         return f"{key} is a key of another choice than this one's (--help lists which keys go together)"

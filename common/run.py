@@ -369,14 +369,12 @@ def progress_bar(accelerator: Accelerator, total: int, done: int) -> tqdm:
 
 
 def code_version() -> str:
-    """The package's version, with the commit where the code is a git checkout."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return metadata.version("nsvq") + (f"+{git.stdout.strip()}" if git.returncode == 0 else "")
+    """The package's version, with the commit where the code is a clone: a repository that the installed package happens
+    to lie in is another project's."""
+    root = Path(__file__).parents[1]
+    git = ["git", f"--git-dir={root / '.git'}", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=root)
+    return metadata.version("nsvq") + (f"+{commit.stdout.strip()}" if commit.returncode == 0 else "")
 
 
 def _changes(old: dict, new: dict) -> list[str]:

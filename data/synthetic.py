@@ -5,6 +5,7 @@ every machine up to rounding. Class and nuisance are independent: nothing but th
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,7 +36,7 @@ def render(split: str, i: int, size: int) -> Image.Image:
     angle, mirror = np.deg2rad(u(-15, 15)), 1 if u(0, 1) < 0.5 else -1
     cos, sin = np.float32(np.cos(angle) / scale), np.float32(np.sin(angle) / scale)
 
-    def distance(dx: float, dy: float) -> np.ndarray:
+    def distance(dx: float | np.floating, dy: float | np.floating) -> np.ndarray:
         """Signed distance to the outline, in units of the image, with the object moved by (dx, dy)."""
         px, py = x - np.float32(center_x + dx), y - np.float32(center_y + dy)
         return _SHAPES[label(i)](mirror * (cos * px + sin * py), cos * py - sin * px) * np.float32(scale)
@@ -73,7 +74,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return centers[None, :], -centers[:, None]
 
 
-def _colors(u: _Uniform) -> tuple[np.ndarray, np.ndarray]:
+def _colors(u: _Uniform) -> tuple[np.ndarray, ...]:
     """Object and background colour [3]: one dark and one light, hues independent."""
     dark, light = u(0.16, 0.38), u(0.62, 0.84)
     pair = (dark, light) if u(0, 1) < 0.5 else (light, dark)
@@ -106,7 +107,7 @@ def _texture(u: _Uniform, x: np.ndarray, y: np.ndarray, amplitude: float) -> np.
 
 def _clutter(u: _Uniform, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Four faint soft blobs, round to line-like, on the background."""
-    total = np.float32(0)
+    total: Any = np.float32(0)
     for _ in range(4):
         strength = u(0.04, 0.1) * (1 if u(0, 1) < 0.5 else -1)
         width, height = u(0.08, 0.5), u(0.08, 0.25)

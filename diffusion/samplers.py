@@ -6,6 +6,7 @@ timesteps from 0 to 999.
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from diffusers import (
 from torch import Tensor
 
 TIMESTEPS = 1000  # the network's unit of time
-SAMPLERS = ("euler", "heun", "dpm++", "sde", "ddim", "ddpm")
-_FLOW_SAMPLERS, _DDPM_SAMPLERS = SAMPLERS[:4], SAMPLERS[2:]
+Sampler = Literal["euler", "heun", "dpm++", "sde", "ddim", "ddpm"]
+_FLOW_SAMPLERS, _DDPM_SAMPLERS = get_args(Sampler)[:4], get_args(Sampler)[2:]
 _ALGORITHMS = {"dpm++": "dpmsolver++", "sde": "sde-dpmsolver++"}
 _LOWEST_LOG_SNR = -5.1  # of lambda, half the log of the signal-to-noise ratio: where linear betas end
 # What of a scheduler's config the training decided.

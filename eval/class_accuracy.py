@@ -30,7 +30,7 @@ Classifier = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> a score 
 
 def train_on_one_rank(data: DataConfig, workers: int, accelerator: Accelerator) -> Classifier:
     """The same classifier on all ranks. Raises `UserError` where the data has no classes. A collective call."""
-    box = [None]
+    box: list[Classifier | UserError | None] = [None]
     accelerator.print(f"training a classifier on {data.source} ...", file=sys.stderr)
     if accelerator.is_main_process:
         try:

@@ -84,7 +84,7 @@ def _gather(accelerator: Accelerator, batches: list[Tensor]) -> Tensor:
         return torch.empty(0)
     _, shape, dtype = next(kind for kind in kinds if kind)
     mine = torch.empty((0, *shape), dtype=dtype) if mine is None else mine
-    parts = [[] for _ in counts]
+    parts: list[list[Tensor]] = [[] for _ in counts]
     for start in range(0, max(counts), _GATHER_ROWS):
         rows = min(_GATHER_ROWS, max(counts) - start)
         padded = torch.zeros((rows, *shape), dtype=dtype, device=accelerator.device)

@@ -6,6 +6,7 @@ for each split: neither keeps a feature. KID, precision and recall compare singl
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ class Moments:
     """Count, sum and second moment of rows [B, D], in float64 on the rows' device."""
 
     def __init__(self):
-        self.count, self.sum, self.second = 0, 0.0, 0.0
+        self.count = 0
+        self.sum: Any = 0.0  # tensors from the first row on
+        self.second: Any = 0.0
 
     def add(self, rows: Tensor) -> None:
         rows = rows.double()
@@ -86,7 +89,8 @@ class InceptionScore:
 
     def __init__(self, splits: Tensor):
         self.splits, self.number = splits, int(splits.max()) + 1
-        self.probability, self.negentropy = 0.0, 0.0
+        self.probability: Any = 0.0  # tensors from the first image on
+        self.negentropy: Any = 0.0
 
     def add(self, logits: Tensor, index: Tensor) -> None:
         """Logits [B, C] of the images with the numbers `index` [B]."""

@@ -12,102 +12,33 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 import itertools
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
-from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import Images, open_split
-from nsvq.diffusion.samplers import SAMPLERS, make_sampler, set_steps
+from nsvq.diffusion.samplers import make_sampler, set_steps
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
+from nsvq.eval.config import IMAGENET, GenerationConfig
 from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
-from nsvq.eval.features import DINOV2, INCEPTION, Collector, Extractor, resolve
-from nsvq.eval.generation_metrics import METRICS, add_metrics, best_setting, names_of
+from nsvq.eval.features import Collector, Extractor, resolve
+from nsvq.eval.generation_metrics import add_metrics, best_setting, names_of
 from nsvq.eval.pictures import Grid
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
 from nsvq.files import file_hash
 
-IMAGENET = "ILSVRC/imagenet-1k"
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
-
-
-class GenerationConfig(report.EvaluationConfig):
-    """Measure a pipeline's samples against real images."""
-
-    pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
-    features: list[str] = Field(
-        [INCEPTION, DINOV2],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
-    protocol: Literal["ours", "adm", "nsvq"] | None = Field(
-        None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
-    )
-    metrics: list[Literal["fid", "sfid", "isc", "kid", "prc"]] = Field(
-        list(METRICS), min_length=1, description="What to measure, as far as an extractor has features for it."
-    )
-    samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
-    labels: Literal["balanced", "data"] = Field(
-        "balanced",
-        description="Classes of the samples: each in turn, or drawn as often as in the training split; a model without "
-        "classes is asked for none.",
-    )
-    guidance_scale: list[float] = Field(
-        [1.0],
-        min_length=1,
-        description="Classifier-free guidance; 1 is without, 0 unconditional; several make a sweep.",
-    )
-    guidance_interval: tuple[float, float] = Field(
-        (0.0, 1.0), description="Noise levels, from 0 (image) to 1 (noise), within which guidance acts."
-    )
-    guide: Path | None = Field(
-        None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
-    )
-    sampler: Literal[SAMPLERS] | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
-    steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
-    seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Autocast type of sampling; features are always float32."
-    )
-    reference: str | None = Field(
-        None, description="Real images: train, test, or an .npz file in ADM's format; null: what the protocol asks for."
-    )
-    reference_limit: int | None = Field(None, ge=1, description="Compare with only this many of a split; null for all.")
-    keep: Literal["none", "png", "npz"] = Field(
-        "none",
-        description="Keep samples beside the result: PNG files, from which sampling resumes; npz: also ADM's file.",
-    )
-    classifier: Literal["none", "trained", "features"] = Field(
-        "none",
-        description="Also report which share is of the class asked for: by a small network trained on the data, or by "
-        "the class outputs of the first extractor.",
-    )
-
-    @field_validator("guidance_scale", "steps")
-    @classmethod
-    def _in_range(cls, values, info):
-        least = {"guidance_scale": 0, "steps": 1}[info.field_name]
-        if any(value < least for value in values):
-            raise ValueError(f"each must be {least} or more")
-        return values
-
-    @field_validator("reference")
-    @classmethod
-    def _known(cls, value):
-        if value not in (None, "train", "test") and not value.endswith(".npz"):
-            raise ValueError("it should be train, test, or a file that ends in .npz")
-        return value
 
 
 def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
@@ -126,7 +57,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     guide = _prepare(pipeline, config)
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
-    result = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
+    result: dict[str, Any] = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config)
     if not names:
         if config.classifier != "none" or config.labels == "data":
@@ -333,7 +264,8 @@ def _run(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    result = {"setting": {"guidance_scale": how.guidance_scale, "steps": how.steps}, **report.no_numbers()}
+    setting = {"guidance_scale": how.guidance_scale, "steps": how.steps}
+    result: dict[str, Any] = {"setting": setting, **report.no_numbers()}
     for name, extractor in extractors.items():
         add_metrics(result, made[name], real[name], scores.get(name), extractor, config.metrics, config.protocol)
     if accuracy:

@@ -4,6 +4,7 @@ What cannot be computed is skipped, and the result says why.
 """
 
 import math
+from collections.abc import Sequence
 
 from nsvq.eval.feature_statistics import (
     ISC_SPLITS,
@@ -18,7 +19,6 @@ from nsvq.eval.features import Extractor, metric_name
 from nsvq.eval.reference import ADM_ROWS
 from nsvq.eval.report import rank_warnings
 
-METRICS = ("fid", "sfid", "isc", "kid", "prc")
 _NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}
 _OF_ROWS = {"kid": (kid, KID_SUBSET), "prc": (precision_recall, NEIGHBOURS + 1)}  # function, least images of each set
 _MEANINGS = {
@@ -33,7 +33,7 @@ _MEANINGS = {
 }
 
 
-def names_of(metrics: list[str], extractor: str) -> list[str]:
+def names_of(metrics: Sequence[str], extractor: str) -> list[str]:
     """The names of all numbers of an extractor, for a result that has to say that they were skipped."""
     return [metric_name(name, extractor) for metric in metrics for name in _NAMES[metric]]
 
@@ -44,7 +44,7 @@ def add_metrics(
     real: FeatureSet,
     score: tuple[float, float] | None,
     extractor: Extractor,
-    metrics: list[str],
+    metrics: Sequence[str],
     protocol: str,
 ) -> None:
     """Add the numbers of one extractor, or why they are skipped, and warnings. `score`: (mean, standard deviation) of

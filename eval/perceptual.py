@@ -1,5 +1,7 @@
 """The LPIPS networks of a reconstruction's result, and which weights they have."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ _KNOWN = {"vgg": VGG16_Weights, "alex": AlexNet_Weights, "squeeze": SqueezeNet1_
 
 
 def load_networks(
-    nets: list[str], weights: list[Path], accelerator: Accelerator, result: dict
+    nets: Sequence[str], weights: list[Path], accelerator: Accelerator, result: dict
 ) -> tuple[dict[str, nn.Module], dict[str, dict]]:
     """The LPIPS networks by backbone, and {backbone: its weights' file and SHA-256}.
 
@@ -27,7 +29,7 @@ def load_networks(
     for i, net in enumerate(net for net in nets if net != "none"):
         path = weights[i] if weights else None
         try:
-            module = build_in_turn(accelerator, lambda net=net, path=path: load_lpips(net, path))
+            module = build_in_turn(accelerator, partial(load_lpips, net, path))
         except UserError:
             if path is not None:
                 raise

@@ -10,12 +10,10 @@ unless --data.image_size is given. The protocols are written down in docs/evalua
 
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,39 +26,15 @@ from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
 from nsvq.eval.autoencoders import open_tokenizer, reconstruct
+from nsvq.eval.config import ReconstructionConfig
 from nsvq.eval.distributed import gather_by_index, in_groups
 from nsvq.eval.drift import Drift
-from nsvq.eval.features import INCEPTION, Collector, PytorchFidInception, metric_name
+from nsvq.eval.features import Collector, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
 from nsvq.eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
 from nsvq.eval.reference import Cache, bad_images, key_of
 from nsvq.tokenizer.pretrained import Tokenizer
-
-
-class ReconstructionConfig(report.EvaluationConfig):
-    """Measure a tokenizer's reconstructions and codebook."""
-
-    tokenizer: str = Field(
-        description="Folder of a tokenizer (<out>/tokenizer, or a diffusers VQModel or AutoencoderKL)."
-    )
-    compare: str | None = Field(None, description="Folder of an earlier tokenizer, to measure drift and churn since.")
-    protocol: Literal["ours", "simvq"] = Field("ours", description="How to measure: see docs/evaluation.md.")
-    split: Literal["train", "test"] = Field("test", description="Split of the data to reconstruct.")
-    limit: int | None = Field(None, ge=1, description="Measure only this many images; null for all.")
-    lpips: list[Literal["vgg", "alex", "squeeze", "none"]] = Field(["vgg", "alex"], description="Backbones of LPIPS.")
-    lpips_weights: list[Path] = Field(
-        [],
-        description="Backbone weights (.pth or .safetensors, torchvision's names), one for each; none: download them.",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ReconstructionConfig":
-        if self.lpips_weights and len(self.lpips_weights) != len(self.lpips):
-            raise ValueError("lpips_weights must name one file for each backbone of lpips")
-        if self.protocol == "simvq" and self.features not in ([INCEPTION], ["none"]):
-            raise ValueError(f"protocol simvq measures features of {INCEPTION} alone")
-        return self
 
 
 class Measurement:
@@ -81,7 +55,7 @@ class Measurement:
         return f"lpips_{next(iter(self.lpips))}" if self.lpips else "mse"
 
     def run(self, batches: Iterable[dict], bad: BadImages) -> dict[str, list[Tensor]]:
-        """Measure `batches` of `common.data.eval_batches`; returns one row an image, for `gather_by_index`."""
+        """Measure `batches` of `data.batches.eval_batches`; returns one row an image, for `gather_by_index`."""
         names = ["index", "mse", "ssim", *(f"lpips_{net}" for net in self.lpips)]
         names += [] if self.tokenizer.codebook_size == 0 else ["error"]
         names += self.drift.rows if self.drift else []
@@ -144,7 +118,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
             f"{tokenizer.downsampling}"
         )
     images = open_split(data, config.split)
-    result = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
+    result: dict[str, Any] = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
     if data.image_size != tokenizer.image_size:
         warning = f"images of {data.image_size} pixels, for a tokenizer of {tokenizer.image_size}"
         result["warnings"].append(warning)

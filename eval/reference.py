@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from urllib.error import URLError
@@ -166,7 +166,7 @@ def real_sets(
 
 def real_batches(
     data: DataConfig, split: str, limit: int | None, accelerator: Accelerator, **loading: int
-) -> Iterator[dict]:
+) -> Iterable[dict]:
     """This rank's share of a split, with a bar; `loading`: batch_size and workers."""
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = eval_batches(data, split, limit=limit, **ranks, **loading)
@@ -263,11 +263,9 @@ def _gaussian(path: Path, mean_name: str, mean: np.ndarray, covariance_name: str
     shapes = f"{mean_name} {mean.shape} and {covariance_name} {covariance.shape}"
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or mean.dtype.kind != "f":
         raise UserError(f"--reference {path}: expected a mean [D] and a covariance [D, D], found {shapes}")
-    mean, covariance = torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()
-    scale = covariance.abs().max()
-    if (
-        not (mean.isfinite().all() and covariance.isfinite().all())
-        or (covariance - covariance.T).abs().max() > 1e-4 * scale
-    ):
+    gaussian = Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
+    spread = gaussian.covariance
+    finite = gaussian.mean.isfinite().all() and spread.isfinite().all()
+    if not finite or (spread - spread.T).abs().max() > 1e-4 * spread.abs().max():
         raise UserError(f"--reference {path}: {shapes} are no finite mean and symmetric covariance")
-    return Gaussian(mean, covariance)
+    return gaussian

@@ -1,4 +1,4 @@
-"""What both evaluations share: their options, and the result as a file and a table."""
+"""What both evaluations share: the result as a file and a table."""
 
 import hashlib
 import json
@@ -14,46 +14,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 
 from nsvq.common import config as configs
 from nsvq.common.run import code_version
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import Images
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.config import EvaluationConfig
 from nsvq.eval.feature_statistics import FeatureSet
-from nsvq.eval.features import INCEPTION, Extractor, Unavailable, load_extractor
-from nsvq.eval.reference import DEFAULT_CACHE
+from nsvq.eval.features import Extractor, Unavailable, load_extractor
 from nsvq.files import atomic_file, file_hash, part_of
-
-
-class EvaluationConfig(configs.Config):
-    """Options of both evaluations."""
-
-    data: DataConfig = Field(DataConfig(), description="The images to measure against.")
-    output: Path = Field(description="The result, a .json file; its folder is created.")
-    features: list[str] = Field(
-        [INCEPTION],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
-    features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
-    cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
-    cache_features: bool = Field(
-        False,
-        description="Keep the features of single images there, too, so that KID, precision and recall reuse them.",
-    )
-    batch_size: int = Field(
-        64,
-        ge=1,
-        description="Images that a rank loads at once; networks see always as many at a time, so it changes no number.",
-    )
-    workers: int = Field(4, ge=0, description="Data loading processes per rank.")
-
-    @property
-    def loading(self) -> dict[str, int]:
-        """How images are loaded, as arguments of `eval_batches`."""
-        return {"batch_size": self.batch_size, "workers": self.workers}
 
 
 def open_output(path: Path) -> None:
@@ -82,7 +52,7 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
 # The result
 
 
-def no_numbers() -> dict[str, dict | list]:
+def no_numbers() -> dict[str, Any]:
     """The part of a result that measuring fills: {name: number}, {name: what it is}, {name: why not}, warnings."""
     return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
 

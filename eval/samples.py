@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from nsvq.common import config as configs
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once
@@ -99,7 +100,7 @@ def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:
 def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
     """The given samples as 8-bit images [B, 3, S, S] on the pipeline's device."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
-    options = {"guidance_scale": how.guidance_scale, "num_inference_steps": how.steps}
+    options: dict[str, Any] = {"guidance_scale": how.guidance_scale, "num_inference_steps": how.steps}
     labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
     with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
         if is_ours(pipeline):

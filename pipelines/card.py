@@ -92,7 +92,7 @@ image = pipeline({what}num_inference_steps=50).images[0]
 With the project's own class, which adds {adds}:
 
 ```python
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq import ClassConditionalPipeline
 pipeline = ClassConditionalPipeline.from_pretrained("path/to/this/folder")
 image = pipeline({how}).images[0]
 ```

@@ -11,6 +11,7 @@ No class of this project is in it otherwise, but where the tokenizer's method ne
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -209,7 +210,7 @@ def save_pipeline(
         else:
             DiTPipeline(network, vae, scheduler).save_pretrained(part)
             # DiTPipeline reads its names from here, but does not save them.
-            changes = {"id2label": {str(i): name for i, name in classes.items()}}
+            changes: dict[str, Any] = {"id2label": {str(i): name for i, name in classes.items()}}
             if isinstance(network, PipelineDiT):
                 shutil.copyfile(dit.__file__, part / "transformer" / f"{SHIPPED_MODULE}.py")
                 changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]

@@ -221,7 +221,7 @@ def _predictor(transformer: ModelMixin) -> Callable:
 
     # Where weights are offloaded, only the forward pass brings them to the device.
     if isinstance(transformer, PipelineDiT) and not hasattr(transformer, "_hf_hook"):
-        predict.condition = transformer.condition
+        predict.condition = transformer.condition  # type: ignore[attr-defined]
     return predict
 
 

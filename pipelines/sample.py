@@ -14,9 +14,9 @@ from torchvision.utils import save_image
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.config import Config
-from nsvq.diffusion.samplers import SAMPLERS
+from nsvq.diffusion.samplers import Sampler
 from nsvq.errors import UsageError, UserError
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -34,7 +34,7 @@ class SampleConfig(Config):
     guide: Path | None = Field(
         None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
     )
-    sampler: Literal[SAMPLERS] | None = Field(None, description="Sampler that fits the model; null is the folder's.")
+    sampler: Sampler | None = Field(None, description="Sampler that fits the model; null is the folder's.")
     seed: int = Field(0, ge=0, description="Seed of the first image; image i has seed + i.")
     batch_size: int = Field(16, ge=1, description="Images to sample at once.")
     device: str | None = Field(None, description="Such as cpu or cuda:1; null is a GPU where there is one.")

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline, DiTPipeline
 from nsvq.diffusion.train import main as train_diffusion
 from nsvq.eval.generation import main as measure_samples
 from nsvq.eval.reconstruction import main as measure_reconstruction
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.pipelines.summary import main as summarize
-from nsvq.tokenizer import Tokenizer
+from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.train import main as train_tokenizer
 
 RUN = {"batch_size": 8, "workers": 0, "log_every": 4, "sample_every": 100, "checkpoint_every": 100, "trackers": []}

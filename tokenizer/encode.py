@@ -22,8 +22,8 @@ from nsvq.data.config import DataConfig
 from nsvq.data.sources import Images, open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
-from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.latents import LatentCache, shard_hash
+from nsvq.tokenizer.pretrained import Tokenizer
 
 SHARD_IMAGES = 2048  # 256 MiB at 16 x 16 x 128
 BATCH_IMAGES = 32

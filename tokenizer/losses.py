@@ -48,7 +48,7 @@ def phase_weights(
     "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
     the quantizer trains with, the codebook loss alone goes on when the encoder is frozen.
     """
-    weights = {config.pixel: 1.0}
+    weights: dict[str, float] = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight
     if "codebook" in quantizer.terms:
@@ -92,10 +92,11 @@ class Temperature:
         self.distance = state["distance"]
 
 
-def load_lpips(net: Literal["vgg", "squeeze", "alex"], weights: Path | None) -> nn.Module:
+def load_lpips(net: str, weights: Path | None) -> nn.Module:
     """LPIPS (arXiv 1801.03924) as a frozen module: two images in [-1, 1] [B, 3, H, W] -> distances [B].
 
-    The backbone comes from `weights`, else from torchvision's download. Raises `UserError` where neither works.
+    `net` is vgg, squeeze or alex. The backbone comes from `weights`, else from torchvision's download. Raises
+    `UserError` where neither works.
     """
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

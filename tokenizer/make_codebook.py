@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,7 +159,7 @@ def make(config: CodebookConfig, parts: Path, device: torch.device) -> Tensor:
     for label in tqdm(range(classes), "classes"):
         points = torch.cat(list(read_parts(parts, label))).to(device)
         state = parts / f"centroids-{label:06d}.safetensors"
-        found.append(cluster(lambda points=points: iter([points]), config.codes // classes, config, state))
+        found.append(cluster(partial(iter, [points]), config.codes // classes, config, state))
     return torch.cat(found)
 
 

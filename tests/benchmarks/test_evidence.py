@@ -144,6 +144,7 @@ def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_
     assert (tmp_path / "pages" / "study.md").read_text() == page
 
 
+@pytest.mark.slow
 def test_unprotected_vq_collapses_where_nsvq_does_not_and_a_finished_study_is_not_run_again(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "evidence.py", "--study", "configs/evidence/short.yaml"]
     command += ["--data", "synthetic", "--limit", 256, "--out", tmp_path / "runs", "--pages", tmp_path]

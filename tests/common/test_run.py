@@ -177,6 +177,7 @@ def test_metrics_of_a_start_that_left_no_checkpoint_are_dropped(accelerator, tmp
     assert [row["step"] for row in rows] == [2]
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_trains_in_is_refused_until_that_is_killed(accelerator, tmp_path):
     program = "import sys, time; from test_run import *; held = make(Accelerator(cpu=True), Path(sys.argv[1])); " \
               "print('held', flush=True); time.sleep(600)"  # fmt: skip
@@ -223,6 +224,7 @@ def test_a_global_batch_that_does_not_divide_is_refused(accelerator):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the malloc of glibc")
+@pytest.mark.slow
 def test_a_run_on_the_cpu_keeps_the_memory_that_it_frees(tmp_path):
     """A step finds the pages of the blocks that the step before has freed."""
     script = """

@@ -207,6 +207,7 @@ def test_reading_data_leaves_the_random_state_of_training_alone():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_the_same_in_another_process_and_tells_data_apart(tmp_path, png):
     def write(name, first):
         features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["x", "y"]))

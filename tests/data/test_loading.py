@@ -29,6 +29,7 @@ class Fatal(Dataset):
         return i
 
 
+@pytest.mark.slow
 def test_after_the_death_of_a_loading_process_the_sequence_goes_on_without_a_gap(tmp_path, capsys):
     data = Fatal({7}, tmp_path / "died")
 

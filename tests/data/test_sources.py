@@ -239,6 +239,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.slow
 def test_a_gated_or_unreachable_data_set_says_what_to_do_within_seconds(reachable, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     port = server.server_address[1]

@@ -43,6 +43,7 @@ def test_object_and_background_always_contrast():
         assert abs(middle - corners) > 25
 
 
+@pytest.mark.slow
 def test_colour_and_light_do_not_tell_the_class():
     # The best linear guess from the mean colour and the corner colours is no better than chance (10 %).
     features, labels = [], []

@@ -148,6 +148,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant):
 
 
 @pytest.mark.parametrize(("variant", "checkpointing"), [("dit", False), ("modern", True), ("unet", False)])
+@pytest.mark.slow
 def test_networks_compile_into_one_graph_with_the_same_gradients(variant, checkpointing):
     torch._dynamo.reset()
     model = random_model(variant)
@@ -198,6 +199,7 @@ def test_only_bfloat16_on_the_cpu_goes_around_the_kernel_and_weights_keep_their_
     assert calls[4:] == [torch.bfloat16] * 2
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16_compiles_into_one_graph_on_the_cpu():
     torch._dynamo.reset()
     model = random_dit()

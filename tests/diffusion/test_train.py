@@ -20,7 +20,7 @@ from nsvq.diffusion.samplers import sample
 from nsvq.diffusion.train import main
 from nsvq.errors import Stopped, UsageError, UserError
 from nsvq.eval import generation
-from nsvq.pipelines import ClassConditionalPipeline
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.latents import LatentCache, train_batches
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from diffusers import VQModel
 from PIL import Image
 
+from nsvq.eval.config import GenerationConfig
 from nsvq.eval.features import load_extractor
-from nsvq.eval.generation import GenerationConfig, evaluate
+from nsvq.eval.generation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fakes.py and two_ranks.py, which processes of their own share
 

@@ -47,6 +47,7 @@ def collect(extractor, images, accelerator, batch_size=103):
     return collector.total(accelerator), collector.score.total(accelerator)
 
 
+@pytest.mark.slow
 def test_all_metrics_equal_torch_fidelity_on_the_same_images(tiny, accelerator):
     real, made = random_images(1200, 0), random_images(1030, 1, contrast=0.8)
     real_set, _ = collect(tiny, real, accelerator)
@@ -132,6 +133,7 @@ def inception(tmp_path_factory, accelerator):
     return load_extractor(INCEPTION, path, accelerator)
 
 
+@pytest.mark.slow
 def test_sfid_is_adms_distance_of_the_first_7_channels_of_mixed_6_conv(inception):
     images = random_images(2, 2, size=24)
     features = inception._features(images)
@@ -173,6 +175,7 @@ def jpeg(image, quality):
     return Image.open(data).convert("RGB")
 
 
+@pytest.mark.slow
 def test_degradations_order_as_they_should(tiny, accelerator):
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in random_images(300, 3, size=32)]
 

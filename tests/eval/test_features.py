@@ -45,6 +45,7 @@ def test_a_wrong_extractor_is_one_clear_usage_error(tmp_path):
         features.resolve(str(empty))
 
 
+@pytest.mark.slow
 def test_weights_by_path_are_never_ignored(tiny_extractor, accelerator, tmp_path):
     wrong = tmp_path / "wrong.pth"
     torch.save({"a": torch.zeros(1)}, wrong)

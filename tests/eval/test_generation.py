@@ -10,10 +10,11 @@ from PIL import Image
 
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, generation
-from nsvq.eval.generation import GenerationConfig
+from nsvq.eval.config import GenerationConfig
 from nsvq.eval.report import folder_hash
 
 
+@pytest.mark.slow
 def test_every_number_equals_torch_fidelity_on_the_same_images(measure_samples, image_folder, tmp_path):
     result = measure_samples(batch_size=7, seed=5)
     made, real = tmp_path / "made", tmp_path / "real"

@@ -77,6 +77,7 @@ def random_transformer(layers):
     return transformer
 
 
+@pytest.mark.slow
 def test_sampler_and_guide_make_the_samples_and_are_in_the_result(measure_samples, own_pipeline, tmp_path):
     (folder, pipeline), (weak, _) = own_pipeline(), own_pipeline(2)
     options = {"samples": 16, "steps": [2], "guidance_scale": [2.0], "metrics": ["fid"], "keep": "png"}

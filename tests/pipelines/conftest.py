@@ -4,8 +4,8 @@ from diffusers import VQModel
 
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.samplers import flow_scheduler
-from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "golden retriever"}
 ABOUT = {

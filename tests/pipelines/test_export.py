@@ -22,8 +22,8 @@ from nsvq.diffusion.model import SIZES
 from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.diffusion.unet import make_unet
 from nsvq.errors import UserError
-from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import from_stock, save_pipeline, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "golden retriever"}
 
@@ -31,6 +31,7 @@ NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "gol
 @pytest.mark.parametrize("variant", ["dit", "modern"])
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.slow
 def test_exported_and_own_outputs_agree_with_and_without_class(size, patch_size, variant):
     _, width, heads = SIZES[size]
     model = DiT(4, 3, num_classes=7, patch_size=patch_size, depth=1, width=width, heads=heads, variant=variant).eval()
@@ -117,6 +118,7 @@ print((resident("VmHWM") - before) / size)
 """
 
 
+@pytest.mark.slow
 def test_reading_a_network_back_holds_no_more_memory_than_the_stock_class():
     done = subprocess.run([sys.executable, "-c", READ_BACK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -146,6 +148,7 @@ def load_elsewhere(folder, tmp_path, **arguments):
     return torch.load(tmp_path / "images.pt")
 
 
+@pytest.mark.slow
 def test_modern_ships_its_code_and_loads_where_the_project_is_not(vae, tmp_path):
     torch.manual_seed(4)
     model = DiT(4, 3, num_classes=5, depth=2, width=64, heads=2, variant="modern")

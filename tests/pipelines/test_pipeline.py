@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 
 from nsvq.diffusion.objectives import DDPM, DDPMConfig
 from nsvq.diffusion.samplers import flow_scheduler
-from nsvq.pipelines import ClassConditionalPipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 STEPS = 4
 
@@ -71,6 +71,7 @@ def test_seeds_hold_for_samplers_that_draw_noise_too(pipeline, scheduler, sample
     assert (images(pipeline, [0], seeds=[8], **how) - latents[:1]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_samplers_by_name_reach_about_the_same_image_with_the_folder_s_shift(pipeline):
     options = {"seeds": [0, 1], "num_inference_steps": 100, "output_type": "latent"}
     latents = images(pipeline, [0, 1], **options)
@@ -132,6 +133,7 @@ def test_a_guide_of_other_latents_or_classes_is_refused(pipeline, tmp_path, rand
         pipeline.load_guide(tmp_path / "classes")
 
 
+@pytest.mark.slow
 def test_as_many_steps_as_there_are_timesteps_work(pipeline):
     # Neighbouring timesteps are equal after rounding then, on which the stock lookup of the first step fails.
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=4.0)

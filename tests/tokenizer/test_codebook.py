@@ -82,6 +82,7 @@ def test_nonstationary_loss_and_gradient_equal_a_dense_float64_reference(
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(0.1, "_add_near"), (10.0, "_add_all")])
+@pytest.mark.slow
 def test_blocks_of_negligible_weight_are_passed_over_where_they_are_many(monkeypatch, temperature, expected):
     called = set()
     for name in ("_add_near", "_add_all"):

@@ -21,6 +21,7 @@ runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="n
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
+@pytest.mark.slow
 def test_kernels_through_the_interpreter():
     command = [sys.executable, "-m", "pytest", __file__, "-k", "not compile", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
@@ -104,6 +105,7 @@ for capability in (80, 90):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler on Linux alone")
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_and_fit_the_shared_memory_of_a_consumer_card():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)

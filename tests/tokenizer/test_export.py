@@ -4,9 +4,9 @@ from accelerate import Accelerator
 from diffusers import VQModel
 
 from nsvq.errors import UserError
-from nsvq.tokenizer import Tokenizer
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
+from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
@@ -128,8 +128,8 @@ def test_a_pipeline_with_the_projects_class_loads_in_stock_diffusers(make, tmp_p
     from nsvq.diffusion.dit import DiT
     from nsvq.diffusion.samplers import flow_scheduler
     from nsvq.eval.samples import load_pipeline
-    from nsvq.pipelines import ClassConditionalPipeline
     from nsvq.pipelines.export import save_pipeline, to_stock
+    from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
     encoder, decoder, images = build(make("fsq"))
     model = exported(encoder, decoder, images)

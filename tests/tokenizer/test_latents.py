@@ -11,9 +11,10 @@ from nsvq.data.config import DataConfig
 from nsvq.data.images import center_crop, several_crops, to_tensor
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
-from nsvq.tokenizer import Tokenizer, encode
+from nsvq.tokenizer import encode
 from nsvq.tokenizer.encode import open_cache
 from nsvq.tokenizer.latents import LatentCache, train_batches
+from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 

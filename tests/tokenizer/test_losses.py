@@ -42,6 +42,7 @@ def test_a_logit_sees_a_patch_of_seventy_pixels():
 
 
 @pytest.mark.parametrize(("net", "builder"), [("squeeze", models.squeezenet1_1), ("vgg", models.vgg16)])
+@pytest.mark.slow
 def test_lpips_takes_a_file_of_torchvisions_weights(net, builder, tmp_path):
     backbone = builder(weights=None)
     torch.save(backbone.state_dict(), tmp_path / "weights.pth")

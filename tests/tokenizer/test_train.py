@@ -20,9 +20,10 @@ from nsvq.common.config import read_yaml, validate
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.data.batches import eval_batches
 from nsvq.errors import Stopped, UsageError, UserError
-from nsvq.tokenizer import Tokenizer, train
+from nsvq.tokenizer import train
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.model import make_encoder
+from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.quantizers.ema import EMAQuantizer
 from nsvq.tokenizer.train import main

@@ -2,7 +2,7 @@
 
 from functools import reduce
 from operator import or_
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from nsvq.tokenizer.quantizers.base import Quantized, Quantizer, QuantizerOptions
 from nsvq.tokenizer.quantizers.bsq import BSQ
@@ -25,7 +25,10 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     name: method for method in _METHODS for name in get_args(method.Config.model_fields["name"].annotation)
 }
 # The options of one method or of another, told apart by `name`.
-QuantizerConfig = reduce(or_, (method.Config for method in _METHODS))
+if TYPE_CHECKING:
+    QuantizerConfig = QuantizerOptions
+else:
+    QuantizerConfig = reduce(or_, (method.Config for method in _METHODS))
 
 
 def make_quantizer(options: QuantizerOptions, dim: int) -> Quantizer:

@@ -1,6 +1,6 @@
 """What every quantizer shares: its place between encoder and decoder, the decoder's gradient, the two VQ losses."""
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from nsvq.tokenizer.codebook import NonStationary, nearest_code, search_with_non
 
 class QuantizerOptions(Config):
     """Options of a method, in a subclass with `name` as a `Literal`: the section `quantizer` of a config."""
+
+    name: str
 
     def check_dim(self, dim: int) -> None:
         """Raises `ValueError` where the method cannot work on latents of `dim` channels."""
@@ -52,6 +54,7 @@ class Quantizer(nn.Module):
     Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes.
     """
 
+    config: Any  # an instance of `Config`
     Config: ClassVar[type[QuantizerOptions]]
     terms: ClassVar[tuple[str, ...]] = ()  # of "codebook" and "commitment", those that the method trains with
     learns_codes: ClassVar[bool] = False  # in training, so that the NS loss means something
@@ -147,8 +150,7 @@ class Quantizer(nn.Module):
 class NearestQuantizer(Quantizer):
     """A quantizer whose code is the nearest one of a codebook [K, d], which a method gives by `codebook`."""
 
-    config: NearestConfig
-    terms = ("codebook", "commitment")
+    terms: ClassVar[tuple[str, ...]] = ("codebook", "commitment")
     learns_codes = True
 
     def quantize(self, z: Tensor, temperature: float | None) -> tuple[Tensor, Tensor, dict, dict]:

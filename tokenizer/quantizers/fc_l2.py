@@ -17,13 +17,13 @@ from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
 class NormalizedConfig(VQConfig):
     """A free table of directions."""
 
-    name: Literal["fc_l2"] = Field(description="fc_l2: factorized codes on the unit sphere.")
+    name: Literal["fc_l2"] = Field(description="fc_l2: factorized codes on the unit sphere.")  # type: ignore[assignment]
 
 
 class NormalizedVQ(VQ):
     """Codes w / |w| [K, d]; latents are normalised, and both losses are measured on the sphere."""
 
-    Config = NormalizedConfig
+    Config = NormalizedConfig  # type: ignore[assignment]
     can_consolidate = False  # codes are directions
 
     def prepare(self, z: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class FSP(GridQuantizer):
         indices, prepared = self.lookup(z), self.prepare(z)
         codes = self.codes(indices)
         losses = {"commitment": (prepared - codes).square().mean()}
-        value, stats = codes, {}
+        value, stats = codes, dict[str, Tensor]()
         if self.training:
             losses |= moment_losses(z, self.variance)
             value, stats = self._perturb(prepared.detach(), codes)

@@ -63,6 +63,7 @@ def test_learning_rates_rise_hold_and_fall_as_the_paper_has_them():
     assert OptimConfig().lr_factor(0.9, 7) == 1
 
 
+@pytest.mark.slow
 def test_toy_regression_of_the_specification():
     """Static non-Gaussian latents, codebook loss alone: the bridge uses all codes where a free table uses few."""
     torch.manual_seed(0)

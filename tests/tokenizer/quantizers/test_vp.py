@@ -17,6 +17,7 @@ def image(tokens):
 
 # The specification's table (eta = 1, k = 8, M = 16 d), computed there independently: acceptance and mean radius.
 @pytest.mark.parametrize(("k", "d", "acceptance", "radius"), [(256, 3, 0.665, 0.431), (1024, 4, 0.620, 0.505)])
+@pytest.mark.slow
 def test_acceptance_and_radius_of_gaussian_latents_are_those_of_the_specification(make, k, d, acceptance, radius):
     quantizer = unfitted(make, codebook_size=k, dim=d, noise=1.0, push=0.01)
     stats = quantizer(torch.randn(1, d, 100, 200)).stats
@@ -24,6 +25,7 @@ def test_acceptance_and_radius_of_gaussian_latents_are_those_of_the_specificatio
     assert float(stats["radius"]) == pytest.approx(radius, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_step_keeps_the_variance_of_the_latents(make):
     quantizer = unfitted(make, codebook_size=256, dim=4)
     z = torch.randn(1, 4, 200, 200)

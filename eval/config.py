@@ -1,0 +1,138 @@
+"""The options of eval/reconstruction.py and eval/generation.py."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from nsvq.common.config import Config
+from nsvq.data.config import DataConfig
+from nsvq.diffusion.samplers import Sampler
+from nsvq.eval.features import DINOV2, INCEPTION
+from nsvq.eval.reference import DEFAULT_CACHE
+
+IMAGENET = "ILSVRC/imagenet-1k"
+
+
+class EvaluationConfig(Config):
+    """Options of both evaluations."""
+
+    data: DataConfig = Field(DataConfig(), description="The images to measure against.")
+    output: Path = Field(description="The result, a .json file; its folder is created.")
+    features: list[str] = Field(
+        [INCEPTION],
+        min_length=1,
+        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
+    )
+    features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
+    cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
+    cache_features: bool = Field(
+        False,
+        description="Keep the features of single images there, too, so that KID, precision and recall reuse them.",
+    )
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Images that a rank loads at once; networks see always as many at a time, so it changes no number.",
+    )
+    workers: int = Field(4, ge=0, description="Data loading processes per rank.")
+
+    @property
+    def loading(self) -> dict[str, int]:
+        """How images are loaded, as arguments of `eval_batches`."""
+        return {"batch_size": self.batch_size, "workers": self.workers}
+
+
+class ReconstructionConfig(EvaluationConfig):
+    """Measure a tokenizer's reconstructions and codebook."""
+
+    tokenizer: str = Field(
+        description="Folder of a tokenizer (<out>/tokenizer, or a diffusers VQModel or AutoencoderKL)."
+    )
+    compare: str | None = Field(None, description="Folder of an earlier tokenizer, to measure drift and churn since.")
+    protocol: Literal["ours", "simvq"] = Field("ours", description="How to measure: see docs/evaluation.md.")
+    split: Literal["train", "test"] = Field("test", description="Split of the data to reconstruct.")
+    limit: int | None = Field(None, ge=1, description="Measure only this many images; null for all.")
+    lpips: list[Literal["vgg", "alex", "squeeze", "none"]] = Field(["vgg", "alex"], description="Backbones of LPIPS.")
+    lpips_weights: list[Path] = Field(
+        [],
+        description="Backbone weights (.pth or .safetensors, torchvision's names), one for each; none: download them.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ReconstructionConfig":
+        if self.lpips_weights and len(self.lpips_weights) != len(self.lpips):
+            raise ValueError("lpips_weights must name one file for each backbone of lpips")
+        if self.protocol == "simvq" and self.features not in ([INCEPTION], ["none"]):
+            raise ValueError(f"protocol simvq measures features of {INCEPTION} alone")
+        return self
+
+
+class GenerationConfig(EvaluationConfig):
+    """Measure a pipeline's samples against real images."""
+
+    pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
+    features: list[str] = Field(
+        [INCEPTION, DINOV2],
+        min_length=1,
+        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
+    )
+    protocol: Literal["ours", "adm", "nsvq"] | None = Field(
+        None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
+    )
+    metrics: list[Literal["fid", "sfid", "isc", "kid", "prc"]] = Field(
+        ["fid", "sfid", "isc", "kid", "prc"],
+        min_length=1,
+        description="What to measure, as far as an extractor has features for it.",
+    )
+    samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
+    labels: Literal["balanced", "data"] = Field(
+        "balanced",
+        description="Classes of the samples: each in turn, or drawn as often as in the training split; a model without "
+        "classes is asked for none.",
+    )
+    guidance_scale: list[float] = Field(
+        [1.0],
+        min_length=1,
+        description="Classifier-free guidance; 1 is without, 0 unconditional; several make a sweep.",
+    )
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="Noise levels, from 0 (image) to 1 (noise), within which guidance acts."
+    )
+    guide: Path | None = Field(
+        None, description="Folder of a smaller or earlier pipeline to guide by (autoguidance), instead of no class."
+    )
+    sampler: Sampler | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
+    steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
+    seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Autocast type of sampling; features are always float32."
+    )
+    reference: str | None = Field(
+        None, description="Real images: train, test, or an .npz file in ADM's format; null: what the protocol asks for."
+    )
+    reference_limit: int | None = Field(None, ge=1, description="Compare with only this many of a split; null for all.")
+    keep: Literal["none", "png", "npz"] = Field(
+        "none",
+        description="Keep samples beside the result: PNG files, from which sampling resumes; npz: also ADM's file.",
+    )
+    classifier: Literal["none", "trained", "features"] = Field(
+        "none",
+        description="Also report which share is of the class asked for: by a small network trained on the data, or by "
+        "the class outputs of the first extractor.",
+    )
+
+    @field_validator("guidance_scale", "steps")
+    @classmethod
+    def _in_range(cls, values, info):
+        least = {"guidance_scale": 0, "steps": 1}[info.field_name]
+        if any(value < least for value in values):
+            raise ValueError(f"each must be {least} or more")
+        return values
+
+    @field_validator("reference")
+    @classmethod
+    def _known(cls, value):
+        if value not in (None, "train", "test") and not value.endswith(".npz"):
+            raise ValueError("it should be train, test, or a file that ends in .npz")
+        return value
