@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 HARNESS = ROOT / "tests" / "harness"
 sys.path.append(str(HARNESS))  # not tests itself, whose folders are named as the packages are
 
-SLOW_FIXTURES = {"run_script", "run_instrumented", "run_two_ranks", "ranks", "trained"}
-SLOW_FILES = {"test_soak.py", "test_wheel.py"}
+SLOW_FIXTURES = {"run_script", "run_instrumented", "run_two_ranks"}
+SLOW_FILES = {"test_classifier.py", "test_ranks.py", "test_soak.py", "test_wheel.py"}
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that run whole scripts or train are marked slow, as are those that say so: `make test-fast` goes without."""
+    """Tests that run whole scripts are slow, as those that are marked so: `make test-fast` goes without them."""
     for item in items:
         if item.path.name in SLOW_FILES or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
