@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -140,7 +140,7 @@ class Run:
     def __init__(
         self,
         accelerator: Accelerator,
-        config: configs.Config,
+        config: Any,
         out: Path,
         name: str,
         modules: dict[str, torch.nn.Module],
@@ -152,7 +152,7 @@ class Run:
         self.step = self.samples_seen = 0
         self._retry_at: int | None = None
         self._log = MetricsLog(accelerator, self.out / "metrics.jsonl")
-        problem = [None]
+        problem: list[Any] = [None]
         if accelerator.is_main_process:
             try:
                 self._claim()
@@ -209,7 +209,8 @@ class Run:
         or split over them).
 
         A failed write leaves the older checkpoints and the run as they were; the next try is due soon."""
-        failure, contents = [None], self._contents(state)
+        failure: list[Any] = [None]
+        contents = self._contents(state)
         if self.accelerator.is_main_process:
             try:
                 self._write(self._checkpoints / f"step-{self.step}", contents)
@@ -244,15 +245,15 @@ class Run:
         Lines of metrics.jsonl that are later than the checkpoint are dropped: they will be written again. Raises
         `UserError` where every checkpoint is damaged, and where the one to take is another run's, lies outside the
         run's folder or holds more than data."""
-        answer = [None, None]
+        answer: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 answer = [self._choose(), None]
             except UserError as error:
                 answer = [None, error]
-        folder, error = broadcast_object_list(answer)
-        if error is not None:
-            raise error
+        folder, refused = broadcast_object_list(answer)
+        if refused is not None:
+            raise refused
         if folder is None:
             if self.accelerator.is_main_process:
                 self._log.drop_after(0)

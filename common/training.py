@@ -16,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from nsvq.common.config import Config
 from nsvq.common.fsdp import full, split_like
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means, show
@@ -54,17 +54,18 @@ class Trainer:
     """Base of the trainers. A subclass's constructor calls this one first, builds its networks, and ends with
     `register`; `stateful` then holds what a checkpoint keeps besides weights and optimizers."""
 
+    config: Any  # a schema with `out` and a section `run`
     total_steps: int
     shown: tuple[str, ...] = ()  # metrics beside the progress bar
     flops_of: str = "step"  # what a step computes; where it changes, its FLOPs are counted anew
 
-    def __init__(self, config: Config, accelerator: Accelerator):
+    def __init__(self, config: Any, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.micro_batch = micro_batch_size(config.run, accelerator)
         self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers,
                         "rank": accelerator.process_index, "world_size": accelerator.num_processes}  # fmt: skip
         self.guard, self.means = Guard(accelerator), Means(accelerator)
-        self.stateful = {"guard": self.guard, "means": self.means}
+        self.stateful: dict[str, Any] = {"guard": self.guard, "means": self.means}
 
     def register(
         self,

@@ -10,7 +10,7 @@ What this adds to torchdata's loader with a state: a place in the data is one nu
 belongs to no number of ranks or workers, so a run goes on elsewhere at the same sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, several_crops, to_tensor, training_crop
 from nsvq.data.loading import batches_of, make_loader, restarting
-from nsvq.data.sources import Images, SyntheticImages, open_split
+from nsvq.data.sources import Split, open_split
 
 _ATTEMPTS = 20  # images tried for one place before the run ends
 _ORDER, _AUGMENT, _REPLACE = range(3)  # independent random sequences of one seed
@@ -38,7 +38,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Shuffled training batches without end, from global sample `start` on.
 
     Position p of the sequence holds image permutation(seed, p // n)[p % n], cropped and flipped by (seed, p) alone, so
@@ -84,7 +84,7 @@ def eval_batches(
 
 
 def batches_in_order(
-    data: Images | SyntheticImages, order: np.ndarray, size: int, *, batch_size: int, workers: int = 0, crops: int = 1
+    data: Split, order: np.ndarray, size: int, *, batch_size: int, workers: int = 0, crops: int = 1
 ) -> Iterator[dict]:
     """The images of `order`, indices [N], by ADM's centre crop of `size` pixels; bad ones are left out and listed.
 
@@ -125,7 +125,7 @@ def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
 class _TrainImages(Dataset):
     """(position, index) -> the item at that position."""
 
-    def __init__(self, data: Images | SyntheticImages, config: DataConfig, seed: int):
+    def __init__(self, data: Split, config: DataConfig, seed: int):
         self.data, self.config, self.seed = data, config, seed
 
     def __getitem__(self, place: tuple[int, int]) -> _Item:
@@ -148,7 +148,7 @@ class _TrainImages(Dataset):
 class _EvalImages(Dataset):
     """index -> its item."""
 
-    def __init__(self, data: Images | SyntheticImages, size: int, crops: int):
+    def __init__(self, data: Split, size: int, crops: int):
         self.data, self.size, self.crops = data, size, crops
 
     def __getitem__(self, index: int) -> _Item:

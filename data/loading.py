@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
                                  "short of memory, take fewer --run.workers") from None  # fmt: skip
 
 
-def restarting(make: Callable[[int], Iterable]) -> Iterator[Any]:
+def restarting(make: Callable[[int], Iterable]) -> Generator[Any, None, None]:
     """The batches of make(0); after the death of a loading process those of make(batches so far)."""
     done = deaths = 0
     while True:

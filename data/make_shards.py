@@ -33,7 +33,7 @@ from nsvq.data.bad_images import BadImages
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, center_crop, resize_short_side
 from nsvq.data.loading import batches_of, make_loader
-from nsvq.data.sources import Images, SyntheticImages, open_split
+from nsvq.data.sources import Split, open_split
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
 
@@ -90,10 +90,10 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
                 bad.update({"label": [None] * found["images"], "bad": found["bad"]})
                 bad.check()
         if splits["train"].classes:
-            with atomic_file(config.output / "classes.txt") as part:
-                part.write_text("\n".join(splits["train"].classes) + "\n")
-        with atomic_file(config.output / "bad-images.txt") as part:
-            part.write_text("".join(f"{id}\n" for id in bad.bad))
+            with atomic_file(config.output / "classes.txt") as file:
+                file.write_text("\n".join(splits["train"].classes) + "\n")
+        with atomic_file(config.output / "bad-images.txt") as file:
+            file.write_text("".join(f"{id}\n" for id in bad.bad))
     except OSError as error:
         raise UserError(f"cannot write to {config.output} ({error}); the same command goes on from here") from None
     return counts | {"bad": bad.check(final=True)}
@@ -108,9 +108,7 @@ def _claim(folder: Path, about: dict) -> None:
         part.write_text(json.dumps(about, indent=2))
 
 
-def _write_shard(
-    path: Path, split: Images | SyntheticImages, order: np.ndarray, resize: Callable, config: ShardConfig
-) -> dict:
+def _write_shard(path: Path, split: Split, order: np.ndarray, resize: Callable, config: ShardConfig) -> dict:
     """How many images it holds, and the ids of those that did not decode. The file takes its name when it is whole."""
     bad, images = [], 0
     encoded = _Encoded(split, order.tolist(), resize, config)
@@ -134,7 +132,7 @@ def _write_shard(
 class _Encoded(Dataset):
     """i -> (id, encoded image or None, label) of the i-th image of `order`."""
 
-    def __init__(self, split: Images | SyntheticImages, order: list[int], resize: Callable, config: ShardConfig):
+    def __init__(self, split: Split, order: list[int], resize: Callable, config: ShardConfig):
         self.split, self.order, self.resize, self.config = split, order, resize, config
 
     def __len__(self) -> int:

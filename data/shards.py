@@ -42,9 +42,9 @@ class Shards:
 
     def __init__(self, shards: list[str], image_field: str, label_field: str | None):
         with ThreadPoolExecutor(_THREADS) as pool:
-            indexes = pool.map(partial(_index, image_field=image_field, label_field=label_field), shards)
+            found = pool.map(partial(_index, image_field=image_field, label_field=label_field), shards)
             # Shown where it takes long: indexes of earlier runs are read at once.
-            indexes = list(tqdm(indexes, "index of shards", len(shards), unit="shard", leave=False, delay=3))
+            indexes = list(tqdm(found, "index of shards", len(shards), unit="shard", leave=False, delay=3))
         keys, self.labels, offsets, sizes = (np.concatenate([index[name] for index in indexes]) for name in _ARRAYS)
         self._keys, self._offsets, self._sizes = keys, offsets, sizes
         self._ends = np.cumsum([len(index["keys"]) for index in indexes])
@@ -108,7 +108,7 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
     try:
         # Ranks may index the same shard at once.
         with atomic_file(kept, shared=True) as part, open(part, "wb") as file:
-            np.savez(file, about=np.array(about), **arrays)
+            np.savez(file, about=np.array(about), **arrays)  # type: ignore[arg-type]
     except OSError as error:
         note(f"the index of the shards is not kept in {CACHE} ({error.strerror}), and made again at each start")
     return arrays
@@ -126,7 +126,8 @@ def _scan(shard: str, image_field: str, label_field: str | None) -> dict[str, np
 
 def _samples(shard: str, label_field: str | None = None) -> Iterator[tuple[str, dict]]:
     """(key, {field: (offset, size)}) of each sample, consecutive files of one key; of `label_field` the content."""
-    key, fields = None, {}
+    key: str | None = None
+    fields: dict[str, tuple[int, int] | bytes] = {}
     for tar, member in _members(shard):
         folder, _, base = member.name.rpartition("/")
         stem, _, field = base.partition(".")

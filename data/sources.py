@@ -86,7 +86,10 @@ class SyntheticImages:
         return f"{self._split}[{i}]"
 
 
-def open_split(config: DataConfig, split: str) -> Images | SyntheticImages:
+Split = Images | SyntheticImages
+
+
+def open_split(config: DataConfig, split: str) -> Split:
     """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process.
 
     Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
@@ -97,7 +100,7 @@ def open_split(config: DataConfig, split: str) -> Images | SyntheticImages:
 
 
 @lru_cache(maxsize=8)
-def _open(schema: type, text: str, split: str) -> Images | SyntheticImages:
+def _open(schema: type, text: str, split: str) -> Split:
     config = schema(**json.loads(text))
     if config.source == "synthetic":
         return SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size)

@@ -15,7 +15,7 @@ def use_cpu_attention(network: nn.Module) -> None:
     kernel everywhere else. Its weights, and their names, stay as they are."""
     for module in network.modules():
         if isinstance(module, Attention):
-            module.attend = attend
+            module.attend = attend  # type: ignore[method-assign]
 
 
 def attend(qkv: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from functools import reduce
 from operator import or_
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -158,9 +158,12 @@ def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_class:
     return torch.where((uniform < probability) | (labels < 0), null_class, labels)
 
 
-_OBJECTIVES = (Flow, DDPM)
+_OBJECTIVES: tuple[Any, ...] = (Flow, DDPM)
 # The options of one objective or of another, told apart by `name`.
-ObjectiveConfig = reduce(or_, (objective.Config for objective in _OBJECTIVES))
+if TYPE_CHECKING:
+    ObjectiveConfig = ObjectiveOptions
+else:
+    ObjectiveConfig = reduce(or_, (objective.Config for objective in _OBJECTIVES))
 
 
 def make_objective(config: ObjectiveOptions, latent_shape: tuple[int, ...]) -> Objective:

@@ -35,6 +35,7 @@ class DiffusionTrainer(Trainer):
     the model does not fit the latents.
     """
 
+    config: TrainConfig
     shown = ("loss", "grad_norm")
 
     def __init__(

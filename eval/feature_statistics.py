@@ -111,9 +111,9 @@ class InceptionScore:
 
 def _total(value: Tensor | float, accelerator: Accelerator) -> Tensor:
     """The sum of float64 tensors over all ranks, on the CPU; a number stands for a rank that has had no image."""
-    shape = max(gather_object([tuple(value.shape) if torch.is_tensor(value) else ()]))
-    value = value if torch.is_tensor(value) else torch.zeros(shape, dtype=torch.float64)
-    return accelerator.reduce(value.to(accelerator.device), "sum").cpu()
+    shape = max(gather_object([tuple(value.shape) if isinstance(value, Tensor) else ()]))
+    summed = value if isinstance(value, Tensor) else torch.zeros(shape, dtype=torch.float64)
+    return accelerator.reduce(summed.to(accelerator.device), "sum").cpu()
 
 
 def isc_splits(count: int, adm: bool = False) -> Tensor | None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.data.config import DataConfig
-from nsvq.data.sources import Images, open_split
+from nsvq.data.sources import Split, open_split
 from nsvq.diffusion.samplers import make_sampler, set_steps
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
@@ -192,7 +192,7 @@ def _real_sets(
     extractors: dict[str, Extractor],
     data: DataConfig,
     split: str,
-    images: Images,
+    images: Split,
     config: GenerationConfig,
     accelerator: Accelerator,
 ) -> tuple[dict[str, FeatureSet], dict]:

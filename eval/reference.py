@@ -25,7 +25,7 @@ from nsvq.common.image_metrics import to_uint8
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
-from nsvq.data.sources import Images
+from nsvq.data.sources import Split
 from nsvq.errors import UserError
 from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, Gaussian
@@ -46,7 +46,7 @@ _ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_ba
 
 
 def key_of(
-    data: DataConfig, split: str, limit: int | None, images: Images, extractor: Extractor, transform: str
+    data: DataConfig, split: str, limit: int | None, images: Split, extractor: Extractor, transform: str
 ) -> dict:
     """What the statistics of a set of real images depend on."""
     files = {name: value for name, value in extractor.about.items() if name.endswith("sha256")}
@@ -97,7 +97,7 @@ class Cache:
             arrays |= {f"rows {layer}": rows.numpy() for layer, rows in features.rows.items()}
         try:
             with atomic_file(self.path(key), shared=True) as part, open(part, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]
         except OSError as error:
             print(f"warning: the reference is not kept in {self.folder} ({error.strerror})", file=sys.stderr)
 
@@ -120,7 +120,7 @@ def real_sets(
     cache: Cache,
     data: DataConfig,
     split: str,
-    images: Images,
+    images: Split,
     *,
     limit: int | None,
     only_adm_rows: bool,
@@ -179,7 +179,7 @@ def bad_images(accelerator: Accelerator, bad: list[str]) -> dict:
     return {"bad_images": len(everywhere), "bad_images_shown": everywhere[:_BAD_SHOWN]}
 
 
-def _choose_rows(images: Images) -> Tensor:
+def _choose_rows(images: Split) -> Tensor:
     keep = torch.zeros(len(images), dtype=torch.bool)
     keep[torch.from_numpy(np.random.default_rng(0).permutation(len(images))[:ADM_ROWS])] = True
     return keep

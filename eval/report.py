@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from nsvq.common import config as configs
 from nsvq.common.run import code_version
 from nsvq.data.config import DataConfig
-from nsvq.data.sources import Images
+from nsvq.data.sources import Split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.config import EvaluationConfig
 from nsvq.eval.feature_statistics import FeatureSet
@@ -75,7 +75,7 @@ def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
     }
 
 
-def about_data(config: DataConfig, split: str, images: Images) -> dict:
+def about_data(config: DataConfig, split: str, images: Split) -> dict:
     """Which images were measured."""
     return {
         "source": config.source,

@@ -94,7 +94,7 @@ def _stock_dit(model: DiT) -> DiTTransformer2DModel:
         norm_eps=dit.EPS,
     )
     own, layers = model.state_dict(), 2 * config.depth
-    labels, weights = label_table(own["class_embed.weight"]), {}
+    labels, weights = label_table(own["class_embed.weight"]), dict[str, Tensor]()
     for kind in ("weight", "bias"):
         weights |= {f"{new}.{kind}": own[f"{old}.{kind}"] for old, new in _names(config.depth).items()}
         rows = own[f"modulation.{kind}"].unflatten(0, (-1, config.width))

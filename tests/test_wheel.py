@@ -19,7 +19,8 @@ TOKENIZER = {
     "model": {"channels": 8, "channel_multipliers": [1, 2], "layers_per_block": 1, "norm_groups": 4},
     "quantizer": {"codebook_size": 16},
     "loss": {"perceptual": "none", "discriminator_channels": 8, "discriminator_layers": 1},
-    "schedule": {"epoch_samples": 16, "epochs": 2, "freeze": False},
+    "nsvq": None,
+    "schedule": {"epoch_samples": 16, "epochs": 2},
     "validation": {"images": 8, "probe_images": 4, "statistics_images": 16},
     "run": RUN,
 }

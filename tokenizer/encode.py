@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nsvq.data.batches import batches_in_order
 from nsvq.data.config import DataConfig
-from nsvq.data.sources import Images, open_split
+from nsvq.data.sources import Split, open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
 from nsvq.tokenizer.latents import LatentCache, shard_hash
@@ -124,7 +124,7 @@ def _encode(
     folder: Path,
     tokenizer: Tokenizer,
     data: DataConfig,
-    images: Images,
+    images: Split,
     accelerator: Accelerator,
     key: dict,
     workers: int,

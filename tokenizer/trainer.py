@@ -31,6 +31,7 @@ class TokenizerTrainer(Trainer):
     """Trains a tokenizer as `config` says, and leaves it in <out>/tokenizer. Its clock is the number of samples seen,
     cut into epochs."""
 
+    config: TrainConfig
     shown = ("l1", "commitment", "utilization", "val_psnr")
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
@@ -126,7 +127,7 @@ class TokenizerTrainer(Trainer):
         if self.tau is None:
             self.weights.pop("nonstationary", None)
         self.optimized["discriminator"].trains = "adversarial" in self.weights
-        self.tokens = []  # of each micro-batch: indices, squared errors, commitment loss
+        self.tokens: list[tuple] = []  # of each micro-batch: indices, squared errors, commitment loss
 
     def step(self, batch: dict) -> dict[str, Tensor]:
         weights, config = self.weights, self.config
@@ -172,7 +173,7 @@ class TokenizerTrainer(Trainer):
     # An epoch's end, and what is measured
 
     def measure(self, due: bool, last: bool) -> dict[str, float]:
-        values = {}
+        values: dict[str, float] = {}
         if due:
             if self.accelerator.is_main_process:
                 tau = self.temperature.value() or self.temperature.config.temperature

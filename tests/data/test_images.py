@@ -138,6 +138,7 @@ def test_centre_crop_is_adms_box_halving_then_bicubic_then_the_centre(height, wi
     assert difference.mean() <= 0.5
 
 
+@pytest.mark.slow
 def test_several_crops_are_the_centre_crop_and_random_squares_of_the_image_at_random_sizes():
     image, size, count, shorts = Image.fromarray(noise(60, 46)), 16, 60, []
     crops = several_crops(image, size, count, "train[7]")

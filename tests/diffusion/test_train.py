@@ -396,6 +396,7 @@ class TwoPoints:
 
 
 @pytest.mark.parametrize("config", [FlowConfig(), DDPMConfig()], ids=["flow", "ddpm"])
+@pytest.mark.slow
 def test_a_trained_network_samples_the_class_that_was_asked_for(config):
     objective = make_objective(config, TwoPoints.shape)
     model = DiT(sample_size=4, in_channels=2, num_classes=2, patch_size=2, depth=2, width=32, heads=2)
