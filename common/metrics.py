@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -89,8 +90,9 @@ class MetricsLog:
             with atomic_file(self.path) as part:
                 part.write_text("".join(kept))
 
-    def write(self, step: int, samples_seen: int, values: dict[str, float], **extra: object) -> dict[str, float]:
-        """Append one object; returns `values` with what was added. What cannot be written goes with the next line."""
+    def write(self, step: int, samples_seen: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Append one object, and hand its numbers to the trackers; returns `values` with what was added. What cannot be
+        written goes with the next line."""
         now, values = time.perf_counter(), dict(values)
         if (seen := samples_seen - self._samples) > 0:
             values["images_per_second"] = seen / (now - self._time)
@@ -99,12 +101,13 @@ class MetricsLog:
         values["memory_gib"] = _peak_memory(self.accelerator.device) / 2**30
         self._time, self._samples = now, samples_seen
         if self.accelerator.is_main_process:
-            self._unwritten += json.dumps({"step": step, "samples_seen": samples_seen, **extra, **values}) + "\n"
+            self._unwritten += json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
             with surviving("metrics.jsonl"):
                 _append(self.path, self._unwritten)
                 self._unwritten = ""
         with surviving("to a tracker"):
-            self.accelerator.log(values, step=step)
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=step)
         return values
 
     @contextlib.contextmanager
@@ -129,10 +132,11 @@ def peak_flops(accelerator: Accelerator) -> float | None:
     return next((_PEAK_FLOPS[word] * accelerator.num_processes for word in words if word in _PEAK_FLOPS), None)
 
 
-def show(bar: tqdm, values: dict[str, float], names: tuple[str, ...], **more: str) -> None:
+def show(bar: tqdm, values: dict[str, Any], names: tuple[str, ...]) -> None:
     """Beside the bar's rate and remaining time: speed, memory, and those of `names` that `values` has."""
     names = (*names, "images_per_second", "memory_gib", "mfu")
-    bar.set_postfix({**more, **{name: f"{values[name]:.4g}" for name in names if name in values}}, refresh=False)
+    shown = {name: values[name] for name in names if name in values}
+    bar.set_postfix({k: v if isinstance(v, str) else f"{v:.4g}" for k, v in shown.items()}, refresh=False)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,6 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from diffusers.training_utils import EMAModel
 from pydantic import Field
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -325,9 +323,9 @@ class Run:
 
     # Metrics
 
-    def log(self, values: dict[str, float], **extra: object) -> dict[str, float]:
-        """One line of metrics; `values` must be equal on all ranks or reduced. Returns them with what the log adds."""
-        return self._log.write(self.step, self.samples_seen, values, **extra)
+    def log(self, values: dict[str, Any]) -> dict[str, Any]:
+        """One line of metrics; numbers must be equal on all ranks or reduced. Returns them with what the log adds."""
+        return self._log.write(self.step, self.samples_seen, values)
 
     def counting_flops(self, kind: str, images: int) -> contextlib.AbstractContextManager:
         """See `MetricsLog.counting_flops`."""
@@ -348,17 +346,6 @@ class Run:
         """A warning, from the main process."""
         if self.accelerator.is_main_process:
             warn(text)
-
-
-@contextlib.contextmanager
-def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """With the averages of `ema` in the place of `parameters`, which come back at the end."""
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
 
 
 def progress_bar(accelerator: Accelerator, total: int, done: int) -> tqdm:

@@ -13,41 +13,19 @@ After the last step comes `export`.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from nsvq.common.fsdp import full, split_like
+from nsvq.common.fsdp import split_like
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means, show
-from nsvq.common.run import Run, averaged_weights, micro_batch_size, progress_bar
-
-
-@dataclass
-class Optimized:
-    """`parameters` that `optimizer` trains, as accelerate prepared it; `clip` is the largest norm of their gradient.
-    In a step that they do not take part in, `trains` is false."""
-
-    optimizer: AcceleratedOptimizer
-    parameters: list[nn.Parameter]
-    clip: float = math.inf
-    trains: bool = True
-
-    def __post_init__(self) -> None:
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    def scale_rates(self, factor: float) -> None:
-        """Every group's learning rate becomes `factor` times the one that the optimizer was made with."""
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+from nsvq.common.optimized import Optimized
+from nsvq.common.run import Run, micro_batch_size, progress_bar
 
 
 class Trainer:
@@ -62,26 +40,22 @@ class Trainer:
     def __init__(self, config: Any, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.micro_batch = micro_batch_size(config.run, accelerator)
-        self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers,
-                        "rank": accelerator.process_index, "world_size": accelerator.num_processes}  # fmt: skip
+        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers, **ranks}
         self.guard, self.means = Guard(accelerator), Means(accelerator)
         self.stateful: dict[str, Any] = {"guard": self.guard, "means": self.means}
 
     def register(
-        self,
-        name: str,
-        modules: dict[str, nn.Module],
-        optimized: dict[str, Optimized],
-        averaged: list[nn.Parameter],
-        ema: dict,
+        self, name: str, modules: dict[str, nn.Module], optimized: dict[str, Optimized], averaged: list, ema: dict
     ) -> None:
-        """`modules` as accelerate prepared them. `averaged`: the parameters of which `EMAModel(**ema)` keeps an
-        average. Takes up the run's folder; raises what `Run` does."""
+        """`modules` as accelerate prepared them; `optimized`, of which the first has the gradient norm without a name;
+        the parameters of which `EMAModel(**ema)` keeps an average. Takes up the run's folder, and raises what `Run`
+        does."""
         self.modules, self.optimized, self.averaged, self._ema_options = modules, optimized, averaged, ema
-        optimizers = {name: part.optimizer for name, part in optimized.items()}
+        optimizers = {key: part.optimizer for key, part in optimized.items()}
         self.run = Run(self.accelerator, self.config, self.config.out, name, modules, optimizers)
 
-    # What a trainer defines
+    # What a trainer defines: the first two at least
 
     def batches(self, start: int) -> Iterator[dict]:
         """This rank's micro-batches without end, from global sample `start` on."""
@@ -92,73 +66,55 @@ class Trainer:
         micro-batch, or (sum, count)."""
         raise NotImplementedError
 
-    def draw(self) -> None:
-        """A picture, on the main process, with averaged weights."""
-
-    def export(self) -> None:
-        """The result, after the last step."""
-
     def start(self) -> None:
         """Before the first step of a run that does not resume."""
 
     def resume(self) -> None:
         """After the state of a checkpoint has come back."""
 
+    def begin_step(self) -> None:
+        """Before the micro-batches of a step."""
+
     def rate_factor(self) -> float:
         """The factor on all learning rates in this step."""
         return 1.0
 
-    def begin_step(self) -> None:
-        """Before the micro-batches of a step."""
-
     def end_step(self, stepped: bool) -> None:
         """After the optimizers stepped, or did not because something was not finite."""
 
-    def measure(self, due: bool, last: bool) -> dict[str, float]:
-        """Numbers for the line of metrics after this step, equal on all ranks or the main process's. `due`: the
+    def measure(self, due: bool, last: bool) -> dict[str, Any]:
+        """What goes into the line of metrics after this step, equal on all ranks or the main process's. `due`: the
         interval's line is written in any case."""
         return {}
 
-    def about_line(self) -> dict:
-        """What stands in the line beside numbers."""
-        return {}
-
-    def watch(self, values: dict[str, float]) -> None:
+    def watch(self, values: dict[str, Any]) -> None:
         """Look at a line that was written."""
+
+    def draw(self) -> None:
+        """A picture, on the main process, with averaged weights."""
 
     def keep(self) -> None:
         """Results that are kept on the way, where one is due."""
+
+    def export(self) -> None:
+        """The result, after the last step."""
 
     # The loop
 
     def train(self) -> None:
         """What is left of the run, and its export. The same command goes on from the newest checkpoint."""
-        with contextlib.closing(self.run):
-            self._train()
-
-    def _train(self) -> None:
-        self._load_or_start()
-        run, settings, main = self.run, self.config.run, self.accelerator.is_main_process
-        batches = iter(self.batches(run.samples_seen))
-        bar = progress_bar(self.accelerator, self.total_steps, run.step)
-        for _ in self.guard.until(lambda: run.step == self.total_steps):
-            self._optimizer_step(batches)
-            bar.update()
-            last = run.step == self.total_steps
-            self._write_metrics(bar, last)
-            if run.step % settings.sample_every == 0 or last:
-                with self.averaged_weights():
-                    if main:
-                        self.draw()
-            self.keep()
-            if run.checkpoint_due() or last or self.guard.stop:
-                run.save(self._states())
-            if self.guard.stop:
-                run.stop(self.guard.stop)
-        bar.close()
-        self.export()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        with contextlib.closing(self.run) as run:
+            self._load_or_start()
+            batches = iter(self.batches(run.samples_seen))
+            bar = progress_bar(self.accelerator, self.total_steps, run.step)
+            for _ in self.guard.until(lambda: run.step == self.total_steps):
+                self._optimizer_step(batches)
+                bar.update()
+                self._after_step(bar, last=run.step == self.total_steps)
+            bar.close()
+            self.export()
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
 
     def _load_or_start(self) -> None:
         state = self.run.load()
@@ -178,58 +134,66 @@ class Trainer:
     def _optimizer_step(self, batches: Iterator[dict]) -> None:
         run, settings = self.run, self.config.run
         self.begin_step()
-        micro_batches, results = [], []
         for part in self.optimized.values():
             part.scale_rates(self.rate_factor())
+        micro_batches, results = [], []
         for number in range(settings.accumulation):
-            batch = next(batches)
+            micro_batches.append(batch := next(batches))
             run.seed_micro_batch(number, self.micro_batch)
-            with (
-                self.accelerator.accumulate(*self.modules.values()),
-                run.counting_flops(self.flops_of, self.micro_batch),
-            ):
+            counting = run.counting_flops(self.flops_of, self.micro_batch)
+            with self.accelerator.accumulate(*self.modules.values()), counting:
                 terms = self.step(batch)
-            micro_batches.append(batch)
-            results.append({name: _sum_and_count(term, self.micro_batch) for name, term in terms.items()})
+            size = self.micro_batch
+            results.append({k: term if isinstance(term, tuple) else (size * term, size) for k, term in terms.items()})
         self.accelerator.unscale_gradients()
         training = {name: part for name, part in self.optimized.items() if part.trains}
-        norms = {name: full(clip_grad_norm_(part.parameters, part.clip)) for name, part in training.items()}
+        norms = {name: part.clip_gradients() for name, part in training.items()}
         losses = [terms["loss"][0] for terms in results]
         stepped = self.guard.step([part.optimizer for part in training.values()], [*losses, *norms.values()])
         self.end_step(stepped)
         if stepped:
             self.ema.step(self.averaged)
-            share = self.micro_batch * settings.accumulation
-            first = next(iter(self.optimized))
-            for name, norm in norms.items():
-                self.means.add("grad_norm" if name == first else f"{name}_grad_norm", share * norm, share)
-            for terms in results:
-                for name, (total, count) in terms.items():
-                    self.means.add(name, total, count)
+            self._add_means(norms, results)
         run.step += 1
         run.samples_seen += settings.batch_size
         if self.guard.in_a_row >= settings.skip_limit:
             run.give_up(self._states(), micro_batches, self.guard.in_a_row)
 
-    def _write_metrics(self, bar: tqdm, last: bool) -> None:
-        due, values = self.run.step % self.config.run.log_every == 0 or last, {}
-        if due:
-            values = self.means.take() | {"skipped_steps": self.guard.skipped}
+    def _add_means(self, norms: dict[str, Tensor], results: list[dict]) -> None:
+        share, first = self.micro_batch * len(results), next(iter(self.optimized))
+        for name, norm in norms.items():
+            self.means.add("grad_norm" if name == first else f"{name}_grad_norm", share * norm, share)
+        for terms in results:
+            for name, (total, count) in terms.items():
+                self.means.add(name, total, count)
+
+    def _after_step(self, bar: tqdm, last: bool) -> None:
+        run, settings = self.run, self.config.run
+        due = run.step % settings.log_every == 0 or last
+        values = self.means.take() | {"skipped_steps": self.guard.skipped} if due else {}
         if values := values | self.measure(due, last):
-            about = self.about_line()
-            values = self.run.log(values, **about)
-            show(bar, values, self.shown, **({"phase": about["phase"]} if "phase" in about else {}))
+            values = run.log(values)
+            show(bar, values, self.shown)
             self.watch(values)
+        if run.step % settings.sample_every == 0 or last:
+            with self.averaged_weights():
+                if self.accelerator.is_main_process:
+                    self.draw()
+        self.keep()
+        if run.checkpoint_due() or last or self.guard.stop:
+            run.save(self._states())
+        if self.guard.stop:
+            run.stop(self.guard.stop)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """With the averages in the networks, which get their own weights back at the end. A collective call."""
-        with averaged_weights(self.ema, self.averaged):
+        self.ema.store(self.averaged)
+        self.ema.copy_to(self.averaged)
+        try:
             yield
+        finally:
+            self.ema.restore(self.averaged)
 
     def _states(self) -> dict:
         return {name: part.state_dict() for name, part in self.stateful.items()}
-
-
-def _sum_and_count(term: Tensor | tuple, size: int) -> tuple[Tensor, Tensor | int]:
-    return term if isinstance(term, tuple) else (size * term, size)

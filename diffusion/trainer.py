@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nsvq.common.fsdp import full
 from nsvq.common.metrics import surviving
-from nsvq.common.training import Optimized, Trainer
+from nsvq.common.optimized import Optimized
+from nsvq.common.training import Trainer
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import drop_labels, make_objective

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from nsvq.common import config as configs
 from nsvq.common.image_metrics import psnr, to_uint8
+from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
-from nsvq.common.training import Optimized, Trainer
+from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, train_batches
 from nsvq.data.sources import open_split
@@ -32,7 +34,7 @@ class TokenizerTrainer(Trainer):
     cut into epochs."""
 
     config: TrainConfig
-    shown = ("l1", "commitment", "utilization", "val_psnr")
+    shown = ("phase", "l1", "commitment", "utilization", "val_psnr")
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
@@ -172,8 +174,8 @@ class TokenizerTrainer(Trainer):
 
     # An epoch's end, and what is measured
 
-    def measure(self, due: bool, last: bool) -> dict[str, float]:
-        values: dict[str, float] = {}
+    def measure(self, due: bool, last: bool) -> dict[str, Any]:
+        values: dict[str, Any] = {}
         if due:
             if self.accelerator.is_main_process:
                 tau = self.temperature.value() or self.temperature.config.temperature
@@ -188,13 +190,13 @@ class TokenizerTrainer(Trainer):
         if last:
             self.upkeep.fit(self._averaged_latents)
             values |= self.validate()
+        if values:
+            values |= {"phase": self.phase, "epoch": self.schedule.epoch}
+            if bad := self.bad_images.news():
+                values["bad_image_ids"] = bad
         return values
 
-    def about_line(self) -> dict:
-        bad = self.bad_images.news()
-        return {"phase": self.phase, "epoch": self.schedule.epoch} | ({"bad_image_ids": bad} if bad else {})
-
-    def watch(self, values: dict[str, float]) -> None:
+    def watch(self, values: dict[str, Any]) -> None:
         for alarm in alarms(values, self.quantizer.codebook_size):
             self.run.warn(f"step {self.run.step}: {alarm}")
 

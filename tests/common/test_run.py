@@ -156,7 +156,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resuming(accelerator, tmp_p
     run, model = make(accelerator, tmp_path)
     for step in (1, 2, 3):
         advance(run, model, step)
-        run.log({"loss": step / 2}, phase="stage1")
+        run.log({"loss": step / 2, "phase": "stage1"})
         if step == 2:
             run.save({})
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from pydantic import Field
 
 from nsvq.common.config import Config
+from nsvq.common.optimized import Optimized
 from nsvq.common.run import RunConfig, make_accelerator
-from nsvq.common.training import Optimized, Trainer
+from nsvq.common.training import Trainer
 from nsvq.errors import Stopped
 
 STEPS, BATCH = 12, 6
