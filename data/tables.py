@@ -75,10 +75,8 @@ def local_files(source: str) -> list[str] | None:
     if not source.endswith((".parquet", ".tar")):
         if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) and not has_magic(source):
             return None
-        raise UserError(
-            f"data.source = {source}: there is no such folder (give an existing folder, *.parquet or *.tar files, "
-            "a Hugging Face data set id, or synthetic)"
-        )
+        give = "give an existing folder, *.parquet or *.tar files, a Hugging Face data set id, or synthetic"
+        raise UserError(f"data.source = {source}: there is no such folder ({give})")
     if "://" in source:
         if has_magic(source) and source.endswith(".tar"):
             raise UserError(
@@ -97,12 +95,10 @@ def expand_braces(pattern: str) -> list[str]:
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span:
+    parts = found[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
         low, high = span.groups()
         parts = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
-    else:
-        parts = found[1].split(",")
     return [tail for part in parts for tail in expand_braces(pattern[: found.start()] + part + pattern[found.end() :])]
 
 
@@ -138,10 +134,8 @@ def from_class_folders(root: Path) -> dict[str, datasets.Dataset]:
     if not splits or not (len(splits) == len(folders) or any(map(_subfolders, splits.values()))):
         splits = {"train": root}  # "test" and "dev" may be classes
     classes = sorted({name for folder in splits.values() for name in _subfolders(folder)})
-    features = datasets.Features(
-        image=datasets.Image(decode=False),
-        label=datasets.ClassLabel(names=classes) if classes else datasets.Value("int64"),
-    )
+    label_kind = datasets.ClassLabel(names=classes) if classes else datasets.Value("int64")
+    features = datasets.Features(image=datasets.Image(decode=False), label=label_kind)
     tables = {}
     for split, folder in splits.items():
         labels = {name: classes.index(name) for name in _subfolders(folder)}
@@ -172,9 +166,8 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
     """
     how = "give a local copy with --data.source PATH (or use --data.source synthetic)"
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{id}"
-    access = (
-        f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does), log in with `hf auth login`, or {how}"
-    )
+    terms = f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does)"
+    access = f"{terms}, log in with `hf auth login`, or {how}"
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # Out of reach, the library would retry for a long time before it looks into its cache.
@@ -182,14 +175,11 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
         return dict(datasets.load_dataset(id, subset))
     except DatasetNotFoundError:
         raise UserError(f"{id} is no folder here, and no data set on the Hub that you may read: {access}") from None
-    except (ConnectionError, FileNotFoundError) as error:
-        if isinstance(error, DatasetsError):  # found, but with no files that the library reads
-            raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
-        raise UserError(
-            f"data set {id}: there is no such folder, no cached copy, and the Hugging Face Hub is out of reach; "
-            f"with a network, {access}"
-        ) from None
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # What is of the library's own kind was found, but with no files that it reads.
+        if isinstance(error, ConnectionError | FileNotFoundError) and not isinstance(error, DatasetsError):
+            absent = "there is no such folder, no cached copy, and the Hugging Face Hub is out of reach"
+            raise UserError(f"data set {id}: {absent}; with a network, {access}") from None
         raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
@@ -201,10 +191,8 @@ def _hub_answers() -> bool:
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
     except urllib.error.HTTPError as error:
         return error.code < 500
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it answers; the library may know other certificates
-    except OSError:
-        return False
+    except OSError as error:  # with wrong certificates it answers; the library may know others
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
 
 
