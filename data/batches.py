@@ -72,10 +72,8 @@ def eval_batches(
 def batches_in_order(
     data: Split, order: np.ndarray, size: int, *, batch_size: int, workers: int = 0, crops: int = 1
 ) -> Iterator[dict]:
-    """The images of `order`, indices [N], by ADM's centre crop of `size` pixels; bad ones are left out and listed.
-
-    With more `crops`, image is [B * crops, 3, S, S], the crops of `several_crops` after each other.
-    """
+    """The images of `order`, indices [N], by ADM's centre crop of `size` pixels; bad ones are left out and listed. With
+    more `crops`, image is [B * crops, 3, S, S], the crops of `several_crops` after each other."""
     rows = order.tolist()
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     collate = partial(_collate, size=size)

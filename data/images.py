@@ -32,10 +32,8 @@ class BadImage(Exception):
 
 
 def decode(data: bytes, id: str) -> Image.Image:
-    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame.
-
-    Raises `BadImage(id)` where the bytes are damaged, truncated, or in a pixel format without a defined RGB meaning.
-    """
+    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame. Raises `BadImage(id)`
+    where the bytes are damaged, truncated, or in a pixel format without a defined RGB meaning."""
     try:
         # Pillow warns about odd EXIF blocks and large images, once for each of them.
         with warnings.catch_warnings():
@@ -49,9 +47,7 @@ def decode(data: bytes, id: str) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode -> upright RGB: alpha on white, 16-bit grey scaled to 8 bits, CMYK without a profile.
-
-    Raises `ValueError` for pixel formats without a defined range (floating point, 32-bit integers, CIELAB).
-    """
+    Raises `ValueError` for pixel formats without a defined range (floating point, 32-bit integers, CIELAB)."""
     with contextlib.suppress(*_DECODE_ERRORS):  # an EXIF block that can't be read says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -80,11 +76,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def several_crops(image: Image.Image, size: int, count: int, id: str) -> list[Image.Image]:
-    """The centre crop of ADM, and `count` - 1 of its random crops (arXiv 2105.05233), which `id` alone decides.
-
-    A random crop is a random square of `size` pixels of the image resized as for the centre crop, to a random short
-    side from `size` to `size` / 0.8.
-    """
+    """The centre crop of ADM, and `count` - 1 of its random crops (arXiv 2105.05233), which `id` alone decides. A
+    random crop is a random square of `size` pixels of the image resized as for the centre crop, to a random short side
+    from `size` to `size` / 0.8."""
     crops = [center_crop(image, size)]
     digest = hashlib.sha256(id.encode()).digest()
     for number in range(1, count):

@@ -53,10 +53,8 @@ class ShardConfig(Config):
 
 
 def make_shards(config: ShardConfig) -> dict[str, int]:
-    """Write what is missing; returns the numbers of "train", "test" and "bad" images.
-
-    Raises `UserError` where the folder holds shards of something else, the disk is full, or too many images are bad.
-    """
+    """Write what is missing; returns the numbers of "train", "test" and "bad" images. Raises `UserError` where the
+    folder holds shards of something else, the disk is full, or too many images are bad."""
     splits = {name: open_split(config.data, name) for name in ("train", "test")}
     about = {"data": {name: split.fingerprint for name, split in splits.items()}, "image_size": config.data.image_size}
     about |= config.model_dump(include={"format", "quality", "shard_images"})

@@ -35,10 +35,8 @@ _MAX_LABEL = 1000  # bytes; what is longer is a caption or a record
 
 
 class Shards:
-    """The samples of tar shards, in order, undecoded. `labels`: the text of each label [N] (bytes; empty: none).
-
-    Raises `UserError` where a shard can't be read, is damaged or cut off.
-    """
+    """The samples of tar shards, in order, undecoded. `labels`: the text of each label [N] (bytes; empty: none). Raises
+    `UserError` where a shard can't be read, is damaged or cut off."""
 
     def __init__(self, shards: list[str], image_field: str, label_field: str | None):
         with ThreadPoolExecutor(_THREADS) as pool:

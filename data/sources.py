@@ -88,10 +88,8 @@ Split = Images | SyntheticImages
 
 
 def open_split(config: DataConfig, split: str) -> Split:
-    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process.
-
-    Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
-    """
+    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process. Raises
+    `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty."""
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     return _open(type(config), config.model_dump_json(exclude={"flip", "max_bad_fraction"}), split)

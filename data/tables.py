@@ -62,10 +62,8 @@ class Rows:
 
 
 def local_files(source: str) -> list[str] | None:
-    """Parquet or tar files that `source` names, sorted; [] for a folder of images; None for a Hub id.
-
-    Raises `UserError` where a path leads nowhere.
-    """
+    """Parquet or tar files that `source` names, sorted; [] for a folder of images; None for a Hub id. Raises
+    `UserError` where a path leads nowhere."""
     path = Path(source).expanduser()
     if path.is_dir():
         for suffix in (".parquet", ".tar"):
@@ -160,10 +158,8 @@ def _images(paths) -> list[str]:
 
 
 def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a Hub data set, from the cache where the Hub is out of reach (known within seconds).
-
-    Raises `UserError` where it is gated, absent, or neither reachable nor cached, with what to do about it.
-    """
+    """The splits of a Hub data set, from the cache where the Hub is out of reach (known within seconds). Raises
+    `UserError` where it is gated, absent, or neither reachable nor cached, with what to do about it."""
     how = "give a local copy with --data.source PATH (or use --data.source synthetic)"
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{id}"
     terms = f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does)"

@@ -12,6 +12,7 @@ from nsvq.eval.features import DINOV2, INCEPTION
 from nsvq.eval.reference import DEFAULT_CACHE
 
 IMAGENET = "ILSVRC/imagenet-1k"
+_FEATURES = "Feature extractors: names of torch-fidelity, .py files that register one each, or none."
 
 
 class EvaluationConfig(Config):
@@ -19,11 +20,7 @@ class EvaluationConfig(Config):
 
     data: DataConfig = Field(DataConfig(), description="The images to measure against.")
     output: Path = Field(description="The result, a .json file; its folder is created.")
-    features: list[str] = Field(
-        [INCEPTION],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
+    features: list[str] = Field([INCEPTION], min_length=1, description=_FEATURES)
     features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
     cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
     cache_features: bool = Field(
@@ -72,11 +69,7 @@ class GenerationConfig(EvaluationConfig):
     """Measure a pipeline's samples against real images."""
 
     pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
-    features: list[str] = Field(
-        [INCEPTION, DINOV2],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
+    features: list[str] = Field([INCEPTION, DINOV2], min_length=1, description=_FEATURES)
     protocol: Literal["ours", "adm", "nsvq"] | None = Field(
         None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
     )

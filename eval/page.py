@@ -7,6 +7,7 @@ Everything is inside of the file, pictures too: it can be sent, and opened witho
 
 import base64
 import json
+import math
 import sys
 from html import escape
 from pathlib import Path
@@ -52,9 +53,8 @@ def read_result(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"no result at {path}: run eval/reconstruction.py or eval/generation.py with --output {path} ({error})"
-        ) from None
+        how = f"run eval/reconstruction.py or eval/generation.py with --output {path}"
+        raise UserError(f"no result at {path}: {how} ({error})") from None
 
 
 def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
@@ -63,10 +63,9 @@ def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
     A picture that is gone is left out, and the page says so. Raises `UserError` where the page cannot be written.
     """
     parts = [_result(result) for result in results] + [_curves(run) for run in runs]
-    title = "Evaluation"
     text = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>
+<title>Evaluation</title><style>{_STYLE}</style></head><body><h1>Evaluation</h1>
 {"".join(parts)}
 </body></html>
 """
@@ -90,14 +89,12 @@ def _result(result: dict) -> str:
     if setting := result.get("setting"):
         parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
+    numbers = {name: "-" if value is None else f"{value:.5g}" for name, value in result["metrics"].items()}
+    notes = {name: result["meanings"].get(name, "") for name in numbers} | result["skipped"]
     rows = [
-        f'<tr><td>{escape(name)}</td><td class="number">{"-" if value is None else f"{value:.5g}"}</td>'
-        f'<td class="note">{escape(result["meanings"].get(name, ""))}</td></tr>'
-        for name, value in result["metrics"].items()
-    ]
-    rows += [
-        f'<tr><td>{escape(name)}</td><td class="number">skipped</td><td class="note">{escape(why)}</td></tr>'
-        for name, why in result["skipped"].items()
+        f'<tr><td>{escape(name)}</td><td class="number">{numbers.get(name, "skipped")}</td>'
+        f'<td class="note">{escape(note)}</td></tr>'
+        for name, note in notes.items()
     ]
     parts.append(f"<table class='numbers'>{''.join(rows)}</table>")
     if sweep := result.get("sweep"):
@@ -132,18 +129,17 @@ def _sweep(sweep: list[dict]) -> str:
 
 
 def _histogram(bars: list[dict]) -> str:
-    most, width, height = max(bar["codes"] for bar in bars), 44, 160
-    parts = []
+    most, width, height, parts = max(bar["codes"] for bar in bars), 44, 160, []
     for i, bar in enumerate(bars):
         tall = height * bar["codes"] / most
         left, top, middle = i * width + 4, 20 + height - tall, i * width + width / 2
-        parts.append(
-            f'<rect x="{left}" y="{top:.1f}" width="{width - 8}" height="{tall:.1f}" fill="#4477aa"/>'
-            f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>'
-            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>'
-        )
-    axis = f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>'
-    return f"{_svg(max(5, len(bars)) * width, height + 54)}{''.join(parts)}{axis}</svg>"
+        parts += [
+            f'<rect x="{left}" y="{top:.1f}" width="{width - 8}" height="{tall:.1f}" fill="#4477aa"/>',
+            f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>',
+            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>',
+        ]
+    parts.append(f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>')
+    return f"{_svg(max(5, len(bars)) * width, height + 54)}{''.join(parts)}</svg>"
 
 
 def _svg(width: int, height: int) -> str:
@@ -157,16 +153,10 @@ def _curves(run: Path) -> str:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"no curves at {path}: give the folder of a training run ({error})") from None
-    names = dict.fromkeys(
-        name
-        for line in lines
-        for name, value in line.items()
-        if isinstance(value, int | float) and name not in _NO_CURVES
-    )
     charts = []
-    for name in names:
+    for name in dict.fromkeys(name for line in lines for name in line if name not in _NO_CURVES):
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-        points = [(x, y) for x, y in points if y == y and abs(y) != float("inf")]
+        points = [(x, y) for x, y in points if math.isfinite(y)]
         if len(points) > 1:
             charts.append(_chart(name, points[:: max(1, len(points) // _POINTS)]))
     return f"<h2>Training: {escape(str(run))}</h2><div class='charts'>{''.join(charts)}</div>"

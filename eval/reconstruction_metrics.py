@@ -55,9 +55,8 @@ def add_image_metrics(result: dict, rows: dict[str, Tensor], protocol: str) -> N
         return
     exact = rows["mse"] == 0
     if exact.any():
-        result["warnings"].append(
-            f"psnr: {int(exact.sum())} images are reproduced exactly (infinite dB) and left out of the mean"
-        )
+        same = f"{int(exact.sum())} images are reproduced exactly (infinite dB)"
+        result["warnings"].append(f"psnr: {same} and left out of the mean")
     if exact.all():
         result["skipped"] |= dict.fromkeys(("psnr", "psnr_batch"), "all images are reproduced exactly (infinite dB)")
     else:
@@ -75,13 +74,11 @@ def add_frechet_distance(result: dict, made: FeatureSet, real: FeatureSet, extra
     result["metrics"][name] = frechet_distance(made.gaussians[layer], real.gaussians[layer])
     result["warnings"] += rank_warnings(name, made, real, layer) + extractor.warnings
     if made.count != real.count:
-        result["warnings"].append(
-            f"{name}: {made.count} reconstructions against {real.count} originals of an earlier run"
-        )
+        against = f"{made.count} reconstructions against {real.count} originals of an earlier run"
+        result["warnings"].append(f"{name}: {against}")
     kind = "floats, not rounded to 8 bits" if isinstance(extractor, PytorchFidInception) else "8-bit"
-    result["meanings"][name] = (
-        f"Frechet distance of reconstructions to originals, {kind}, features {layer} of {extractor.name}"
-    )
+    kind += f", features {layer} of {extractor.name}"
+    result["meanings"][name] = f"Frechet distance of reconstructions to originals, {kind}"
 
 
 def add_codebook_metrics(

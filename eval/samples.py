@@ -51,19 +51,17 @@ class Sampling:
 
 def load_pipeline(folder: str) -> DiffusionPipeline:
     """Read a pipeline (folder or Hub id): ours, with classes or none, or any of diffusers that takes `class_labels`.
-
-    Raises `UserError` where there is none.
-    """
+    Raises `UserError` where there is none."""
     try:
         index = DiffusionPipeline.load_config(folder)
         decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(index["_class_name"])
         ours = decoder is not None and index[decoder][1] in VQ_MODELS
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
-    except (OSError, ValueError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"no pipeline at {folder}: give the <out>/pipeline folder of a finished diffusion run, or a "
-            f"class-conditional pipeline of diffusers ({str(error).splitlines()[0]})"
-        ) from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        give = (
+            "give the <out>/pipeline folder of a finished diffusion run, or a class-conditional pipeline of diffusers"
+        )
+        raise UserError(f"no pipeline at {folder}: {give} ({str(error).splitlines()[0]})") from None
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{folder} holds a {type(pipeline).__name__}, which takes no class_labels")
     return pipeline
@@ -117,10 +115,8 @@ def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
 
 
 class SampleFolder:
-    """Samples as PNG files in `folder`, 000000.png and so on. `about`: what made them, as JSON values.
-
-    Raises `UsageError` where the folder holds samples of something else.
-    """
+    """Samples as PNG files in `folder`, 000000.png and so on. `about`: what made them, as JSON values. Raises
+    `UsageError` where the folder holds samples of something else."""
 
     def __init__(self, folder: Path, about: dict):
         self.folder, path = folder, folder / "settings.json"
@@ -128,10 +124,8 @@ class SampleFolder:
         if path.is_file():
             changed = configs.differences(json.loads(path.read_text()), json.loads(json.dumps(about)))
             if changed:
-                what = "; ".join(changed[:4])
-                raise UsageError(
-                    f"{folder} holds samples of other settings ({what}): delete it, or give another --output"
-                )
+                what = f"samples of other settings ({'; '.join(changed[:4])})"
+                raise UsageError(f"{folder} holds {what}: delete it, or give another --output")
         else:
             with atomic_file(path) as part:
                 part.write_text(json.dumps(about, indent=2))

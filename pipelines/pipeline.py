@@ -68,9 +68,7 @@ class ClassConditionalPipeline(DiTPipeline):
 
     def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
         """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
-
-        Raises `ValueError` where there is no such class, or several.
-        """
+        Raises `ValueError` where there is no such class, or several."""
         labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
         return [self._class_id(label) for label in labels]
 
@@ -179,20 +177,12 @@ class ClassConditionalPipeline(DiTPipeline):
                 returned = callback_on_step_end(self, step, timestep, {"latents": latents})
                 return (returned or {}).get("latents", latents)
 
+            how = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "on_step": on_step}
+            how |= {"steps": num_inference_steps, "guide": None if guide is None else _predictor(guide)}
+            predictor = _predictor(self.transformer)
             for part in batches:
-                latents = sample(
-                    _predictor(self.transformer),
-                    scheduler,
-                    noise[part],
-                    labels[part],
-                    STOCK_NULL_CLASS,
-                    steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    guidance_interval=guidance_interval,
-                    guide=None if guide is None else _predictor(guide),
-                    generator=generator[part] if isinstance(generator, list) else generator,
-                    on_step=on_step,
-                )
+                how["generator"] = generator[part] if isinstance(generator, list) else generator
+                latents = sample(predictor, scheduler, noise[part], labels[part], STOCK_NULL_CLASS, **how)
                 done.append(latents if output_type == "latent" else self.decode(latents))
         images = torch.cat(done)
         if output_type in ("np", "pil"):
