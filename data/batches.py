@@ -39,8 +39,7 @@ def train_batches(
     start + (m * world_size + r) * batch_size + [0, batch_size). In place of a bad image comes another one, drawn from
     (seed, p, attempt).
 
-    Raises `UserError` where images in a row fail to decode, and what `open_split` raises.
-    """
+    Raises `UserError` where images in a row fail to decode, and what `open_split` raises."""
     data = open_split(config, "train")
 
     def batches_from(done: int) -> Iterator[dict]:
@@ -60,8 +59,7 @@ def eval_batches(
 
     `limit` takes that many, a fixed random choice (so that it covers the classes). Ranks may see different numbers of
     batches, and a batch may hold bad images only (image [0, 3, S, S]): reduce over ranks after the loop, not in it.
-    Raises what `open_split` raises.
-    """
+    Raises what `open_split` raises."""
     data = open_split(config, split)
     order = np.arange(len(data))
     if limit is not None and limit < len(order):

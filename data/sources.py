@@ -31,8 +31,7 @@ class Images:
     """Images with random access: a split of a table or of shards; `rows` chooses and orders its rows.
 
     `classes`: names in label order, [] without labels. `fingerprint`: stands for split, count, labels and a sample of
-    the contents, and is the same in every process and on every machine.
-    """
+    the contents, and is the same in every process and on every machine."""
 
     def __init__(self, encoded: Rows | Shards, labels: np.ndarray, classes: list[str], rows: np.ndarray, name: str):
         self._encoded, self._labels, self._rows, self.classes = encoded, labels, rows, classes
@@ -171,9 +170,8 @@ def _columns(config: DataConfig, features: datasets.Features) -> tuple[str, str 
     if config.image_column is None and len(found) != 1:
         what = f"several image columns ({', '.join(found)})" if found else "no image column"
         raise UsageError(f"{config.source} has {what}: set data.image_column to one of {', '.join(features)}")
-    labels = [
-        name for name in LABEL_NAMES if name in features and (_is_int(features[name]) or _is_text(features[name]))
-    ]
+    usual = {name: features[name] for name in LABEL_NAMES if name in features}
+    labels = [name for name, kind in usual.items() if _is_int(kind) or _is_text(kind)]
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels += typed if len(typed) == 1 else []
     return config.image_column or found[0], config.label_column or next(iter(labels), None)
@@ -197,11 +195,8 @@ def _labels(config: DataConfig, column: str | None, found: dict, split: str) -> 
     if column is None:
         return [], np.full(len(found[split]), -1)
     kind = found[split].features[column]
-    values = {
-        name: table.select_columns([column]).with_format("arrow")[:].column(0)
-        for name, table in found.items()
-        if table.features.get(column) == kind
-    }
+    alike = {name: table for name, table in found.items() if table.features.get(column) == kind}
+    values = {name: table.select_columns([column]).with_format("arrow")[:].column(0) for name, table in alike.items()}
     if _is_text(kind):
         names = sorted({text for texts in values.values() for text in texts.unique().to_pylist() if text is not None})
         ids = {None: -1} | {text: i for i, text in enumerate(names)}

@@ -21,11 +21,8 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from nsvq.data.images import BadImage
 from nsvq.errors import UserError
 
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
+_SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "eval"), "test")
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
 
@@ -77,9 +74,8 @@ def local_files(source: str) -> list[str] | None:
         raise UserError(f"data.source = {source}: there is no such folder ({give})")
     if "://" in source:
         if has_magic(source) and source.endswith(".tar"):
-            raise UserError(
-                f"data.source = {source}: give remote shards by a brace range, as in train-{{000..099}}.tar"
-            )
+            how = "give remote shards by a brace range, as in train-{000..099}.tar"
+            raise UserError(f"data.source = {source}: {how}")
         return expand_braces(source)
     patterns = expand_braces(str(path))
     found = sorted({f for p in patterns for f in ([p] if os.path.isfile(p) else glob(p, recursive=True) or [p])})
@@ -103,8 +99,7 @@ def expand_braces(pattern: str) -> list[str]:
 def by_split(files: list[str]) -> dict[str, list[str]]:
     """Files by the split that their name or folder, below the one they share, tells: train-0.parquet, val/0.tar.
 
-    Files that tell none are "train".
-    """
+    Files that tell none are "train"."""
     splits: dict[str, list[str]] = {}
     folder = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(map(os.path.dirname, files))
     for file in files:
@@ -125,8 +120,7 @@ def from_parquet(files: dict[str, list[str]]) -> dict[str, datasets.Dataset]:
 def from_class_folders(root: Path) -> dict[str, datasets.Dataset]:
     """root/class/**/image or root/split/class/**/image; a folder without class folders holds images without labels.
 
-    Class ids follow the sorted names over all splits. Raises `UserError` where there is no image.
-    """
+    Class ids follow the sorted names over all splits. Raises `UserError` where there is no image."""
     folders = _subfolders(root)
     splits = {_SPLITS[name.lower()]: root / name for name in folders if name.lower() in _SPLITS}
     if not splits or not (len(splits) == len(folders) or any(map(_subfolders, splits.values()))):

@@ -22,8 +22,7 @@ from nsvq.errors import UserError
 class Classifier(nn.Module):
     """images [B, 3, H, W] of any size, float in [-1, 1] or uint8 -> logits [B, classes].
 
-    It looks at 32 x 32 pixels: shape and colour, no fine detail, so that a soft image is judged by what it shows.
-    """
+    It looks at 32 x 32 pixels: shape and colour, no fine detail, so that a soft image is judged by what it shows."""
 
     def __init__(self, classes: int, width: int = 32):
         super().__init__()

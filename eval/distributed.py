@@ -18,8 +18,7 @@ T = TypeVar("T")
 def build_in_turn(accelerator: Accelerator, build: Callable[[], T]) -> T:
     """Call `build` on one rank of each machine, which may download, then on the others, which find what it fetched.
 
-    A `UserError` on any rank is raised on all of them. A collective call.
-    """
+    A `UserError` on any rank is raised on all of them. A collective call."""
     built = problem = None
     for my_turn in (accelerator.is_local_main_process, not accelerator.is_local_main_process):
         if my_turn:
@@ -37,8 +36,7 @@ def in_groups(network: Callable[..., Any], *batches: Tensor) -> Any:
 
     A convolution rounds differently in batches of other shapes, and an 8-bit pixel or a code may then fall on the other
     side of its border. In groups of one shape, an image's result depends on no batch size and no number of ranks.
-    `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments.
-    """
+    `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments."""
     count, size = len(batches[0]), 4 if batches[0].device.type == "cpu" else 16  # four stay in a processor's cache
     outputs = []
     for start in range(0, count, size):
@@ -58,8 +56,7 @@ def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> 
     rows: {name: batches [B, ...] of this rank}, the same names on every rank, with the images' numbers in
     `rows["index"]`. A rank may have no batch. Returns {name: [N, ...]} on the CPU of the main process, None on the
     others. A collective call.
-    Raises `RuntimeError` where an image was counted twice.
-    """
+    Raises `RuntimeError` where an image was counted twice."""
     gathered = {name: _gather(accelerator, batches) for name, batches in rows.items()}
     if not accelerator.is_main_process:
         return None

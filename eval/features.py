@@ -47,8 +47,7 @@ class Extractor:
     """A frozen feature extractor on a device.
 
     Attributes: `name`; `layers` {metric: layer} for "fid", and as far as it has them for "sfid", "kid", "prc" and
-    "isc"; `about`: what identifies it (file, weights and their SHA-256); `warnings`.
-    """
+    "isc"; `about`: what identifies it (file, weights and their SHA-256); `warnings`."""
 
     def __init__(self, name: str, layers: dict[str, str], module: FeatureExtractorBase):
         self.name, self.layers, self.module = name, layers, module
@@ -93,8 +92,7 @@ class Collector:
     """Statistics of the images of one set, gathered image by image on each rank, and brought together at the end.
 
     `metrics` says what will be computed, and so what has to be kept: rows for "kid" and "prc" alone. `keep` [N] bool,
-    where given, chooses by image number whose rows to keep; `score` gathers the Inception Score.
-    """
+    where given, chooses by image number whose rows to keep; `score` gathers the Inception Score."""
 
     def __init__(self, extractor: Extractor, metrics: Sequence[str], keep: Tensor | None = None, score=None):
         self.extractor, self.keep, self.score = extractor, keep, score
@@ -190,8 +188,7 @@ def load_extractor(
 def _check_inception(extractor: Extractor, weights: Path | None) -> None:
     """The name of torch-fidelity's file ends in the first digits of its SHA-256: another file by path is warned of, a
     download that does not match is an error."""
-    downloaded = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    path = weights or downloaded
+    path = weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     digest, known = file_hash(path), re.search("-([0-9a-f]{8})[.]", URL_INCEPTION_V3).group(1)
     extractor.about |= {"weights": str(path), "weights_sha256": digest}
     if not digest.startswith(known):
@@ -219,9 +216,8 @@ def _build(name: str, layers: list[str], weights: Path | None, from_file: bool) 
     how = f"fetch its weights by other means into {torch.hub.get_dir()}"
     if name == INCEPTION:
         how = f"fetch {URL_INCEPTION_V3} by other means and give it with --features_weights FILE"
-    raise Unavailable(
-        f"the weights of {name} cannot be had ({cause}); {how}, or give another extractor with --features"
-    )
+    how += ", or give another extractor with --features"
+    raise Unavailable(f"the weights of {name} cannot be had ({cause}); {how}")
 
 
 def _default_layers(cls: type[FeatureExtractorBase]) -> dict[str, str]:
@@ -247,8 +243,5 @@ def _default_layers(cls: type[FeatureExtractorBase]) -> dict[str, str]:
 def metric_name(metric: str, extractor: str) -> str:
     """The honest name of a number: only Inception's features give "fid", "kid", "is", "precision" and "recall".
 
-    ("fid", "mobilenet-v2") -> "fd_mobilenet-v2", and "rfid" -> "rfd_..." likewise; "kid" -> "kd_...".
-    """
-    if extractor == INCEPTION:
-        return metric
-    return metric.replace("fid", "fd").replace("kid", "kd") + f"_{extractor}"
+    ("fid", "mobilenet-v2") -> "fd_mobilenet-v2", and "rfid" -> "rfd_..." likewise; "kid" -> "kd_..."."""
+    return metric if extractor == INCEPTION else f"{metric.replace('fid', 'fd').replace('kid', 'kd')}_{extractor}"

@@ -11,6 +11,7 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         if needs_classes:
             raise UsageError(f"--classifier and --labels data need the same classes: {difference}")
         result["warnings"].append(difference)
-    extractors = report.load_extractors(
-        config, accelerator, config.metrics, result, lambda extractor: names_of(config.metrics, extractor)
-    )
+    extractors = report.load_extractors(config, accelerator, config.metrics, result, partial(names_of, config.metrics))
     classifier = None
     if config.classifier == "trained":
         classifier = class_accuracy.train_on_one_rank(data, config.workers, accelerator)
@@ -93,11 +92,11 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         result[key] |= best.pop(key)
     result["warnings"] += best.pop("warnings") + [w for extractor in extractors.values() for w in extractor.warnings]
     if real_accuracy is not None:
-        result["metrics"]["class_accuracy_real"] = real_accuracy
-        result["meanings"]["class_accuracy_real"] = class_accuracy.MEANINGS["class_accuracy_real"]
+        report.add(result, {"class_accuracy_real": real_accuracy}, class_accuracy.MEANINGS)
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    guide_used = config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)}
+    sampler: dict = {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval}
+    sampler["guide"] = config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)}
     hashed = report.folder_hash(Path(config.pipeline))
     result |= best | {
         "counts": {"samples": config.samples, **reference.pop("counts")},
@@ -107,12 +106,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         "labels": _LABELS[config.labels] if names else "no class",
         "classes": names,
         "seeds": f"sample i has seed {config.seed} + i",
-        "sampler": {
-            "scheduler": type(pipeline.scheduler).__name__,
-            "guidance_interval": config.guidance_interval,
-            "guide": guide_used,
-            **arguments(pipeline.scheduler),
-        },
+        "sampler": sampler | arguments(pipeline.scheduler),
         "features": {name: extractor.about for name, extractor in extractors.items()},
         "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
     }
@@ -235,13 +229,13 @@ def _run(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    result: dict[str, Any] = {"setting": {"guidance_scale": how.guidance_scale, "steps": how.steps}}
-    result |= report.no_numbers()
+    setting = {"guidance_scale": how.guidance_scale, "steps": how.steps}
+    result: dict[str, Any] = {"setting": setting, **report.no_numbers()}
     for name, extractor in extractors.items():
         add_metrics(result, made[name], real[name], scores.get(name), extractor, config.metrics, config.protocol)
     if accuracy:
-        result["metrics"]["class_accuracy"], result["class_accuracy_by_class"] = accuracy
-        result["meanings"]["class_accuracy"] = class_accuracy.MEANINGS["class_accuracy"]
+        mean, result["class_accuracy_by_class"] = accuracy
+        report.add(result, {"class_accuracy": mean}, class_accuracy.MEANINGS)
     result["grid"] = about_grid
     if folder:
         result["samples"] = {"png": str(folder.folder)}

@@ -20,8 +20,7 @@ class FrechetMonitor:
     """Measures samples against the test split of `data`, whose statistics are made, or found, at the start.
 
     `features`, `weights`: as for eval/generation.py. Raises what loading them does, and `UserError` for data that does
-    not work. A collective call, as `measure` is.
-    """
+    not work. A collective call, as `measure` is."""
 
     def __init__(
         self, features: str, weights: Path | None, data: DataConfig, accelerator: Accelerator, *, workers: int = 0
@@ -38,8 +37,7 @@ class FrechetMonitor:
         """{metric name: distance} of `samples` images, the same on all ranks.
 
         `draw(numbers)` returns the samples of these numbers, [B, 3, H, W] in [-1, 1]; it is called for groups of equal
-        size, so that the number of ranks changes no image.
-        """
+        size, so that the number of ranks changes no image."""
         collector = Collector(self.extractor, ("fid",))
         for group in groups(samples, self.accelerator.process_index, self.accelerator.num_processes):
             wanted = group[: samples - group.start]

@@ -22,6 +22,7 @@ from nsvq.files import atomic_file
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
 _NO_CURVES = ("step", "samples_seen", "epoch", "replaced_codes", "bad_images")
+_SVG = '<svg width="{0}" height="{1}" viewBox="0 0 {0} {1}">'  # it shrinks with the page
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1c1c1c; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1em; }
@@ -60,8 +61,7 @@ def read_result(path: Path) -> dict:
 def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
     """Write the page of `results` (as their JSON files hold them) and of the curves of the `runs`, in one step.
 
-    A picture that is gone is left out, and the page says so. Raises `UserError` where the page cannot be written.
-    """
+    A picture that is gone is left out, and the page says so. Raises `UserError` where the page cannot be written."""
     parts = [_result(result) for result in results] + [_curves(run) for run in runs]
     text = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -80,23 +80,19 @@ def _result(result: dict) -> str:
     counts, data = result["counts"], result["data"]
     measured = counts.get("samples") or counts["images"]
     what = result.get("tokenizer", result.get("pipeline"))["folder"]
-    parts = [
-        f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>",
-        f"<p>{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(data['split'])} split of "
-        f"{escape(data['source'])}; protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, "
-        f"{result['created']}</p>",
-    ]
+    of = f"{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(data['split'])} split of "
+    how = f"protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, {result['created']}"
+    parts = [f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>", f"<p>{of}{escape(data['source'])}; {how}</p>"]
     if setting := result.get("setting"):
         parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
     numbers = {name: "-" if value is None else f"{value:.5g}" for name, value in result["metrics"].items()}
     notes = {name: result["meanings"].get(name, "") for name in numbers} | result["skipped"]
-    rows = [
-        f'<tr><td>{escape(name)}</td><td class="number">{numbers.get(name, "skipped")}</td>'
-        f'<td class="note">{escape(note)}</td></tr>'
-        for name, note in notes.items()
-    ]
-    parts.append(f"<table class='numbers'>{''.join(rows)}</table>")
+    parts.append("<table class='numbers'>")
+    for name, note in notes.items():
+        number = f'<td class="number">{numbers.get(name, "skipped")}</td>'
+        parts.append(f'<tr><td>{escape(name)}</td>{number}<td class="note">{escape(note)}</td></tr>')
+    parts.append("</table>")
     if sweep := result.get("sweep"):
         parts.append(_sweep(sweep))
     if histogram := result.get("usage_histogram"):
@@ -139,12 +135,7 @@ def _histogram(bars: list[dict]) -> str:
             f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>',
         ]
     parts.append(f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>')
-    return f"{_svg(max(5, len(bars)) * width, height + 54)}{''.join(parts)}</svg>"
-
-
-def _svg(width: int, height: int) -> str:
-    """A drawing's opening tag: it shrinks with the page."""
-    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+    return f"{_SVG.format(max(5, len(bars)) * width, height + 54)}{''.join(parts)}</svg>"
 
 
 def _curves(run: Path) -> str:
@@ -166,13 +157,11 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
     xs, ys = zip(*points, strict=True)
     left, low = xs[0], min(ys)
     across, up = xs[-1] - left or 1, max(ys) - low or 1
-    line = " ".join(
-        f"{_LEFT + (_WIDTH - _LEFT - 4) * (x - left) / across:.1f},{4 + (_HEIGHT - 8) * (1 - (y - low) / up):.1f}"
-        for x, y in points
-    )
+    shares = [((x - left) / across, 1 - (y - low) / up) for x, y in points]
+    line = " ".join(f"{_LEFT + (_WIDTH - _LEFT - 4) * x:.1f},{4 + (_HEIGHT - 8) * y:.1f}" for x, y in shares)
     return (
         f"<figure><figcaption><b>{escape(name)}</b> {ys[-1]:.5g}</figcaption>"
-        f"{_svg(_WIDTH, _HEIGHT + 16)}"
+        f"{_SVG.format(_WIDTH, _HEIGHT + 16)}"
         f'<rect x="{_LEFT - 4}" width="{_WIDTH - _LEFT + 4}" height="{_HEIGHT}" fill="#f6f6f6"/>'
         f'<polyline points="{line}" fill="none" stroke="#4477aa" stroke-width="1.5"/>'
         f'<text x="{_LEFT - 8}" y="11" text-anchor="end">{max(ys):.4g}</text>'

@@ -30,7 +30,7 @@ from nsvq.eval.drift import Drift
 from nsvq.eval.features import Collector, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
-from nsvq.eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
+from nsvq.eval.reconstruction_metrics import MEANINGS, add_codebook_metrics, add_frechet_distance, add_image_metrics
 from nsvq.eval.reference import Cache, bad_images, key_of, real_batches
 from nsvq.tokenizer.pretrained import Tokenizer
 
@@ -147,7 +147,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         add_frechet_distance(result, made[name], references[name][0], extractor)
     add_codebook_metrics(result, rows, counts, tokenizer, data.image_size)
     if drift is not None:
-        add(result, drift.metrics(rows))
+        report.add(result, drift.metrics(rows), MEANINGS)
         result["compared"] = {"folder": config.compare, "sha256": earlier.fingerprint()}
     return result | {
         "counts": {"images": len(rows["index"]), **unreadable},

@@ -118,8 +118,7 @@ def real_sets(
     """Features of a split's images by extractor, with numbers on the main process only; and what is said of the images.
 
     `only_adm_rows`: keep single features of a fixed random choice of 10,000. One pass over the split for all extractors
-    that it is not kept for. Raises `UserError` or `UsageError` for data that does not work. A collective call.
-    """
+    that it is not kept for. Raises `UserError` or `UsageError` for data that does not work. A collective call."""
     accelerator, keep = cache.accelerator, None
     if only_adm_rows:
         keep = torch.zeros(len(open_split(data, split)), dtype=torch.bool)
@@ -220,8 +219,7 @@ def read_adm(path: Path, layers: dict[str, str]) -> tuple[FeatureSet, np.ndarray
     """A reference in ADM's format: statistics of the pooled features (mu, sigma) and of the spatial ones (mu_s,
     sigma_s), and images uint8 [N, H, W, 3] (arr_0), for precision and recall; at least mu and sigma, or images.
 
-    `layers`: the extractor's layers {metric: layer}. Raises `UserError` where the file is something else.
-    """
+    `layers`: the extractor's layers {metric: layer}. Raises `UserError` where the file is something else."""
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if name in file.files}

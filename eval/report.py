@@ -54,6 +54,12 @@ def no_numbers() -> dict[str, Any]:
     return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
 
 
+def add(result: dict, metrics: dict[str, float], meanings: dict[str, str]) -> None:
+    """Add numbers with their meanings."""
+    result["metrics"] |= metrics
+    result["meanings"] |= {name: meanings[name] for name in metrics}
+
+
 def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
     """What made a number, beside its inputs: command, config, machine and versions."""
     packages = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "lpips", "numpy", "pillow")

@@ -19,8 +19,7 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     """Write README.md into a pipeline folder, and return its path.
 
     `results`: {heading: a result of eval/reconstruction.py or eval/generation.py, as read from its JSON file}. What was
-    trained, how and on what comes from nsvq.json, which training leaves in the folder.
-    """
+    trained, how and on what comes from nsvq.json, which training leaves in the folder."""
     about = json.loads((folder / "nsvq.json").read_text())
     index = json.loads((folder / "model_index.json").read_text())
     vae = json.loads((folder / ("vqvae" if "vqvae" in index else "vae") / "config.json").read_text())

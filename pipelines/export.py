@@ -199,8 +199,7 @@ def read_parts(source: str | Path, **options) -> dict | None:
     """Arguments of `DiTPipeline` from a folder or Hub repository of an `LDMPipeline` or of "modern", which is read with
     the code that is installed here: what it ships is not run. None for other pipelines.
 
-    `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like.
-    """
+    `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like."""
     hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
     index = DiffusionPipeline.load_config(source, **hub)
     if index["_class_name"] == "LDMPipeline":

@@ -26,8 +26,7 @@ _DISTANCES = 2**27  # elements of the table of distances that the stock quantize
 class ClassConditionalPipeline(DiTPipeline):
     """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
-    `id2label`: {class id: name}; names are their numbers where model_index.json holds none.
-    """
+    `id2label`: {class id: name}; names are their numbers where model_index.json holds none."""
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
         super().__init__(transformer, vae, scheduler, id2label)
@@ -134,8 +133,7 @@ class ClassConditionalPipeline(DiTPipeline):
         callback_on_step_end(pipeline, step, timestep, {"latents": latents}) is called after every step of every batch
             (Heun's method: every evaluation); a dict that it returns may hold other latents to go on with.
 
-        Raises `ValueError` where a class does not exist or an argument has no meaning.
-        """
+        Raises `ValueError` where a class does not exist or an argument has no meaning."""
         ids = self.class_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty")
