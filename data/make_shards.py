@@ -60,7 +60,12 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
     about |= config.model_dump(include={"format", "quality", "shard_images"})
     bad, counts = BadImages(config.data.max_bad_fraction), dict.fromkeys(splits, 0)
     try:
-        _claim(config.output, about)
+        manifest = config.output / "manifest.json"
+        before = json.loads(manifest.read_text()) if manifest.exists() else about
+        if changed := configs.differences(before, about):
+            other = f"{config.output} holds other shards ({'; '.join(changed[:3])})"
+            raise UserError(f"{other}: delete it, or give another --output")
+        _write(manifest, json.dumps(about, indent=2))
         for name, split in splits.items():
             order = np.random.default_rng(0).permutation(len(split))
             parts = np.split(order, range(config.shard_images, len(order), config.shard_images))
@@ -80,14 +85,6 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
     except OSError as error:
         raise UserError(f"cannot write to {config.output} ({error}); the same command goes on from here") from None
     return counts | {"bad": bad.check(final=True)}
-
-
-def _claim(folder: Path, about: dict) -> None:
-    path = folder / "manifest.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (changed := configs.differences(json.loads(path.read_text()), about)):
-        raise UserError(f"{folder} holds other shards ({'; '.join(changed[:3])}): delete it, or give another --output")
-    _write(path, json.dumps(about, indent=2))
 
 
 def _write(path: Path, text: str) -> None:

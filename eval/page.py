@@ -18,6 +18,7 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
+from nsvq.pipelines.card import table_rows
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
@@ -86,12 +87,10 @@ def _result(result: dict) -> str:
     if setting := result.get("setting"):
         parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
-    numbers = {name: "-" if value is None else f"{value:.5g}" for name, value in result["metrics"].items()}
-    notes = {name: result["meanings"].get(name, "") for name in numbers} | result["skipped"]
     parts.append("<table class='numbers'>")
-    for name, note in notes.items():
-        number = f'<td class="number">{numbers.get(name, "skipped")}</td>'
-        parts.append(f'<tr><td>{escape(name)}</td>{number}<td class="note">{escape(note)}</td></tr>')
+    for name, number, note in table_rows(result):
+        cell = f'<td class="number">{number}</td>'
+        parts.append(f'<tr><td>{escape(name)}</td>{cell}<td class="note">{escape(note)}</td></tr>')
     parts.append("</table>")
     if sweep := result.get("sweep"):
         parts.append(_sweep(sweep))
@@ -116,12 +115,11 @@ def _picture(path: Path) -> str:
 
 def _sweep(sweep: list[dict]) -> str:
     names = list(sweep[0]["metrics"])
-    head = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
-    rows = []
+    table = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
     for run in sweep:
         values = [f"{run['guidance_scale']:g}", str(run["steps"]), *(f"{run['metrics'][name]:.5g}" for name in names)]
-        rows.append("<tr>" + "".join(f'<td class="number">{value}</td>' for value in values) + "</tr>")
-    return f"<h3>All settings</h3><div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+        table += "</tr><tr>" + "".join(f'<td class="number">{value}</td>' for value in values)
+    return f"<h3>All settings</h3><div class='wide'><table><tr>{table}</tr></table></div>"
 
 
 def _histogram(bars: list[dict]) -> str:

@@ -58,9 +58,8 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
         ours = decoder is not None and index[decoder][1] in VQ_MODELS
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        give = (
-            "give the <out>/pipeline folder of a finished diffusion run, or a class-conditional pipeline of diffusers"
-        )
+        folders = "the <out>/pipeline folder of a finished diffusion run"
+        give = f"give {folders}, or a class-conditional pipeline of diffusers"
         raise UserError(f"no pipeline at {folder}: {give} ({str(error).splitlines()[0]})") from None
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{folder} holds a {type(pipeline).__name__}, which takes no class_labels")
@@ -100,18 +99,18 @@ def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
     options: dict[str, Any] = {"guidance_scale": how.guidance_scale, "num_inference_steps": how.steps}
     labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
-    with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
-        if is_ours(pipeline):
-            options |= {"guidance_interval": how.guidance_interval, "guide": how.guide}
-            options |= {"seeds": seeds, "output_type": "latent"}
-            latents = pipeline(labels, **options).images
-        else:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            with torch.random.fork_rng():
-                torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
-                images = pipeline(labels, generator=generators, output_type="pt", **options).images
-            return to_uint8(images.float() * 2 - 1)
-    return to_uint8(pipeline.decode(latents.float()) * 2 - 1)  # the decoder is float32 in every precision
+    autocast = torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None)
+    if is_ours(pipeline):
+        options |= {"seeds": seeds, "guidance_interval": how.guidance_interval, "guide": how.guide}
+        with autocast:
+            latents = pipeline(labels, output_type="latent", **options).images
+        images = pipeline.decode(latents.float())  # the decoder is float32 in every precision
+    else:
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with autocast, torch.random.fork_rng():
+            torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
+            images = pipeline(labels, output_type="pt", **options).images.float()
+    return to_uint8(images * 2 - 1)
 
 
 class SampleFolder:

@@ -8,6 +8,7 @@ from nsvq.files import atomic_file
 PAPER = "2606.11363"
 _NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net"}
 _ARXIV = "https://arxiv.org/abs/"
+_NSVQ = f"NSVQ (non-stationary-aware vector quantization): {_ARXIV}{PAPER}"
 _CITATIONS = {
     "dit": f"Peebles and Xie, Scalable Diffusion Models with Transformers, {_ARXIV}2212.09748",
     "modern": f"Peebles and Xie, {_ARXIV}2212.09748, with the parts of LightningDiT (Yao et al., {_ARXIV}2501.01423)",
@@ -31,7 +32,7 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
         _training(about, bool(names)),
         _results(results or {}),
         _limits(len(names), index["scheduler"][1]),
-        _citation(variant),
+        f"## Citation\n\nThe tokenizer's method, {_NSVQ}.\nThe network: {_CITATIONS[variant]}.\n",
     ]
     path = folder / "README.md"
     with atomic_file(path) as part:
@@ -75,7 +76,12 @@ def _use(names: dict[str, str], variant: str, pipeline: str) -> str:
     intro = "With `diffusers` alone" + (", which runs the model's code in `transformer/nsvq_dit.py`:" if code else ":")
     what = "" if pipeline == "LDMPipeline" else f"class_labels=[{0 if names else 1000}], "
     what += "guidance_scale=2.0, " if names else ""
-    stock = f"""## Use
+    adds, how = "one seed an image, batches, samplers by name and callbacks", "[None], seeds=[0]"
+    if names:
+        adds = "class names, a guidance interval, " + adds
+        label = next(iter(names.values())).split(",")[0].strip()
+        how = f"[{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]"
+    return f"""## Use
 
 {intro}
 
@@ -84,14 +90,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{code})
 image = pipeline({what}num_inference_steps=50).images[0]
 ```
-"""
-    adds = "one seed an image, batches, samplers by name and callbacks"
-    how = "[None], seeds=[0]"
-    if names:
-        adds = "class names, a guidance interval, " + adds
-        label = next(iter(names.values())).split(",")[0].strip()
-        how = f"[{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]"
-    return f"""{stock}
+
 With the project's own class, which adds {adds}:
 
 ```python
@@ -149,27 +148,24 @@ def _nsvq(pull: dict | None, revive: float | None, replace: dict | None, freeze:
 
 
 def _results(results: dict[str, dict]) -> str:
-    if not results:
-        return "## Results\n\nNot measured yet.\n"
-    lines = ["## Results", ""]
+    lines = ["## Results", ""] if results else ["## Results\n\nNot measured yet.\n"]
     for heading, result in results.items():
-        lines += [f"### {heading}", "", _measured(result), "", "| | | |", "|---|---|---|"]
-        for name, value in result["metrics"].items():
-            number = "-" if value is None else f"{value:.5g}"
-            lines.append(f"| {name} | {number} | {result['meanings'].get(name, '')} |")
-        lines += [f"| {name} | skipped | {why} |" for name, why in result["skipped"].items()]
+        counts, data = result["counts"], result["data"]
+        number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
+        what = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
+        if setting := result.get("setting"):
+            what += f", guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}"
+        lines += [f"### {heading}", "", f"{what}; nsvq {result['versions']['nsvq']}.", "", "| | | |", "|---|---|---|"]
+        lines += [f"| {name} | {number} | {note} |" for name, number, note in table_rows(result)]
         lines += ["", f"    {result['command']}", "", *(f"Warning: {warning}\n" for warning in result["warnings"])]
     return "\n".join(lines)
 
 
-def _measured(result: dict) -> str:
-    """One line on what a result is of."""
-    counts, data = result["counts"], result["data"]
-    number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
-    line = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
-    if setting := result.get("setting"):
-        line += f", guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}"
-    return f"{line}; nsvq {result['versions']['nsvq']}."
+def table_rows(result: dict) -> list[tuple[str, str, str]]:
+    """(name, number, meaning) of each number of a result, as read from its JSON file, and of what it skipped."""
+    numbers = {name: "-" if value is None else f"{value:.5g}" for name, value in result["metrics"].items()}
+    rows = [(name, number, result["meanings"].get(name, "")) for name, number in numbers.items()]
+    return rows + [(name, "skipped", why) for name, why in result["skipped"].items()]
 
 
 def _limits(classes: int, scheduler: str) -> str:
@@ -184,12 +180,4 @@ def _limits(classes: int, scheduler: str) -> str:
   people, places or events, and must not be passed off as such.
 - An image's detail is bounded by the tokenizer: see its reconstruction figures.
 - The stock pipeline {guided}samples {steps}.
-"""
-
-
-def _citation(variant: str) -> str:
-    return f"""## Citation
-
-The tokenizer's method, NSVQ (non-stationary-aware vector quantization): {_ARXIV}{PAPER}.
-The network: {_CITATIONS[variant]}.
 """

@@ -47,11 +47,19 @@ def label_table(embeddings: Tensor) -> Tensor:
     return torch.cat([classes, null_row.expand(STOCK_NULL_CLASS + 1 - len(classes), -1)])
 
 
+@torch.no_grad()
 def to_stock(model: DiT | UNet) -> DiTTransformer2DModel | PipelineDiT | UNet2DModel:
     """The class that a pipeline holds, with the same outputs to float error; the label `model.null_class` becomes 1000.
     Raises `UserError` where there are more than 1000 classes."""
     if isinstance(model, UNet):
-        return _stock_unet(model)
+        # With classes, as many embeddings as `DiTPipeline` has labels, so that it takes the U-Net for a transformer.
+        options, weights = arguments(model), model.state_dict()
+        if options["num_class_embeds"] is not None:
+            weights["class_embedding.weight"] = label_table(weights["class_embedding.weight"])
+            options["num_class_embeds"] = STOCK_NULL_CLASS + 1
+        stock = UNet2DModel(**options)
+        stock.load_state_dict(weights)
+        return stock.eval()
     if model.config.variant == "modern":
         check_classes(model.config.num_classes)
         # DiTPipeline asks the config for its out_channels.
@@ -61,7 +69,6 @@ def to_stock(model: DiT | UNet) -> DiTTransformer2DModel | PipelineDiT | UNet2DM
     return _stock_dit(model)
 
 
-@torch.no_grad()
 def _stock_dit(model: DiT) -> DiTTransformer2DModel:
     """Stock blocks each hold an embedder of time and class, and the layer of their modulation: each gets a copy of the
     embedder there is, and its rows of our one layer."""
@@ -154,18 +161,6 @@ def _names(depth: int) -> dict[str, str]:
         for ours, theirs in _IN_BLOCKS.items():
             names[f"blocks.{i}.{ours}"] = f"transformer_blocks.{i}.{theirs}"
     return names
-
-
-@torch.no_grad()
-def _stock_unet(model: UNet) -> UNet2DModel:
-    """With classes, as many embeddings as `DiTPipeline` has labels, so that it takes the U-Net for a transformer."""
-    config, weights = arguments(model), model.state_dict()
-    if config["num_class_embeds"] is not None:
-        weights["class_embedding.weight"] = label_table(weights["class_embedding.weight"])
-        config["num_class_embeds"] = STOCK_NULL_CLASS + 1
-    stock = UNet2DModel(**config)
-    stock.load_state_dict(weights)
-    return stock.eval()
 
 
 def arguments(part) -> dict:
