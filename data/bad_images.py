@@ -10,8 +10,7 @@ from nsvq.errors import UserError
 class BadImages:
     """Counts images that did not decode, and ends the run when their share passes `limit`.
 
-    `update` each batch on its own rank; the rest on all ranks alike (it reduces or gathers).
-    """
+    `update` each batch on its own rank; the rest on all ranks alike (it reduces or gathers)."""
 
     def __init__(self, limit: float, accelerator: Accelerator | None = None, minimum: int = 100):
         self.limit, self.accelerator, self.minimum = limit, accelerator, minimum
@@ -32,10 +31,8 @@ class BadImages:
         if bad > self.limit * seen and (final or seen >= self.minimum):
             some = ", ".join(dict.fromkeys(self.bad[:100])) or "on other ranks"
             some = some if len(some) < 400 else some[:400] + " ..."
-            raise UserError(
-                f"{bad} of {seen} images do not decode ({some}), more than data.max_bad_fraction = {self.limit}; "
-                "repair or remove them, or raise the limit"
-            )
+            what = f"{bad} of {seen} images do not decode ({some}), more than data.max_bad_fraction = {self.limit}"
+            raise UserError(f"{what}; repair or remove them, or raise the limit")
         return bad
 
     def news(self) -> list[str]:

@@ -30,14 +30,7 @@ _ORDER, _AUGMENT, _REPLACE = range(3)  # independent random sequences of one see
 
 
 def train_batches(
-    config: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
+    config: DataConfig, *, batch_size: int, seed: int, start=0, rank=0, world_size=1, workers=0
 ) -> Generator[dict, None, None]:
     """Shuffled training batches without end, from global sample `start` on.
 
@@ -46,8 +39,7 @@ def train_batches(
     start + (m * world_size + r) * batch_size + [0, batch_size). In place of a bad image comes another one, drawn from
     (seed, p, attempt).
 
-    Raises `UserError` where images in a row fail to decode, and what `open_split` raises.
-    """
+    Raises `UserError` where images in a row fail to decode, and what `open_split` raises."""
     data = open_split(config, "train")
 
     def batches_from(done: int) -> Iterator[dict]:
@@ -61,21 +53,13 @@ def train_batches(
 
 
 def eval_batches(
-    config: DataConfig,
-    split: str,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    limit: int | None = None,
+    config: DataConfig, split: str, *, batch_size: int, rank=0, world_size=1, workers=0, limit: int | None = None
 ) -> Iterator[dict]:
     """Every image of `split` exactly once over all ranks, by ADM's centre crop; bad ones are left out and listed.
 
     `limit` takes that many, a fixed random choice (so that it covers the classes). Ranks may see different numbers of
     batches, and a batch may hold bad images only (image [0, 3, S, S]): reduce over ranks after the loop, not in it.
-    Raises what `open_split` raises.
-    """
+    Raises what `open_split` raises."""
     data = open_split(config, split)
     order = np.arange(len(data))
     if limit is not None and limit < len(order):
@@ -86,10 +70,8 @@ def eval_batches(
 def batches_in_order(
     data: Split, order: np.ndarray, size: int, *, batch_size: int, workers: int = 0, crops: int = 1
 ) -> Iterator[dict]:
-    """The images of `order`, indices [N], by ADM's centre crop of `size` pixels; bad ones are left out and listed.
-
-    With more `crops`, image is [B * crops, 3, S, S], the crops of `several_crops` after each other.
-    """
+    """The images of `order`, indices [N], by ADM's centre crop of `size` pixels; bad ones are left out and listed. With
+    more `crops`, image is [B * crops, 3, S, S], the crops of `several_crops` after each other."""
     rows = order.tolist()
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     collate = partial(_collate, size=size)
@@ -122,11 +104,13 @@ def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
     }
 
 
+@dataclass
 class _TrainImages(Dataset):
     """(position, index) -> the item at that position."""
 
-    def __init__(self, data: Split, config: DataConfig, seed: int):
-        self.data, self.config, self.seed = data, config, seed
+    data: Split
+    config: DataConfig
+    seed: int
 
     def __getitem__(self, place: tuple[int, int]) -> _Item:
         position, index = place
@@ -145,11 +129,13 @@ class _TrainImages(Dataset):
         return _Item([], -1, -1, "", bad)
 
 
+@dataclass
 class _EvalImages(Dataset):
     """index -> its item."""
 
-    def __init__(self, data: Split, size: int, crops: int):
-        self.data, self.size, self.crops = data, size, crops
+    data: Split
+    size: int
+    crops: int
 
     def __getitem__(self, index: int) -> _Item:
         try:
@@ -163,8 +149,7 @@ class _EvalImages(Dataset):
 def shuffled_positions(n: int, batch_size: int, seed: int, start: int, rank: int, world_size: int) -> Iterator[list]:
     """Micro-batches of a rank, lists of (position, index): index = permutation(seed, position // n)[position % n]."""
     epoch, order = None, None
-    for m in count():
-        first = start + (m * world_size + rank) * batch_size
+    for first in count(start + rank * batch_size, world_size * batch_size):
         batch = []
         for position in range(first, first + batch_size):
             if position // n != epoch:

@@ -4,6 +4,7 @@ What this adds to torchvision's v2 transforms: each draw comes from a generator 
 torch's global one, so a crop would depend on the loading process), ADM's crop, and a name for each bad image.
 """
 
+import contextlib
 import hashlib
 import io
 import math
@@ -13,36 +14,13 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-# What Pillow's readers raise on damaged files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
+# What Pillow's readers raise on damaged files: errors of Python's, and those of the libraries that they call.
+_PYTHONS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError)
+_DECODE_ERRORS = (*_PYTHONS, struct.error, zlib.error, Image.DecompressionBombError)
 _LEAST_FRACTION = 0.8  # of the short side, in a random crop
-
-# EXIF orientation (tag 0x0112) -> what brings the image upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class BadImage(Exception):
@@ -54,10 +32,8 @@ class BadImage(Exception):
 
 
 def decode(data: bytes, id: str) -> Image.Image:
-    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame.
-
-    Raises `BadImage(id)` where the bytes are damaged, truncated, or in a pixel format without a defined RGB meaning.
-    """
+    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame. Raises `BadImage(id)`
+    where the bytes are damaged, truncated, or in a pixel format without a defined RGB meaning."""
     try:
         # Pillow warns about odd EXIF blocks and large images, once for each of them.
         with warnings.catch_warnings():
@@ -71,10 +47,9 @@ def decode(data: bytes, id: str) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode -> upright RGB: alpha on white, 16-bit grey scaled to 8 bits, CMYK without a profile.
-
-    Raises `ValueError` for pixel formats without a defined range (floating point, 32-bit integers, CIELAB).
-    """
-    image = _upright(image)
+    Raises `ValueError` for pixel formats without a defined range (floating point, 32-bit integers, CIELAB)."""
+    with contextlib.suppress(*_DECODE_ERRORS):  # an EXIF block that can't be read says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey
@@ -90,14 +65,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(0x0112)
-    except _DECODE_ERRORS:  # an EXIF block that can't be read says nothing about the pixels
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre crop of ADM (Dhariwal and Nichol, arXiv 2105.05233), on which the field's FID statistics rest.
 
@@ -109,19 +76,21 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def several_crops(image: Image.Image, size: int, count: int, id: str) -> list[Image.Image]:
-    """The centre crop of ADM, and `count` - 1 of its random crops (arXiv 2105.05233), which `id` alone decides.
-
-    A random crop is a random square of `size` pixels of the image resized as for the centre crop, to a random short
-    side from `size` to `size` / 0.8.
-    """
+    """The centre crop of ADM, and `count` - 1 of its random crops (arXiv 2105.05233), which `id` alone decides. A
+    random crop is a random square of `size` pixels of the image resized as for the centre crop, to a random short side
+    from `size` to `size` / 0.8."""
     crops = [center_crop(image, size)]
     digest = hashlib.sha256(id.encode()).digest()
     for number in range(1, count):
         rng = np.random.default_rng([number, *digest])
         scaled = _shrink(image, int(rng.integers(size, math.ceil(size / _LEAST_FRACTION) + 1)))
-        left, top = (int(rng.integers(side - size + 1)) for side in scaled.size)
-        crops.append(scaled.crop((left, top, left + size, top + size)))
+        crops.append(_random_square(scaled, size, rng))
     return crops
+
+
+def _random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    left, top = (int(rng.integers(side - size + 1)) for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 
 def _shrink(image: Image.Image, short: int) -> Image.Image:
@@ -133,21 +102,16 @@ def _shrink(image: Image.Image, short: int) -> Image.Image:
 
 def training_crop(image: Image.Image, size: int, flip: bool, rng: np.random.Generator) -> Image.Image:
     """Short side to `size` (bicubic, antialiased), a random crop, and with `flip` a mirror image half of the time."""
-    image = resize_short_side(image, size)
-    left = int(rng.integers(image.width - size + 1))
-    top = int(rng.integers(image.height - size + 1))
+    image = _random_square(resize_short_side(image, size), size, rng)
     mirror = rng.random() < 0.5
-    image = image.crop((left, top, left + size, top + size))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and mirror else image
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Short side to `size`, bicubic and antialiased."""
     short = min(image.size)
-    if short == size:
-        return image
     width, height = (max(size, round(side * size / short)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image if short == size else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

@@ -27,8 +27,8 @@ def make_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
     """torch's loader, with pinned memory where there is a GPU."""
     # A generator of its own, so that making a loader leaves the random state of training as it is.
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(dataset, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=generator,
-                      worker_init_fn=_leave_signals, **how)  # fmt: skip
+    how |= {"pin_memory": torch.cuda.is_available(), "generator": generator, "worker_init_fn": _leave_signals}
+    return DataLoader(dataset, num_workers=workers, **how)
 
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
@@ -47,8 +47,8 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise LoadingProcessDied(f"a loading process was killed ({str(error).splitlines()[0]}); if the machine is "
-                                 "short of memory, take fewer --run.workers") from None  # fmt: skip
+        why = f"a loading process was killed ({str(error).splitlines()[0]})"
+        raise LoadingProcessDied(f"{why}; if the machine is short of memory, take fewer --run.workers") from None
 
 
 def restarting(make: Callable[[int], Iterable]) -> Generator[Any, None, None]:

@@ -18,6 +18,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -51,29 +52,20 @@ class ShardConfig(Config):
     workers: int = Field(4, ge=0, description="Decoding processes.")
 
 
-def main() -> None:
-    config = configs.parse(ShardConfig, sys.argv[1:])
-    counts = make_shards(config)
-    print(f"{config.output}: {counts['train']} training and {counts['test']} test images, {counts['bad']} bad ones")
-
-
 def make_shards(config: ShardConfig) -> dict[str, int]:
-    """Write what is missing; returns the numbers of "train", "test" and "bad" images.
-
-    Raises `UserError` where the folder holds shards of something else, the disk is full, or too many images are bad.
-    """
+    """Write what is missing; returns the numbers of "train", "test" and "bad" images. Raises `UserError` where the
+    folder holds shards of something else, the disk is full, or too many images are bad."""
     splits = {name: open_split(config.data, name) for name in ("train", "test")}
-    about = {
-        "data": {name: split.fingerprint for name, split in splits.items()},
-        "image_size": config.data.image_size,
-        "format": config.format,
-        "quality": config.quality,
-        "shard_images": config.shard_images,
-    }
-    bad = BadImages(config.data.max_bad_fraction)
-    counts = dict.fromkeys(splits, 0)
+    about = {"data": {name: split.fingerprint for name, split in splits.items()}, "image_size": config.data.image_size}
+    about |= config.model_dump(include={"format", "quality", "shard_images"})
+    bad, counts = BadImages(config.data.max_bad_fraction), dict.fromkeys(splits, 0)
     try:
-        _claim(config.output, about)
+        manifest = config.output / "manifest.json"
+        before = json.loads(manifest.read_text()) if manifest.exists() else about
+        if changed := configs.differences(before, about):
+            other = f"{config.output} holds other shards ({'; '.join(changed[:3])})"
+            raise UserError(f"{other}: delete it, or give another --output")
+        _write(manifest, json.dumps(about, indent=2))
         for name, split in splits.items():
             order = np.random.default_rng(0).permutation(len(split))
             parts = np.split(order, range(config.shard_images, len(order), config.shard_images))
@@ -82,37 +74,29 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
                 done = config.output / f".{shard}.json"
                 if not done.exists():
                     resize = resize_short_side if name == "train" else center_crop
-                    found = _write_shard(config.output / shard, split, part, resize, config)
-                    with atomic_file(done) as file:
-                        file.write_text(json.dumps(found))
+                    _write(done, json.dumps(_write_shard(config.output / shard, split, part, resize, config)))
                 found = json.loads(done.read_text())
                 counts[name] += found["images"]
                 bad.update({"label": [None] * found["images"], "bad": found["bad"]})
                 bad.check()
-        if splits["train"].classes:
-            with atomic_file(config.output / "classes.txt") as file:
-                file.write_text("\n".join(splits["train"].classes) + "\n")
-        with atomic_file(config.output / "bad-images.txt") as file:
-            file.write_text("".join(f"{id}\n" for id in bad.bad))
+        for file, lines in {"classes.txt": splits["train"].classes, "bad-images.txt": bad.bad}.items():
+            if lines or file == "bad-images.txt":
+                _write(config.output / file, "".join(f"{line}\n" for line in lines))
     except OSError as error:
         raise UserError(f"cannot write to {config.output} ({error}); the same command goes on from here") from None
     return counts | {"bad": bad.check(final=True)}
 
 
-def _claim(folder: Path, about: dict) -> None:
-    path = folder / "manifest.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (changed := configs.differences(json.loads(path.read_text()), about)):
-        raise UserError(f"{folder} holds other shards ({'; '.join(changed[:3])}): delete it, or give another --output")
+def _write(path: Path, text: str) -> None:
     with atomic_file(path) as part:
-        part.write_text(json.dumps(about, indent=2))
+        part.write_text(text)
 
 
 def _write_shard(path: Path, split: Split, order: np.ndarray, resize: Callable, config: ShardConfig) -> dict:
     """How many images it holds, and the ids of those that did not decode. The file takes its name when it is whole."""
     bad, images = [], 0
-    encoded = _Encoded(split, order.tolist(), resize, config)
-    loader = make_loader(encoded, config.workers, batch_size=_LOADED_AT_ONCE, collate_fn=list)
+    encoded = _Encoded(split, resize, config)
+    loader = make_loader(encoded, config.workers, sampler=order.tolist(), batch_size=_LOADED_AT_ONCE, collate_fn=list)
     prefix = hashlib.sha256(path.name.encode()).hexdigest()[:6]  # keys differ between shards
     with atomic_file(path) as part, tarfile.open(part, "w") as tar:
         for batch in batches_of(loader):
@@ -129,24 +113,29 @@ def _write_shard(path: Path, split: Split, order: np.ndarray, resize: Callable, 
     return {"images": images, "bad": bad}
 
 
+@dataclass
 class _Encoded(Dataset):
-    """i -> (id, encoded image or None, label) of the i-th image of `order`."""
+    """index -> (id, encoded image or None, label)."""
 
-    def __init__(self, split: Split, order: list[int], resize: Callable, config: ShardConfig):
-        self.split, self.order, self.resize, self.config = split, order, resize, config
+    split: Split
+    resize: Callable
+    config: ShardConfig
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, i: int) -> tuple[str, bytes | None, int]:
+    def __getitem__(self, index: int) -> tuple[str, bytes | None, int]:
         try:
-            image, label = self.split.load(self.order[i])
+            image, label = self.split.load(index)
         except BadImage as error:
             return error.id, None, -1
         buffer = io.BytesIO()
         image = self.resize(image, self.config.data.image_size)
         image.save(buffer, "JPEG" if self.config.format == "jpg" else "PNG", quality=self.config.quality)
-        return self.split.id(self.order[i]), buffer.getvalue(), label
+        return self.split.id(index), buffer.getvalue(), label
+
+
+def main() -> None:
+    config = configs.parse(ShardConfig, sys.argv[1:])
+    counts = make_shards(config)
+    print(f"{config.output}: {counts['train']} training and {counts['test']} test images, {counts['bad']} bad ones")
 
 
 if __name__ == "__main__":

@@ -35,18 +35,16 @@ _MAX_LABEL = 1000  # bytes; what is longer is a caption or a record
 
 
 class Shards:
-    """The samples of tar shards, in order, undecoded. `labels`: the text of each label [N] (bytes; empty: none).
-
-    Raises `UserError` where a shard can't be read, is damaged or cut off.
-    """
+    """The samples of tar shards, in order, undecoded. `labels`: the text of each label [N] (bytes; empty: none). Raises
+    `UserError` where a shard can't be read, is damaged or cut off."""
 
     def __init__(self, shards: list[str], image_field: str, label_field: str | None):
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(partial(_index, image_field=image_field, label_field=label_field), shards)
             # Shown where it takes long: indexes of earlier runs are read at once.
             indexes = list(tqdm(found, "index of shards", len(shards), unit="shard", leave=False, delay=3))
-        keys, self.labels, offsets, sizes = (np.concatenate([index[name] for index in indexes]) for name in _ARRAYS)
-        self._keys, self._offsets, self._sizes = keys, offsets, sizes
+        joined = (np.concatenate([index[name] for index in indexes]) for name in _ARRAYS)
+        self._keys, self.labels, self._offsets, self._sizes = joined
         self._ends = np.cumsum([len(index["keys"]) for index in indexes])
         self._shards, self._image_field = shards, image_field
 
@@ -104,7 +102,13 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
                 return {name: file[name] for name in _ARRAYS}
     except Exception:  # there is none yet, or it is damaged in one of many ways
         pass
-    arrays = _scan(shard, image_field, label_field)
+    keys, labels, places = [], [], []
+    for key, fields in _samples(shard, label_field):
+        keys.append(key.encode(errors="surrogateescape"))
+        labels.append(fields.get(label_field, b""))
+        places.append(fields.get(image_field, (0, -1)))
+    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    arrays = dict(zip(_ARRAYS, (np.array(keys, "S"), np.array(labels, "S"), offsets, sizes), strict=True))
     try:
         # Ranks may index the same shard at once.
         with atomic_file(kept, shared=True) as part, open(part, "wb") as file:
@@ -112,16 +116,6 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
     except OSError as error:
         note(f"the index of the shards is not kept in {CACHE} ({error.strerror}), and made again at each start")
     return arrays
-
-
-def _scan(shard: str, image_field: str, label_field: str | None) -> dict[str, np.ndarray]:
-    keys, labels, places = [], [], []
-    for key, fields in _samples(shard, label_field):
-        keys.append(key.encode(errors="surrogateescape"))
-        labels.append(fields.get(label_field, b""))
-        places.append(fields.get(image_field, (0, -1)))
-    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    return dict(zip(_ARRAYS, (np.array(keys, "S"), np.array(labels, "S"), offsets, sizes), strict=True))
 
 
 def _samples(shard: str, label_field: str | None = None) -> Iterator[tuple[str, dict]]:

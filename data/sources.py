@@ -7,7 +7,6 @@ tables come about (Hub, class folders, parquet) is in data/tables.py, webdataset
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,10 @@ class Images:
     """Images with random access: a split of a table or of shards; `rows` chooses and orders its rows.
 
     `classes`: names in label order, [] without labels. `fingerprint`: stands for split, count, labels and a sample of
-    the contents, and is the same in every process and on every machine.
-    """
+    the contents, and is the same in every process and on every machine."""
 
     def __init__(self, encoded: Rows | Shards, labels: np.ndarray, classes: list[str], rows: np.ndarray, name: str):
-        self._encoded, self._labels, self._rows = encoded, labels, rows
-        self.classes = classes
+        self._encoded, self._labels, self._rows, self.classes = encoded, labels, rows, classes
         digest = hashlib.sha256(json.dumps([name, len(rows), classes]).encode() + labels[rows].tobytes())
         for i in np.linspace(0, len(rows) - 1, min(len(rows), 32)).astype(int):
             try:
@@ -66,12 +63,12 @@ class Images:
 class SyntheticImages:
     """The built-in data set (data/synthetic.py), with the attributes and methods of `Images`."""
 
+    classes = synthetic.CLASSES
+
     def __init__(self, split: str, size: int):
         self._split, self._size = split, size
-        self.classes = list(synthetic.CLASSES)
-        self.fingerprint = hashlib.sha256(
-            json.dumps(["synthetic", synthetic.VERSION, split, len(self)]).encode()
-        ).hexdigest()
+        what = json.dumps(["synthetic", synthetic.VERSION, split, len(self)])
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
 
     def __len__(self) -> int:
         return synthetic.LENGTHS[self._split]
@@ -90,10 +87,8 @@ Split = Images | SyntheticImages
 
 
 def open_split(config: DataConfig, split: str) -> Split:
-    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process.
-
-    Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
-    """
+    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process. Raises
+    `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty."""
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     return _open(type(config), config.model_dump_json(exclude={"flip", "max_bad_fraction"}), split)
@@ -105,13 +100,13 @@ def _open(schema: type, text: str, split: str) -> Split:
     if config.source == "synthetic":
         return SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size)
     files = tables.local_files(config.source)
+    if files and files[0].endswith(".tar"):
+        return _open_shards(config, split, tables.by_split(files))
+    if files:
+        return _open_table(config, split, tables.from_parquet(tables.by_split(files)))
     if files is None:
         return _open_table(config, split, tables.from_hub(config.source, config.subset))
-    if not files:
-        return _open_table(config, split, tables.from_class_folders(Path(config.source).expanduser()))
-    if files[0].endswith(".tar"):
-        return _open_shards(config, split, tables.by_split(files))
-    return _open_table(config, split, tables.from_parquet(tables.by_split(files)))
+    return _open_table(config, split, tables.from_class_folders(Path(config.source).expanduser()))
 
 
 def _choose(config: DataConfig, split: str, names: list[str]) -> tuple[str, bool]:
@@ -131,61 +126,55 @@ def _open_table(config: DataConfig, split: str, found: dict[str, datasets.Datase
     found = {name: table for name, table in found.items() if len(table)}
     if not found:
         raise UserError(f"{config.source} is empty")
-    name, shared = _choose(config, split, list(found))
-    table = found[name]
-    encoded = Rows(table, _image_column(config, table.features), name)
-    classes, labels = _labels(config, _label_column(config, table.features), found, name)
-    return Images(encoded, labels, classes, _rows(config, split, len(table), shared), name)
+    chosen = _choose(config, split, list(found))
+    table = found[chosen[0]]
+    image, label = _columns(config, table.features)
+    return _part(config, split, chosen, Rows(table, image, chosen[0]), *_labels(config, label, found, chosen[0]))
 
 
 def _open_shards(config: DataConfig, split: str, files: dict[str, list[str]]) -> Images:
-    name, shared = _choose(config, split, list(files))
+    name, _ = chosen = _choose(config, split, list(files))
     image, label = _fields(config, first_fields(files[name]), files[name][0])
     # The classes are those of all splits, unless they are named.
     wanted = files if label is not None and config.class_names is None else [name]
     found = {part: Shards(files[part], image, label) for part in wanted}
     classes, labels = ([], np.full(len(found[name]), -1)) if label is None else _shard_labels(config, found, name)
-    return Images(found[name], labels, classes, _rows(config, split, len(labels), shared), name)
+    return _part(config, split, chosen, found[name], classes, labels)
 
 
-def _rows(config: DataConfig, split: str, n: int, shared: bool) -> np.ndarray:
-    """Rows of a split that belong to "train" or "test": all, or a fixed random share where both are in one."""
-    if not shared:
-        return np.arange(n)
-    count = round(n * config.holdout)
-    if not 0 < count < n:
-        raise UserError(f"{config.source}: of {n} images, data.holdout = {config.holdout} leaves none on one side")
-    order = np.random.default_rng(0).permutation(n)
-    return np.sort(order[:count] if split == "test" else order[count:])
+def _part(
+    config: DataConfig, split: str, chosen: tuple[str, bool], encoded: Rows | Shards, classes: list, labels: np.ndarray
+) -> Images:
+    """The images that belong to "train" or "test": all, or a fixed random share where they share a split."""
+    n, wrong = len(labels), np.flatnonzero((labels < -1) | (labels >= len(classes)))
+    if len(wrong):
+        place = f"label {labels[wrong[0]]} of {encoded.id(wrong[0])}"
+        raise UserError(f"{config.source}: {place} is outside the classes 0..{len(classes) - 1}")
+    rows, count = np.arange(n), round(n * config.holdout)
+    if chosen[1]:
+        if not 0 < count < n:
+            raise UserError(f"{config.source}: of {n} images, data.holdout = {config.holdout} leaves none on one side")
+        order = np.random.default_rng(0).permutation(n)
+        rows = np.sort(order[:count] if split == "test" else order[count:])
+    return Images(encoded, labels, classes, rows, chosen[0])
 
 
-# Columns
-
-
-def _image_column(config: DataConfig, features: datasets.Features) -> str:
-    if config.image_column is not None:
-        return _existing(config, "image_column", features)
+def _columns(config: DataConfig, features: datasets.Features) -> tuple[str, str | None]:
+    """The columns of a table that hold the image and the label."""
+    for key in ("image_column", "label_column"):
+        name = getattr(config, key)
+        if name is not None and name not in features:
+            raise UsageError(f"{config.source} has no column data.{key} = {name!r}: it has {', '.join(features)}")
     found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     found = found or [name for name, kind in features.items() if _holds_bytes(kind)]
-    if len(found) != 1:
+    if config.image_column is None and len(found) != 1:
         what = f"several image columns ({', '.join(found)})" if found else "no image column"
         raise UsageError(f"{config.source} has {what}: set data.image_column to one of {', '.join(features)}")
-    return found[0]
-
-
-def _label_column(config: DataConfig, features: datasets.Features) -> str | None:
-    if config.label_column is not None:
-        return _existing(config, "label_column", features)
-    usual = [name for name in LABEL_NAMES if name in features and (_is_int(features[name]) or _is_text(features[name]))]
+    usual = {name: features[name] for name in LABEL_NAMES if name in features}
+    labels = [name for name, kind in usual.items() if _is_int(kind) or _is_text(kind)]
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    return usual[0] if usual else typed[0] if len(typed) == 1 else None
-
-
-def _existing(config: DataConfig, key: str, features: datasets.Features) -> str:
-    name = getattr(config, key)
-    if name not in features:
-        raise UsageError(f"{config.source} has no column data.{key} = {name!r}: it has {', '.join(features)}")
-    return name
+    labels += typed if len(typed) == 1 else []
+    return config.image_column or found[0], config.label_column or next(iter(labels), None)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -206,13 +195,10 @@ def _labels(config: DataConfig, column: str | None, found: dict, split: str) -> 
     if column is None:
         return [], np.full(len(found[split]), -1)
     kind = found[split].features[column]
-    values = {
-        name: table.select_columns([column]).with_format("arrow")[:].column(0)
-        for name, table in found.items()
-        if table.features.get(column) == kind
-    }
+    alike = {name: table for name, table in found.items() if table.features.get(column) == kind}
+    values = {name: table.select_columns([column]).with_format("arrow")[:].column(0) for name, table in alike.items()}
     if _is_text(kind):
-        names = sorted({text for column in values.values() for text in column.unique().to_pylist() if text is not None})
+        names = sorted({text for texts in values.values() for text in texts.unique().to_pylist() if text is not None})
         ids = {None: -1} | {text: i for i, text in enumerate(names)}
         labels = np.array([ids[text] for text in values[split].to_pylist()], np.int64)
     elif _is_int(kind):
@@ -223,16 +209,20 @@ def _labels(config: DataConfig, column: str | None, found: dict, split: str) -> 
         names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(i) for i in range(top + 1)]
     else:
         raise UsageError(f"{config.source}: data.label_column = {column!r} holds {kind}, not class ids or names")
-    names = list(names) if config.class_names is None else read_class_names(config.class_names)
-    _check(config, names, labels, lambda row: f"{split}[{row}]")
-    return names, labels
+    return _named(config, names), labels
 
 
-def _check(config: DataConfig, names: list[str], labels: np.ndarray, id: Callable[[int], str]) -> None:
-    wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
-    if len(wrong):
-        place = f"label {labels[wrong[0]]} of {id(wrong[0])}"
-        raise UserError(f"{config.source}: {place} is outside the classes 0..{len(names) - 1}")
+def _named(config: DataConfig, names: list[str]) -> list[str]:
+    """`names` of classes, or those of the file that the config gives. Raises `UserError` where it can't be read."""
+    if config.class_names is None:
+        return list(names)
+    try:
+        lines = Path(config.class_names).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read data.class_names = {config.class_names}: {error}") from None
+    if not any(map(str.strip, lines)):
+        raise UserError(f"data.class_names = {config.class_names} holds no names")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _fields(config: DataConfig, fields: list[str], shard: str) -> tuple[str, str | None]:
@@ -256,26 +246,13 @@ def _shard_labels(config: DataConfig, found: dict[str, Shards], split: str) -> t
         top = max(ids.values(), default=-1)
         if top >= _MAX_CLASSES:
             raise UserError(f"{config.source}: labels go up to {top}: these are no class ids")
-        names = [str(i) for i in range(top + 1)] if config.class_names is None else read_class_names(config.class_names)
+        names = _named(config, [str(i) for i in range(top + 1)])
     else:
-        names = sorted(set(texts.values())) if config.class_names is None else read_class_names(config.class_names)
+        names = _named(config, sorted(set(texts.values())))
         places = {name: i for i, name in enumerate(names)}
         for value in (value for value, text in texts.items() if text not in places):
             id = found[split].id(int(np.argmax(found[split].labels == value)))
             raise UserError(f"{config.source}: label {texts[value]!r} of {id} is none of those in data.class_names")
         ids = {value: places[text] for value, text in texts.items()}
     numbers = np.array([ids.get(value, -1) for value in values[split].tolist()], np.int64)
-    labels = numbers[np.searchsorted(values[split], found[split].labels)]
-    _check(config, names, labels, found[split].id)
-    return names, labels
-
-
-def read_class_names(path: str) -> list[str]:
-    """Names, one a line. Raises `UserError` where the file can't be read or holds none."""
-    try:
-        names = [line.strip() for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read data.class_names = {path}: {error}") from None
-    if not names:
-        raise UserError(f"data.class_names = {path} holds no names")
-    return names
+    return names, numbers[np.searchsorted(values[split], found[split].labels)]

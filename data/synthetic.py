@@ -4,17 +4,18 @@ Sample i of a split is a function of (split, i) alone, so the set is unlimited, 
 every machine up to rounding. Class and nuisance are independent: nothing but the silhouette tells the class.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-CLASSES = ["disc", "ring", "square", "triangle", "cross", "star", "crescent", "arrow", "heart", "bars"]
 VERSION = 1  # of what render() draws; part of the fingerprint
 # Nominal sizes, which define an epoch; render() takes any index.
 LENGTHS = {"train": 50_000, "test": 2_000}
 
+Uniform = Callable[[float, float], float]  # (low, high) -> a random number between them
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _SPLITS = {"train": 0, "test": 1}
 
@@ -26,7 +27,12 @@ def label(i: int) -> int:
 
 def render(split: str, i: int, size: int) -> Image.Image:
     """Sample `i` of `split` ("train" or "test") as an RGB image of size x size pixels, edges antialiased."""
-    u = _Uniform(np.random.default_rng([_SPLITS[split], i]))
+    # Drawn in one go: a call of the generator for each number would take longer than the picture.
+    values = iter(np.random.default_rng([_SPLITS[split], i]).random(64).tolist())
+
+    def u(low: float, high: float) -> float:
+        return low + (high - low) * next(values)
+
     x, y = _grid(size)  # (1, S) and (S, 1), in [-1, 1], y up
     object_color, background_color = _colors(u)
 
@@ -39,7 +45,7 @@ def render(split: str, i: int, size: int) -> Image.Image:
     def distance(dx: float | np.floating, dy: float | np.floating) -> np.ndarray:
         """Signed distance to the outline, in units of the image, with the object moved by (dx, dy)."""
         px, py = x - np.float32(center_x + dx), y - np.float32(center_y + dy)
-        return _SHAPES[label(i)](mirror * (cos * px + sin * py), cos * py - sin * px) * np.float32(scale)
+        return _SHAPES[CLASSES[label(i)]](mirror * (cos * px + sin * py), cos * py - sin * px) * np.float32(scale)
 
     light = u(0, 2 * np.pi)
     light_x, light_y = np.float32(np.cos(light)), np.float32(np.sin(light))
@@ -58,23 +64,13 @@ def render(split: str, i: int, size: int) -> Image.Image:
     return Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-class _Uniform:
-    """Uniform numbers, drawn in one go: a call of the generator for each would take longer than the picture."""
-
-    def __init__(self, rng: np.random.Generator):
-        self.values = iter(rng.random(64).tolist())
-
-    def __call__(self, low: float, high: float) -> float:
-        return low + (high - low) * next(self.values)
-
-
 @lru_cache(maxsize=8)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     centers = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1).astype(np.float32)
     return centers[None, :], -centers[:, None]
 
 
-def _colors(u: _Uniform) -> tuple[np.ndarray, ...]:
+def _colors(u: Uniform) -> tuple[np.ndarray, ...]:
     """Object and background colour [3]: one dark and one light, hues independent."""
     dark, light = u(0.16, 0.38), u(0.62, 0.84)
     pair = (dark, light) if u(0, 1) < 0.5 else (light, dark)
@@ -87,7 +83,7 @@ def _color(luma: float, hue: float, chroma: float) -> np.ndarray:
     return np.clip(color, 0.04, 0.96).astype(np.float32)
 
 
-def _texture(u: _Uniform, x: np.ndarray, y: np.ndarray, amplitude: float) -> np.ndarray:
+def _texture(u: Uniform, x: np.ndarray, y: np.ndarray, amplitude: float) -> np.ndarray:
     """A faint pattern about zero, broadcast from x and y: plain, stripes, checks, dots or clouds."""
     kind, angle, frequency = int(u(0, 5)), u(0, np.pi), u(3.5, 7.0)
     phase, phase2, amplitude = u(0, 2 * np.pi), u(0, 2 * np.pi), u(0.5, 1) * amplitude
@@ -105,44 +101,20 @@ def _texture(u: _Uniform, x: np.ndarray, y: np.ndarray, amplitude: float) -> np.
     return np.float32(amplitude) * np.sin(0.7 * a + 1.5 * np.sin(0.6 * b))
 
 
-def _clutter(u: _Uniform, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _clutter(u: Uniform, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Four faint soft blobs, round to line-like, on the background."""
     total: Any = np.float32(0)
     for _ in range(4):
         strength = u(0.04, 0.1) * (1 if u(0, 1) < 0.5 else -1)
         width, height = u(0.08, 0.5), u(0.08, 0.25)
         across = np.exp(-(((x - np.float32(u(-1, 1))) / np.float32(width)) ** 2))
-        total = total + np.float32(strength) * across * np.exp(
-            -(((y - np.float32(u(-1, 1))) / np.float32(height)) ** 2)
-        )
+        along = np.exp(-(((y - np.float32(u(-1, 1))) / np.float32(height)) ** 2))
+        total = total + np.float32(strength) * across * along
     return total
-
-
-# Silhouettes as (about) signed distances, negative inside; x and y in units of the object's radius.
-
-
-def _disc(x, y):
-    return np.hypot(x, y) - 0.85
-
-
-def _ring(x, y):
-    return np.abs(np.hypot(x, y) - 0.7) - 0.22
 
 
 def _box(x, y, half_width, half_height):
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def _square(x, y):
-    return _box(x, y, 0.78, 0.78)
-
-
-def _triangle(x, y):
-    return np.maximum(0.866 * np.abs(x) + 0.5 * y - 0.5, -y - 0.62)
-
-
-def _cross(x, y):
-    return np.minimum(_box(x, y, 0.95, 0.27), _box(x, y, 0.27, 0.95))
 
 
 def _star(x, y):
@@ -157,15 +129,6 @@ def _star(x, y):
     return radius * (normal_x * np.cos(angle) + normal_y * np.sin(angle)) - 1.05 * normal_x
 
 
-def _crescent(x, y):
-    return np.maximum(np.hypot(x - 0.1, y) - 0.95, 0.75 - np.hypot(x - 0.55, y))
-
-
-def _arrow(x, y):
-    head = np.maximum(0.707 * (np.abs(x) + y) - 0.707, 0.1 - y)
-    return np.minimum(head, _box(x, y + 0.4, 0.26, 0.6))
-
-
 def _heart(x, y):
     # A square on its tip, with a half disc on each of its upper sides.
     x, y = np.abs(x), y + 0.08
@@ -173,9 +136,22 @@ def _heart(x, y):
     return np.minimum(diamond, np.hypot(x - 0.396, y - 0.396) - 0.56)
 
 
-def _bars(x, y):
-    x = x - 0.66 * np.clip(np.round(x / np.float32(0.66)), -1, 1)
-    return _box(x, y, 0.19, 0.88)
+def _arrow(x, y):
+    head = np.maximum(0.707 * (np.abs(x) + y) - 0.707, 0.1 - y)
+    return np.minimum(head, _box(x, y + 0.4, 0.26, 0.6))
 
 
-_SHAPES = [_disc, _ring, _square, _triangle, _cross, _star, _crescent, _arrow, _heart, _bars]
+# Silhouettes as (about) signed distances, negative inside; x and y in units of the object's radius.
+_SHAPES: dict[str, Callable] = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.85,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.7) - 0.22,
+    "square": lambda x, y: _box(x, y, 0.78, 0.78),
+    "triangle": lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y - 0.5, -y - 0.62),
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.95, 0.27), _box(x, y, 0.27, 0.95)),
+    "star": _star,
+    "crescent": lambda x, y: np.maximum(np.hypot(x - 0.1, y) - 0.95, 0.75 - np.hypot(x - 0.55, y)),
+    "arrow": _arrow,
+    "heart": _heart,
+    "bars": lambda x, y: _box(x - 0.66 * np.clip(np.round(x / np.float32(0.66)), -1, 1), y, 0.19, 0.88),
+}
+CLASSES = list(_SHAPES)

@@ -21,11 +21,8 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from nsvq.data.images import BadImage
 from nsvq.errors import UserError
 
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
+_SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "eval"), "test")
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
 
@@ -62,10 +59,8 @@ class Rows:
 
 
 def local_files(source: str) -> list[str] | None:
-    """Parquet or tar files that `source` names, sorted; [] for a folder of images; None for a Hub id.
-
-    Raises `UserError` where a path leads nowhere.
-    """
+    """Parquet or tar files that `source` names, sorted; [] for a folder of images; None for a Hub id. Raises
+    `UserError` where a path leads nowhere."""
     path = Path(source).expanduser()
     if path.is_dir():
         for suffix in (".parquet", ".tar"):
@@ -75,15 +70,12 @@ def local_files(source: str) -> list[str] | None:
     if not source.endswith((".parquet", ".tar")):
         if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) and not has_magic(source):
             return None
-        raise UserError(
-            f"data.source = {source}: there is no such folder (give an existing folder, *.parquet or *.tar files, "
-            "a Hugging Face data set id, or synthetic)"
-        )
+        give = "give an existing folder, *.parquet or *.tar files, a Hugging Face data set id, or synthetic"
+        raise UserError(f"data.source = {source}: there is no such folder ({give})")
     if "://" in source:
         if has_magic(source) and source.endswith(".tar"):
-            raise UserError(
-                f"data.source = {source}: give remote shards by a brace range, as in train-{{000..099}}.tar"
-            )
+            how = "give remote shards by a brace range, as in train-{000..099}.tar"
+            raise UserError(f"data.source = {source}: {how}")
         return expand_braces(source)
     patterns = expand_braces(str(path))
     found = sorted({f for p in patterns for f in ([p] if os.path.isfile(p) else glob(p, recursive=True) or [p])})
@@ -97,20 +89,17 @@ def expand_braces(pattern: str) -> list[str]:
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span:
+    parts = found[1].split(",")
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
         low, high = span.groups()
         parts = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
-    else:
-        parts = found[1].split(",")
     return [tail for part in parts for tail in expand_braces(pattern[: found.start()] + part + pattern[found.end() :])]
 
 
 def by_split(files: list[str]) -> dict[str, list[str]]:
     """Files by the split that their name or folder, below the one they share, tells: train-0.parquet, val/0.tar.
 
-    Files that tell none are "train".
-    """
+    Files that tell none are "train"."""
     splits: dict[str, list[str]] = {}
     folder = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(map(os.path.dirname, files))
     for file in files:
@@ -131,17 +120,14 @@ def from_parquet(files: dict[str, list[str]]) -> dict[str, datasets.Dataset]:
 def from_class_folders(root: Path) -> dict[str, datasets.Dataset]:
     """root/class/**/image or root/split/class/**/image; a folder without class folders holds images without labels.
 
-    Class ids follow the sorted names over all splits. Raises `UserError` where there is no image.
-    """
+    Class ids follow the sorted names over all splits. Raises `UserError` where there is no image."""
     folders = _subfolders(root)
     splits = {_SPLITS[name.lower()]: root / name for name in folders if name.lower() in _SPLITS}
     if not splits or not (len(splits) == len(folders) or any(map(_subfolders, splits.values()))):
         splits = {"train": root}  # "test" and "dev" may be classes
     classes = sorted({name for folder in splits.values() for name in _subfolders(folder)})
-    features = datasets.Features(
-        image=datasets.Image(decode=False),
-        label=datasets.ClassLabel(names=classes) if classes else datasets.Value("int64"),
-    )
+    label_kind = datasets.ClassLabel(names=classes) if classes else datasets.Value("int64")
+    features = datasets.Features(image=datasets.Image(decode=False), label=label_kind)
     tables = {}
     for split, folder in splits.items():
         labels = {name: classes.index(name) for name in _subfolders(folder)}
@@ -166,15 +152,12 @@ def _images(paths) -> list[str]:
 
 
 def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a Hub data set, from the cache where the Hub is out of reach (known within seconds).
-
-    Raises `UserError` where it is gated, absent, or neither reachable nor cached, with what to do about it.
-    """
+    """The splits of a Hub data set, from the cache where the Hub is out of reach (known within seconds). Raises
+    `UserError` where it is gated, absent, or neither reachable nor cached, with what to do about it."""
     how = "give a local copy with --data.source PATH (or use --data.source synthetic)"
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{id}"
-    access = (
-        f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does), log in with `hf auth login`, or {how}"
-    )
+    terms = f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does)"
+    access = f"{terms}, log in with `hf auth login`, or {how}"
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # Out of reach, the library would retry for a long time before it looks into its cache.
@@ -182,14 +165,11 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
         return dict(datasets.load_dataset(id, subset))
     except DatasetNotFoundError:
         raise UserError(f"{id} is no folder here, and no data set on the Hub that you may read: {access}") from None
-    except (ConnectionError, FileNotFoundError) as error:
-        if isinstance(error, DatasetsError):  # found, but with no files that the library reads
-            raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
-        raise UserError(
-            f"data set {id}: there is no such folder, no cached copy, and the Hugging Face Hub is out of reach; "
-            f"with a network, {access}"
-        ) from None
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        # What is of the library's own kind was found, but with no files that it reads.
+        if isinstance(error, ConnectionError | FileNotFoundError) and not isinstance(error, DatasetsError):
+            absent = "there is no such folder, no cached copy, and the Hugging Face Hub is out of reach"
+            raise UserError(f"data set {id}: {absent}; with a network, {access}") from None
         raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
@@ -201,10 +181,8 @@ def _hub_answers() -> bool:
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
     except urllib.error.HTTPError as error:
         return error.code < 500
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it answers; the library may know other certificates
-    except OSError:
-        return False
+    except OSError as error:  # with wrong certificates it answers; the library may know others
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
 
 

@@ -3,6 +3,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,14 +31,14 @@ Classifier = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> a score 
 
 def train_on_one_rank(data: DataConfig, workers: int, accelerator: Accelerator) -> Classifier:
     """The same classifier on all ranks. Raises `UserError` where the data has no classes. A collective call."""
-    box: list[Classifier | UserError | None] = [None]
+    trained: Any = None
     accelerator.print(f"training a classifier on {data.source} ...", file=sys.stderr)
     if accelerator.is_main_process:
         try:
-            box = [train_classifier(data, workers=workers, device=accelerator.device).cpu()]
+            trained = train_classifier(data, workers=workers, device=accelerator.device).cpu()
         except UserError as error:
-            box = [error]
-    trained = broadcast_object_list(box)[0]
+            trained = error
+    trained = broadcast_object_list([trained])[0]
     if isinstance(trained, UserError):
         raise trained
     return trained.to(accelerator.device)
@@ -48,22 +49,18 @@ def from_outputs(
     extractor: Extractor, data: DataConfig, classes: int, accelerator: Accelerator, **loading: int
 ) -> Classifier:
     """The extractor as a classifier of the data: each class is the output that real training images of it excite most,
-    no output two classes. `loading`: batch_size and workers.
-
-    Raises `UsageError` where the extractor has no class outputs, or too few. A collective call.
-    """
+    no output two classes. `loading`: batch_size and workers. Raises `UsageError` where the extractor has no class
+    outputs, or too few. A collective call."""
     layer = extractor.layers.get("isc")
     if layer is None:
-        raise UsageError(
-            f"--classifier features needs class outputs, and {extractor.name} has none, or --metrics "
-            "leaves out isc, which reads them: use --classifier trained"
-        )
+        lacks = f"{extractor.name} has none, or --metrics leaves out isc, which reads them"
+        raise UsageError(f"--classifier features needs class outputs, and {lacks}: use --classifier trained")
     one_image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=accelerator.device)
     outputs = extractor(one_image)[layer].shape[1]
     if outputs < classes:
         raise UsageError(f"--classifier features: {extractor.name} has {outputs} outputs for {classes} classes")
     sums = torch.zeros(classes, outputs, dtype=torch.float64, device=accelerator.device)
-    for batch in real_batches(data, "train", _IMAGES_PER_CLASS * classes, accelerator, **loading):
+    for batch in real_batches(data, "train", _IMAGES_PER_CLASS * classes, accelerator, "real images", **loading):
         images, labels = batch["image"].to(accelerator.device), batch["label"].to(accelerator.device)
         if len(images):
             scores = extractor(to_uint8(images))[layer].double().softmax(1)
@@ -107,7 +104,7 @@ def real_accuracy(
     """The classifier's accuracy on the labelled real test images, None where they have no labels. `loading`: batch_size
     and workers. A collective call."""
     counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
-    for batch in real_batches(data, "test", limit, accelerator, **loading):
+    for batch in real_batches(data, "test", limit, accelerator, "real images", **loading):
         images, labels = to_uint8(batch["image"].to(accelerator.device)), batch["label"].to(accelerator.device)
         if len(images):
             right = (classifier(images).argmax(1) == labels) & (labels >= 0)

@@ -1,13 +1,8 @@
 """A small classifier, trained on the spot, that tells of which class a generated image is.
 
-A conditional model must draw the class that it was asked for. ImageNet classifiers know nothing of the synthetic set or
-of a user's own classes, and their weights can't be had on every machine; a few seconds of training on the data set's
-own training split give a judge whose accuracy on real test images is measured beside that on generated ones. On the
-synthetic set it is right on more than 99 % of the test split; on photographs read it only against its score on
-real ones.
-
-    classifier = train_classifier(config.data)
-    right = classifier(images).argmax(1) == labels
+ImageNet classifiers know nothing of the synthetic set or of a user's own classes, and their weights can't be had on
+every machine. This one is right on more than 99 % of the synthetic test split; on photographs read it only against its
+score on real ones, which is measured beside that on generated ones.
 """
 
 from itertools import pairwise
@@ -16,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsvq.common.image_metrics import from_uint8
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import train_batches
 from nsvq.data.config import DataConfig
@@ -26,39 +22,29 @@ from nsvq.errors import UserError
 class Classifier(nn.Module):
     """images [B, 3, H, W] of any size, float in [-1, 1] or uint8 -> logits [B, classes].
 
-    It looks at 32 x 32 pixels: shape and colour, no fine detail, so that a soft image is judged by what it shows.
-    """
+    It looks at 32 x 32 pixels: shape and colour, no fine detail, so that a soft image is judged by what it shows."""
 
     def __init__(self, classes: int, width: int = 32):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
-            layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
+            convolution = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)  # (B, 3, 32, 32) -> (B, 4 width, 2, 2)
         self.head = nn.Linear(4 * width * 4, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not images.is_floating_point():
-            images = images.float() / 127.5 - 1
+        images = images if images.is_floating_point() else from_uint8(images)
         images = F.interpolate(images, (32, 32), mode="bilinear", antialias=True, align_corners=False)
         return self.head(self.features(images).flatten(1))
 
 
 def train_classifier(
-    config: DataConfig,
-    *,
-    steps: int = 250,
-    batch_size: int = 64,
-    seed: int = 0,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
+    config: DataConfig, *, steps: int = 250, batch_size: int = 64, seed: int = 0, workers: int = 0, device="cpu"
 ) -> Classifier:
     """Train on `steps` batches of the training split, slightly blurred, noised and re-lit; returns it in eval mode.
-
-    Leaves torch's global random state as it was. Raises `UserError` where the data has no classes.
-    """
+    Leaves torch's global random state as it was. Raises `UserError` where the data has no classes."""
     classes = open_split(config, "train").classes
     if not classes:
         raise UserError(f"{config.source} has no class labels to train a classifier on (data.label_column names them)")

@@ -12,6 +12,7 @@ from nsvq.eval.features import DINOV2, INCEPTION
 from nsvq.eval.reference import DEFAULT_CACHE
 
 IMAGENET = "ILSVRC/imagenet-1k"
+_FEATURES = "Feature extractors: names of torch-fidelity, .py files that register one each, or none."
 
 
 class EvaluationConfig(Config):
@@ -19,21 +20,14 @@ class EvaluationConfig(Config):
 
     data: DataConfig = Field(DataConfig(), description="The images to measure against.")
     output: Path = Field(description="The result, a .json file; its folder is created.")
-    features: list[str] = Field(
-        [INCEPTION],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
+    features: list[str] = Field([INCEPTION], min_length=1, description=_FEATURES)
     features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
     cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
     cache_features: bool = Field(
-        False,
-        description="Keep the features of single images there, too, so that KID, precision and recall reuse them.",
+        False, description="Keep the features of single images there, too, for KID, precision and recall to reuse."
     )
     batch_size: int = Field(
-        64,
-        ge=1,
-        description="Images that a rank loads at once; networks see always as many at a time, so it changes no number.",
+        64, ge=1, description="Images that a rank loads at once; no number changes: networks see groups of one size."
     )
     workers: int = Field(4, ge=0, description="Data loading processes per rank.")
 
@@ -46,17 +40,14 @@ class EvaluationConfig(Config):
 class ReconstructionConfig(EvaluationConfig):
     """Measure a tokenizer's reconstructions and codebook."""
 
-    tokenizer: str = Field(
-        description="Folder of a tokenizer (<out>/tokenizer, or a diffusers VQModel or AutoencoderKL)."
-    )
+    tokenizer: str = Field(description="Folder: <out>/tokenizer, or of a diffusers VQModel or AutoencoderKL.")
     compare: str | None = Field(None, description="Folder of an earlier tokenizer, to measure drift and churn since.")
     protocol: Literal["ours", "simvq"] = Field("ours", description="How to measure: see docs/evaluation.md.")
     split: Literal["train", "test"] = Field("test", description="Split of the data to reconstruct.")
     limit: int | None = Field(None, ge=1, description="Measure only this many images; null for all.")
     lpips: list[Literal["vgg", "alex", "squeeze", "none"]] = Field(["vgg", "alex"], description="Backbones of LPIPS.")
     lpips_weights: list[Path] = Field(
-        [],
-        description="Backbone weights (.pth or .safetensors, torchvision's names), one for each; none: download them.",
+        [], description="Backbone weights (.pth or .safetensors, torchvision's names), one for each; none: downloaded."
     )
 
     @model_validator(mode="after")
@@ -72,11 +63,7 @@ class GenerationConfig(EvaluationConfig):
     """Measure a pipeline's samples against real images."""
 
     pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
-    features: list[str] = Field(
-        [INCEPTION, DINOV2],
-        min_length=1,
-        description="Feature extractors: names of torch-fidelity, .py files that register one each, or none.",
-    )
+    features: list[str] = Field([INCEPTION, DINOV2], min_length=1, description=_FEATURES)
     protocol: Literal["ours", "adm", "nsvq"] | None = Field(
         None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
     )
@@ -92,9 +79,7 @@ class GenerationConfig(EvaluationConfig):
         "classes is asked for none.",
     )
     guidance_scale: list[float] = Field(
-        [1.0],
-        min_length=1,
-        description="Classifier-free guidance; 1 is without, 0 unconditional; several make a sweep.",
+        [1.0], min_length=1, description="Classifier-free guidance; 1 is none, 0 unconditional; several make a sweep."
     )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0), description="Noise levels, from 0 (image) to 1 (noise), within which guidance acts."
@@ -113,8 +98,7 @@ class GenerationConfig(EvaluationConfig):
     )
     reference_limit: int | None = Field(None, ge=1, description="Compare with only this many of a split; null for all.")
     keep: Literal["none", "png", "npz"] = Field(
-        "none",
-        description="Keep samples beside the result: PNG files, from which sampling resumes; npz: also ADM's file.",
+        "none", description="Keep samples beside the result: PNG files, from which sampling resumes; npz: ADM's, too."
     )
     classifier: Literal["none", "trained", "features"] = Field(
         "none",

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from nsvq.errors import UserError
 
-_AT_ONCE = {"cpu": 4}  # images that a network sees at once; four stay in a processor's cache
-_AT_ONCE_ELSEWHERE = 16
-_GATHER_ROWS = 4096  # rows of each rank on the device at once
+_GATHER_ROWS = 4096  # rows of each rank that are sent at once
 
 T = TypeVar("T")
 
@@ -20,8 +18,7 @@ T = TypeVar("T")
 def build_in_turn(accelerator: Accelerator, build: Callable[[], T]) -> T:
     """Call `build` on one rank of each machine, which may download, then on the others, which find what it fetched.
 
-    A `UserError` on any rank is raised on all of them. A collective call.
-    """
+    A `UserError` on any rank is raised on all of them. A collective call."""
     built = problem = None
     for my_turn in (accelerator.is_local_main_process, not accelerator.is_local_main_process):
         if my_turn:
@@ -39,10 +36,8 @@ def in_groups(network: Callable[..., Any], *batches: Tensor) -> Any:
 
     A convolution rounds differently in batches of other shapes, and an 8-bit pixel or a code may then fall on the other
     side of its border. In groups of one shape, an image's result depends on no batch size and no number of ranks.
-    `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments.
-    """
-    count = len(batches[0])
-    size = _AT_ONCE.get(batches[0].device.type, _AT_ONCE_ELSEWHERE)
+    `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments."""
+    count, size = len(batches[0]), 4 if batches[0].device.type == "cpu" else 16  # four stay in a processor's cache
     outputs = []
     for start in range(0, count, size):
         rows = torch.arange(start, start + size).clamp(max=count - 1)
@@ -61,37 +56,21 @@ def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> 
     rows: {name: batches [B, ...] of this rank}, the same names on every rank, with the images' numbers in
     `rows["index"]`. A rank may have no batch. Returns {name: [N, ...]} on the CPU of the main process, None on the
     others. A collective call.
-    Raises `RuntimeError` where an image was counted twice.
-    """
+    Raises `RuntimeError` where an image was counted twice."""
     gathered = {name: _gather(accelerator, batches) for name, batches in rows.items()}
     if not accelerator.is_main_process:
         return None
-    order = gathered["index"].argsort(stable=True)
-    gathered = {name: values[order] for name, values in gathered.items()}
-    if (gathered["index"].diff() == 0).any():
+    index, order = gathered["index"].sort(stable=True)
+    if (index.diff() == 0).any():
         raise RuntimeError("an image was counted twice")
-    return gathered
+    return {name: values[order] for name, values in gathered.items()}
 
 
 def _gather(accelerator: Accelerator, batches: list[Tensor]) -> Tensor:
-    mine = torch.cat(batches).cpu() if batches else None
-    if accelerator.num_processes == 1:
-        return torch.empty(0) if mine is None else mine
-    # A rank without images learns from the others what a row looks like.
-    kinds = gather_object([None if mine is None else (len(mine), tuple(mine.shape[1:]), mine.dtype)])
-    counts = [kind[0] if kind else 0 for kind in kinds]
-    if not any(counts):
-        return torch.empty(0)
-    _, shape, dtype = next(kind for kind in kinds if kind)
-    mine = torch.empty((0, *shape), dtype=dtype) if mine is None else mine
-    parts: list[list[Tensor]] = [[] for _ in counts]
-    for start in range(0, max(counts), _GATHER_ROWS):
-        rows = min(_GATHER_ROWS, max(counts) - start)
-        padded = torch.zeros((rows, *shape), dtype=dtype, device=accelerator.device)
-        chunk = mine[start : start + rows]
-        padded[: len(chunk)] = chunk.to(accelerator.device)
-        gathered = accelerator.gather(padded).cpu()
+    mine = torch.cat(batches).cpu() if batches else torch.empty(0)
+    parts = []
+    for start in range(0, max(gather_object([len(mine)])), _GATHER_ROWS):
+        chunks = gather_object([mine[start : start + _GATHER_ROWS].clone()])  # a view would be sent with all behind it
         if accelerator.is_main_process:
-            for part, theirs, count in zip(parts, gathered.split(rows), counts, strict=True):
-                part.append(theirs[: max(0, count - start)])
-    return torch.cat([torch.cat(part) for part in parts]) if accelerator.is_main_process else gathered
+            parts += [chunk for chunk in chunks if len(chunk)]
+    return torch.cat(parts) if parts else torch.empty(0)

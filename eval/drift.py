@@ -15,10 +15,8 @@ MEANINGS = {
 
 
 class Drift:
-    """From the tokenizer `before` to `now`, image by image.
-
-    Raises `UsageError` where one has no codebook, or their latents are not of one shape.
-    """
+    """From the tokenizer `before` to `now`, image by image. Raises `UsageError` where one has no codebook, or their
+    latents are not of one shape."""
 
     rows = ("drift", "square", "churn")
 
@@ -28,10 +26,8 @@ class Drift:
             raise UsageError(f"--compare: {now_folder} and {before_folder} must both have a codebook")
         shapes = [(t.downsampling, t.codebook.shape[1]) for t in (now, before)]
         if shapes[0] != shapes[1]:
-            raise UsageError(
-                f"--compare {before_folder}: its latents (downsampling, width) = {shapes[1]} are not those of "
-                f"{now_folder}, {shapes[0]}"
-            )
+            theirs = f"its latents (downsampling, width) = {shapes[1]}"
+            raise UsageError(f"--compare {before_folder}: {theirs} are not those of {now_folder}, {shapes[0]}")
 
     def measure(self, images: Tensor, now: dict[str, Tensor]) -> dict[str, Tensor]:
         """images [B, 3, H, W] in [-1, 1], and what `encode` gives of them now -> [B] float64 each: "drift", the mean
@@ -48,11 +44,8 @@ class Drift:
     def metrics(rows: dict[str, Tensor]) -> dict[str, float]:
         """The numbers of all images' rows [N]."""
         drift, square = rows["drift"].mean().sqrt(), rows["square"].mean().sqrt()
-        return {
-            "drift_rms": drift.item(),
-            "drift_relative": (drift / square).item(),
-            "churn": rows["churn"].mean().item(),
-        }
+        numbers = {"drift_rms": drift, "drift_relative": drift / square, "churn": rows["churn"].mean()}
+        return {name: number.item() for name, number in numbers.items()}
 
 
 def _uncentred(tokenizer: Tokenizer, z: Tensor) -> Tensor:

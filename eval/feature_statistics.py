@@ -35,8 +35,7 @@ class FeatureSet:
     """What is known of the features of a set of images.
 
     `count`: images, None where a file does not say. `gaussians`: {layer: Gaussian}. `rows`: {layer: [N, D] float32}, in
-    the order of the images, for the metrics that need single features; on the main process only.
-    """
+    the order of the images, for the metrics that need single features; on the main process only."""
 
     count: int | None
     gaussians: dict[str, Gaussian]
@@ -70,8 +69,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), arXiv 1706.08500, eq. 6.
 
     The trace of the root is the nuclear norm of S_a^(1/2) S_b^(1/2), which stays exact where a covariance has not full
-    rank; square roots of the eigenvalues of S_a S_b turn rounding errors of 1e-16 there into 1e-8 each.
-    """
+    rank; square roots of the eigenvalues of S_a S_b turn rounding errors of 1e-16 there into 1e-8 each."""
     roots = []
     for covariance in (a.covariance, b.covariance):
         values, vectors = torch.linalg.eigh(covariance)
@@ -84,8 +82,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 class InceptionScore:
     """exp(mean KL(p(y|x) || p(y))) over splits of the images, from sums alone (arXiv 1606.03498).
 
-    `splits` [N]: the split of each image, which `isc_splits` gives.
-    """
+    `splits` [N]: the split of each image, which `isc_splits` gives."""
 
     def __init__(self, splits: Tensor):
         self.splits, self.number = splits, int(splits.max()) + 1

@@ -13,8 +13,7 @@ import pickle
 import re
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,13 +27,16 @@ from torch_fidelity.utils import create_feature_extractor
 
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.distributed import build_in_turn, gather_by_index, in_groups
-from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, Moments
+from nsvq.eval.feature_statistics import FeatureSet, Moments
 from nsvq.files import file_hash, state_hash
 
 INCEPTION = "inception-v3-compat"
 DINOV2 = "dinov2-vit-l-14"
+METRICS = ("fid", "kid", "prc", "isc", "sfid")
 _DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 _SPATIAL = "mixed_6/conv:7"  # the layer that we add to Inception
+_BUILD_ERRORS = (OSError, RuntimeError, ValueError, NotImplementedError, http.client.HTTPException)
+_WEIGHTS_ERRORS = (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError)  # of a file that holds others
 
 
 class Unavailable(UserError):
@@ -45,8 +47,7 @@ class Extractor:
     """A frozen feature extractor on a device.
 
     Attributes: `name`; `layers` {metric: layer} for "fid", and as far as it has them for "sfid", "kid", "prc" and
-    "isc"; `about`: what identifies it (file, weights and their SHA-256); `warnings`.
-    """
+    "isc"; `about`: what identifies it (file, weights and their SHA-256); `warnings`."""
 
     def __init__(self, name: str, layers: dict[str, str], module: FeatureExtractorBase):
         self.name, self.layers, self.module = name, layers, module
@@ -77,9 +78,8 @@ class PytorchFidInception(Extractor):
     def __init__(self, extractor: Extractor):
         super().__init__(extractor.name, {"fid": extractor.layers["fid"]}, extractor.module)
         self.about, self.warnings = extractor.about, extractor.warnings
-        self.layers_in_order = nn.Sequential(
-            *(layer for name, layer in extractor.module.named_children() if name != "fc")
-        )
+        layers = [layer for name, layer in extractor.module.named_children() if name != "fc"]
+        self.layers_in_order = nn.Sequential(*layers)
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> dict[str, Tensor]:
@@ -92,33 +92,21 @@ class Collector:
     """Statistics of the images of one set, gathered image by image on each rank, and brought together at the end.
 
     `metrics` says what will be computed, and so what has to be kept: rows for "kid" and "prc" alone. `keep` [N] bool,
-    where given, chooses by image number whose rows to keep; `score` gathers the Inception Score.
-    """
+    where given, chooses by image number whose rows to keep; `score` gathers the Inception Score."""
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        metrics: tuple[str, ...],
-        keep: Tensor | None = None,
-        score: InceptionScore | None = None,
-    ):
+    def __init__(self, extractor: Extractor, metrics: Sequence[str], keep: Tensor | None = None, score=None):
         self.extractor, self.keep, self.score = extractor, keep, score
-        layers = extractor.layers
-        self.moments = {
-            layers[metric]: Moments() for metric in ("fid", "sfid") if metric in layers and metric in metrics
-        }
-        kept = sorted({layers[metric] for metric in ("kid", "prc") if metric in layers and metric in metrics})
+        layers = {metric: layer for metric, layer in extractor.layers.items() if metric in metrics}
+        self.moments = {layers[metric]: Moments() for metric in ("fid", "sfid") if metric in layers}
+        kept = sorted({layers[metric] for metric in ("kid", "prc") if metric in layers})
         self.rows: dict[str, list[Tensor]] = {name: [] for name in (["index", *kept] if kept else [])}
 
     def add(self, images: Tensor, index: Tensor) -> None:
         """Images [B, 3, H, W] as the extractor takes them, with their numbers [B]. Raises `UserError` where a feature
         is not finite."""
-        features = self.extractor(images)
-        for rows in features.values():
-            if not torch.isfinite(rows).all():
-                raise UserError(
-                    f"the extractor {self.extractor.name} gives features that are not finite: are its weights right?"
-                )
+        features, name = self.extractor(images), self.extractor.name
+        if not all(rows.isfinite().all() for rows in features.values()):
+            raise UserError(f"the extractor {name} gives features that are not finite: are its weights right?")
         for layer, moments in self.moments.items():
             moments.add(features[layer])
         if self.score is not None:
@@ -139,18 +127,13 @@ class Collector:
 
 def resolve(features: str) -> str:
     """The registered name that `--features` means: a name of torch-fidelity, or a Python file that registers one.
-
-    Raises `UsageError` for anything else.
-    """
+    Raises `UsageError` for anything else."""
     if features.endswith(".py"):
         return _register_file(Path(features).resolve())
     if features not in FEATURE_EXTRACTORS_REGISTRY:
         near = difflib.get_close_matches(features, FEATURE_EXTRACTORS_REGISTRY, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(
-            f"--features {features}: neither a Python file (.py) nor one of "
-            f"{', '.join(sorted(FEATURE_EXTRACTORS_REGISTRY))}{hint}"
-        )
+        known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY)) + (f"; did you mean {near[0]}?" if near else "")
+        raise UsageError(f"--features {features}: neither a Python file (.py) nor one of {known}")
     return features
 
 
@@ -167,24 +150,17 @@ def _register_file(path: Path) -> str:
         raise UsageError(f"--features {path}: the file does not load: {type(error).__name__}: {error}") from error
     new = sorted(set(FEATURE_EXTRACTORS_REGISTRY) - before)
     if len(new) != 1:
-        raise UsageError(
-            f"--features {path}: the file must register exactly one new extractor "
-            f"(torch_fidelity.register_feature_extractor), it registered {', '.join(new) or 'none'}"
-        )
+        what = "exactly one new extractor (torch_fidelity.register_feature_extractor)"
+        raise UsageError(f"--features {path}: the file must register {what}, it registered {', '.join(new) or 'none'}")
     return new[0]
 
 
 def load_extractor(
-    features: str,
-    weights: Path | None,
-    accelerator: Accelerator,
-    metrics: tuple[str, ...] = ("fid", "sfid", "isc", "prc", "kid"),
+    features: str, weights: Path | None, accelerator: Accelerator, metrics: Sequence[str] = METRICS
 ) -> Extractor:
-    """Build the extractor on every rank, with torch-fidelity's default layers for `metrics`. A collective call.
-
-    Raises `Unavailable` where its weights cannot be downloaded, `UsageError` or `UserError` for a wrong name, file or
-    weights; always on all ranks.
-    """
+    """Build the extractor on every rank, with torch-fidelity's default layers for `metrics`. A collective call. Raises
+    `Unavailable` where its weights cannot be downloaded, `UsageError` or `UserError` for a wrong name, file or weights;
+    always on all ranks."""
     name = resolve(features)
     cls = FEATURE_EXTRACTORS_REGISTRY[name]
     if weights is not None and "feature_extractor_weights_path" not in inspect.signature(cls.__init__).parameters:
@@ -195,11 +171,7 @@ def load_extractor(
     # Inception's forward wants a list, and returns features in the order of its layers.
     wanted = [layer for layer in cls.get_provided_features_list() if layer in layers.values()]
 
-    def build() -> FeatureExtractorBase:
-        with _socket_timeout(_DOWNLOAD_TIMEOUT):
-            return _build(name, wanted, weights, from_file=features.endswith(".py"))
-
-    module = build_in_turn(accelerator, build)
+    module = build_in_turn(accelerator, lambda: _build(name, wanted, weights, from_file=features.endswith(".py")))
     if accelerator.device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)  # convolutions are faster so, by about a third
     extractor = Extractor(name, layers, module.to(accelerator.device))
@@ -216,8 +188,7 @@ def load_extractor(
 def _check_inception(extractor: Extractor, weights: Path | None) -> None:
     """The name of torch-fidelity's file ends in the first digits of its SHA-256: another file by path is warned of, a
     download that does not match is an error."""
-    downloaded = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    path = weights or downloaded
+    path = weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     digest, known = file_hash(path), re.search("-([0-9a-f]{8})[.]", URL_INCEPTION_V3).group(1)
     extractor.about |= {"weights": str(path), "weights_sha256": digest}
     if not digest.startswith(known):
@@ -228,43 +199,31 @@ def _check_inception(extractor: Extractor, weights: Path | None) -> None:
 
 
 def _build(name: str, layers: list[str], weights: Path | None, from_file: bool) -> FeatureExtractorBase:
-    path = str(weights) if weights else None
+    path, timeout = str(weights) if weights else None, socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # a network that drops packets must not hold up the evaluation
     try:
         return create_feature_extractor(name, layers, cuda=False, verbose=False, feature_extractor_weights_path=path)
-    except (OSError, RuntimeError, ValueError, NotImplementedError, http.client.HTTPException) as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError) as error:
-        if weights is None:
+    except (*_BUILD_ERRORS, *_WEIGHTS_ERRORS) as error:
+        if weights is None and not isinstance(error, _BUILD_ERRORS):
             raise  # a fault of the extractor's code, whose author needs the traceback
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        socket.setdefaulttimeout(timeout)
     if weights is not None:
         raise UserError(f"--features_weights {weights} does not hold the weights of {name} ({cause})")
     if from_file:
         raise UserError(f"the extractor {name} cannot be built ({cause})")
+    how = f"fetch its weights by other means into {torch.hub.get_dir()}"
     if name == INCEPTION:
         how = f"fetch {URL_INCEPTION_V3} by other means and give it with --features_weights FILE"
-    else:
-        how = f"fetch its weights by other means into {torch.hub.get_dir()}"
-    raise Unavailable(
-        f"the weights of {name} cannot be had ({cause}); {how}, or give another extractor with --features"
-    )
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """A network that drops packets must not hold up the evaluation for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    how += ", or give another extractor with --features"
+    raise Unavailable(f"the weights of {name} cannot be had ({cause}); {how}")
 
 
 def _default_layers(cls: type[FeatureExtractorBase]) -> dict[str, str]:
     """The extractor's own layer for each metric; its only layer where it names none."""
     layers = {}
-    for metric in ("fid", "kid", "prc", "isc", "sfid"):
+    for metric in METRICS:
         try:
             layers[metric] = cls.get_default_feature_layer_for_metric(metric)
         except (NotImplementedError, KeyError):
@@ -284,8 +243,5 @@ def _default_layers(cls: type[FeatureExtractorBase]) -> dict[str, str]:
 def metric_name(metric: str, extractor: str) -> str:
     """The honest name of a number: only Inception's features give "fid", "kid", "is", "precision" and "recall".
 
-    ("fid", "mobilenet-v2") -> "fd_mobilenet-v2", and "rfid" -> "rfd_..." likewise; "kid" -> "kd_...".
-    """
-    if extractor == INCEPTION:
-        return metric
-    return metric.replace("fid", "fd").replace("kid", "kd") + f"_{extractor}"
+    ("fid", "mobilenet-v2") -> "fd_mobilenet-v2", and "rfid" -> "rfd_..." likewise; "kid" -> "kd_..."."""
+    return metric if extractor == INCEPTION else f"{metric.replace('fid', 'fd').replace('kid', 'kd')}_{extractor}"

@@ -11,6 +11,7 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from tqdm import tqdm
 
 from nsvq.common import config as configs
 from nsvq.common import launch
-from nsvq.data.config import DataConfig
-from nsvq.data.sources import Split, open_split
+from nsvq.data.sources import open_split
 from nsvq.diffusion.samplers import make_sampler, set_steps
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
@@ -36,6 +36,7 @@ from nsvq.eval.pictures import Grid
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
 from nsvq.files import file_hash
+from nsvq.pipelines.export import arguments
 
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
@@ -43,13 +44,11 @@ _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000
 
 def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
     """Sample `pipeline` over all ranks and measure the samples; returns the result on the main process, None on others.
-
     Writes a picture of samples by class beside `config.output`, and the samples where asked to. Raises `UserError` or
-    `UsageError` for data, weights, references or sizes that do not work.
-    """
+    `UsageError` for data, weights, references or sizes that do not work."""
     names, size = class_names(pipeline), image_size(pipeline)
     config = _resolve(config, size)
-    data = report.data_with_size(config.data, size)
+    data = config.data
     if data.image_size != size:
         raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
     if config.guidance_interval != (0.0, 1.0) and not is_ours(pipeline):
@@ -59,20 +58,25 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     images = open_split(data, split)
     result: dict[str, Any] = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config)
-    if not names:
-        if config.classifier != "none" or config.labels == "data":
-            raise UsageError(f"--classifier and --labels data need classes, and {config.pipeline} has none")
-    elif images.classes != names:
+    needs_classes = config.classifier != "none" or config.labels == "data"
+    if needs_classes and not names:
+        raise UsageError(f"--classifier and --labels data need classes, and {config.pipeline} has none")
+    if names and images.classes != names:
         difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
-        if config.classifier != "none" or config.labels == "data":
+        if needs_classes:
             raise UsageError(f"--classifier and --labels data need the same classes: {difference}")
         result["warnings"].append(difference)
-    extractors = report.load_extractors(
-        config, accelerator, tuple(config.metrics), result, lambda e: names_of(config.metrics, e)
-    )
-    classifier = _classifier(extractors, data, len(names), config, accelerator)
-    real, reference = _real_sets(extractors, data, split, images, config, accelerator)
-    label = _label_rule(config, data, len(names))
+    extractors = report.load_extractors(config, accelerator, config.metrics, result, partial(names_of, config.metrics))
+    classifier = None
+    if config.classifier == "trained":
+        classifier = class_accuracy.train_on_one_rank(data, config.workers, accelerator)
+    elif config.classifier == "features":
+        if not extractors:
+            raise UsageError("--classifier features needs an extractor: give --features")
+        judge = next(iter(extractors.values()))
+        classifier = class_accuracy.from_outputs(judge, data, len(names), accelerator, **config.loading)
+    real, reference = _real_sets(extractors, split, config, accelerator)
+    label = _label_rule(config, len(names))
     runs = []
     for scale, steps in itertools.product(config.guidance_scale, config.steps):
         how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label, guide)
@@ -88,48 +92,25 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         result[key] |= best.pop(key)
     result["warnings"] += best.pop("warnings") + [w for extractor in extractors.values() for w in extractor.warnings]
     if real_accuracy is not None:
-        result["metrics"]["class_accuracy_real"] = real_accuracy
-        result["meanings"]["class_accuracy_real"] = class_accuracy.MEANINGS["class_accuracy_real"]
+        report.add(result, {"class_accuracy_real": real_accuracy}, class_accuracy.MEANINGS)
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    return (
-        result
-        | best
-        | {
-            "counts": {"samples": config.samples, **reference.pop("counts")},
-            "data": report.about_data(data, split, images),
-            "reference": reference,
-            "pipeline": {
-                "folder": config.pipeline,
-                "class": type(pipeline).__name__,
-                "sha256": report.folder_hash(Path(config.pipeline)),
-            },
-            "labels": _LABELS[config.labels] if names else "no class",
-            "classes": names,
-            "seeds": f"sample i has seed {config.seed} + i",
-            "sampler": {
-                "scheduler": type(pipeline.scheduler).__name__,
-                "guidance_interval": config.guidance_interval,
-                "guide": config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)},
-                **_public(pipeline.scheduler.config),
-            },
-            "features": {name: extractor.about for name, extractor in extractors.items()},
-            "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
-            **report.provenance(accelerator, config.model_copy(update={"data": data})),
-        }
-    )
-
-
-def _classifier(
-    extractors: dict[str, Extractor], data: DataConfig, classes: int, config: GenerationConfig, accelerator: Accelerator
-) -> class_accuracy.Classifier | None:
-    if config.classifier == "none":
-        return None
-    if config.classifier == "trained":
-        return class_accuracy.train_on_one_rank(data, config.workers, accelerator)
-    if not extractors:
-        raise UsageError("--classifier features needs an extractor: give --features")
-    return class_accuracy.from_outputs(next(iter(extractors.values())), data, classes, accelerator, **config.loading)
+    sampler: dict = {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval}
+    sampler["guide"] = config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)}
+    hashed = report.folder_hash(Path(config.pipeline))
+    result |= best | {
+        "counts": {"samples": config.samples, **reference.pop("counts")},
+        "data": report.about_data(data, split),
+        "reference": reference,
+        "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__, "sha256": hashed},
+        "labels": _LABELS[config.labels] if names else "no class",
+        "classes": names,
+        "seeds": f"sample i has seed {config.seed} + i",
+        "sampler": sampler | arguments(pipeline.scheduler),
+        "features": {name: extractor.about for name, extractor in extractors.items()},
+        "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
+    }
+    return result | report.provenance(accelerator, config)
 
 
 def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
@@ -156,68 +137,52 @@ def _resolve(config: GenerationConfig, size: int) -> GenerationConfig:
     if protocol == "adm" and config.data.source == IMAGENET and size in ADM_SIZES:
         reference = "adm"
     given = {"protocol": protocol, "samples": config.samples or samples, "reference": config.reference or reference}
-    return config.model_copy(update=given)
+    return config.model_copy(update={**given, "data": report.data_with_size(config.data, size)})
 
 
 def _deviations(config: GenerationConfig) -> list[str]:
     """What keeps the numbers from being those of the protocol."""
-    samples, split = _PROTOCOLS[config.protocol]
-    found = []
-    if config.protocol != "ours":
-        if config.samples != samples:
-            found.append(f"protocol {config.protocol} means {samples} samples, these are {config.samples}")
-        other_file = config.reference not in ("train", "test") and config.protocol != "adm"
-        other_split = config.reference in ("train", "test") and (config.reference != split or config.reference_limit)
-        if other_file or other_split:
-            found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
+    if config.protocol == "ours":
+        return []
+    (samples, split), found = _PROTOCOLS[config.protocol], []
+    if config.samples != samples:
+        found.append(f"protocol {config.protocol} means {samples} samples, these are {config.samples}")
+    other_file = config.reference not in ("train", "test") and config.protocol != "adm"
+    other_split = config.reference in ("train", "test") and (config.reference != split or config.reference_limit)
+    if other_file or other_split:
+        found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
     return found
 
 
-def _label_rule(config: GenerationConfig, data: DataConfig, classes: int):
+def _label_rule(config: GenerationConfig, classes: int):
     """Sample number -> class id, or None where there are no classes."""
     if not classes:
         return lambda sample: None
     if config.labels == "balanced":
         return lambda sample: sample % classes
-    images = open_split(data, "train")
-    counts = np.bincount(images.labels()[images.labels() >= 0], minlength=classes)
-    borders = np.cumsum(counts / counts.sum())
+    labels = open_split(config.data, "train").labels()
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
+    borders = np.cumsum(counts / counts.sum())[:-1]
     # Beside the seed of its noise, sample i has a random number of its own.
-    return lambda sample: int(
-        np.searchsorted(borders[:-1], np.random.default_rng([config.seed, sample]).random(), "right")
-    )
+    return lambda sample: int(np.searchsorted(borders, np.random.default_rng([config.seed, sample]).random(), "right"))
 
 
 def _real_sets(
-    extractors: dict[str, Extractor],
-    data: DataConfig,
-    split: str,
-    images: Split,
-    config: GenerationConfig,
-    accelerator: Accelerator,
+    extractors: dict[str, Extractor], split: str, config: GenerationConfig, accelerator: Accelerator
 ) -> tuple[dict[str, FeatureSet], dict]:
     """The real images' features by extractor, and what is said of them. A file is of the first extractor; the others
     measure the training split."""
     found, about, remaining = {}, {"source": config.reference, "counts": {}}, dict(extractors)
     name = resolve(config.features[0]) if extractors else None
     if name in remaining and config.reference not in ("train", "test"):
-        path = adm_file(data.image_size, accelerator) if config.reference == "adm" else Path(config.reference)
-        found[name] = set_from_file(path, remaining.pop(name), tuple(config.metrics), data.image_size, accelerator)
+        size = config.data.image_size
+        path = adm_file(size, accelerator) if config.reference == "adm" else Path(config.reference)
+        found[name] = set_from_file(path, remaining.pop(name), config.metrics, size, accelerator)
         about |= {"file": str(path), "sha256": file_hash(path), "extractor": name}
     if remaining:
         cache = Cache(config.cache, config.cache_features, accelerator)
-        sets, said = real_sets(
-            remaining,
-            tuple(config.metrics),
-            cache,
-            data,
-            split,
-            images,
-            limit=config.reference_limit,
-            only_adm_rows=config.protocol == "adm",
-            accelerator=accelerator,
-            **config.loading,
-        )
+        limit, adm = config.reference_limit, config.protocol == "adm"
+        sets, said = real_sets(remaining, config.metrics, cache, config.data, split, limit, adm, **config.loading)
         found, about = found | sets, about | said
     return found, about
 
@@ -238,7 +203,7 @@ def _run(
     for name, extractor in extractors.items():
         scored = "isc" in config.metrics and "isc" in extractor.layers and splits is not None
         score = InceptionScore(splits) if scored else None
-        collectors[name] = Collector(extractor, tuple(config.metrics), score=score)
+        collectors[name] = Collector(extractor, config.metrics, score=score)
     folder = _sample_folder(pipeline, how, config, accelerator)
     grid = Grid(config.samples, names, how.label)
     judged = class_accuracy.ClassAccuracy(classifier) if classifier else None
@@ -269,8 +234,8 @@ def _run(
     for name, extractor in extractors.items():
         add_metrics(result, made[name], real[name], scores.get(name), extractor, config.metrics, config.protocol)
     if accuracy:
-        result["metrics"]["class_accuracy"], result["class_accuracy_by_class"] = accuracy
-        result["meanings"]["class_accuracy"] = class_accuracy.MEANINGS["class_accuracy"]
+        mean, result["class_accuracy_by_class"] = accuracy
+        report.add(result, {"class_accuracy": mean}, class_accuracy.MEANINGS)
     result["grid"] = about_grid
     if folder:
         result["samples"] = {"png": str(folder.folder)}
@@ -290,7 +255,7 @@ def _sample_folder(
         "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,
         "guide": config.guide and report.folder_hash(config.guide),
         "sampler": type(pipeline.scheduler).__name__,
-        "scheduler": {k: str(v) for k, v in _public(pipeline.scheduler.config).items()},
+        "scheduler": {k: str(v) for k, v in arguments(pipeline.scheduler).items()},
         **{key: getattr(how, key) for key in ("guidance_scale", "guidance_interval", "steps", "seed", "precision")},
         "first labels": [how.label(sample) for sample in range(100)],
     }
@@ -300,10 +265,6 @@ def _sample_folder(
 
 def _beside(output: Path, how: Sampling, suffix: str, sweep: bool) -> Path:
     return output.with_name(f"{output.stem}-{how.name}{suffix}") if sweep else output.with_suffix(suffix)
-
-
-def _public(config: dict) -> dict:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def main() -> None:
@@ -318,12 +279,9 @@ def main() -> None:
     if result is not None:
         report.write(config.output, result)
         data, setting = result["data"], result["setting"]
-        title = (
-            f"{result['counts']['samples']} samples of {config.pipeline} against {data['source']} "
-            f"({result['reference']['source']}), guidance {setting['guidance_scale']:g}, {setting['steps']} steps; "
-            f"protocol {result['protocol']}"
-        )
-        print(report.table(title, result))
+        what = f"{result['counts']['samples']} samples of {config.pipeline} against {data['source']}"
+        how = f"guidance {setting['guidance_scale']:g}, {setting['steps']} steps; protocol {result['protocol']}"
+        print(report.table(f"{what} ({result['reference']['source']}), {how}", result))
         for run in result.get("sweep", []):
             numbers = ", ".join(f"{name} {value:.5g}" for name, value in run["metrics"].items())
             print(f"  guidance {run['guidance_scale']:g}, {run['steps']} steps: {numbers}")

@@ -6,21 +6,17 @@ What cannot be computed is skipped, and the result says why.
 import math
 from collections.abc import Sequence
 
-from nsvq.eval.feature_statistics import (
-    ISC_SPLITS,
-    KID_SUBSET,
-    NEIGHBOURS,
-    FeatureSet,
-    frechet_distance,
-    kid,
-    precision_recall,
-)
+from nsvq.eval import feature_statistics as statistics
+from nsvq.eval.feature_statistics import ISC_SPLITS, KID_SUBSET, NEIGHBOURS, FeatureSet
 from nsvq.eval.features import Extractor, metric_name
 from nsvq.eval.reference import ADM_ROWS
 from nsvq.eval.report import rank_warnings
 
 _NAMES = {"fid": ("fid",), "sfid": ("sfid",), "isc": ("is",), "kid": ("kid",), "prc": ("precision", "recall")}
-_OF_ROWS = {"kid": (kid, KID_SUBSET), "prc": (precision_recall, NEIGHBOURS + 1)}  # function, least images of each set
+_OF_ROWS = {  # function, least images of each set
+    "kid": (statistics.kid, KID_SUBSET),
+    "prc": (statistics.precision_recall, NEIGHBOURS + 1),
+}
 _MEANINGS = {
     "fid": "Frechet distance of samples to real images",
     "sfid": "Frechet distance in ADM's spatial features, the first 7 channels of mixed_6/conv",
@@ -52,12 +48,9 @@ def add_metrics(
     meanings = _MEANINGS | ({"is": "Inception Score, mean of blocks of 5,000 samples"} if protocol == "adm" else {})
     for metric in metrics:
         layer = extractor.layers.get(metric)
+        why = _why_not(metric, made, real, score, layer)
         if layer is None:
             why = f"the extractor {extractor.name} has no outputs for it"
-        elif metric == "isc":
-            why = None if score else f"needs at least {ISC_SPLITS} samples"
-        else:
-            why = _why_not(metric, made, real, layer)
         if why is not None:
             result["skipped"] |= dict.fromkeys(names_of([metric], extractor.name), why)
             continue
@@ -66,20 +59,21 @@ def add_metrics(
         elif metric in _OF_ROWS:
             numbers = _OF_ROWS[metric][0](made.rows[layer], real.rows[layer])
         else:
-            numbers = {metric: frechet_distance(made.gaussians[layer], real.gaussians[layer])}
+            numbers = {metric: statistics.frechet_distance(made.gaussians[layer], real.gaussians[layer])}
             result["warnings"] += rank_warnings(metric_name(metric, extractor.name), made, real, layer)
-        if metric == "prc" and protocol == "adm" and len(real.rows[layer]) != ADM_ROWS:
-            result["warnings"].append(
-                f"protocol adm means {ADM_ROWS} real images for precision and recall, these are {len(real.rows[layer])}"
-            )
+        if metric == "prc" and protocol == "adm" and (count := len(real.rows[layer])) != ADM_ROWS:
+            means = f"protocol adm means {ADM_ROWS} real images for precision and recall"
+            result["warnings"].append(f"{means}, these are {count}")
         for name, value in numbers.items():
             honest = metric_name(name, extractor.name)
             result["metrics"][honest] = value
             result["meanings"][honest] = f"{meanings[name]}; features of {extractor.name}"
 
 
-def _why_not(metric: str, made: FeatureSet, real: FeatureSet, layer: str) -> str | None:
-    """Why the two sets do not allow a metric of features, None where they do."""
+def _why_not(metric: str, made: FeatureSet, real: FeatureSet, score: tuple | None, layer: str | None) -> str | None:
+    """Why the two sets do not allow a metric, None where they do."""
+    if metric == "isc":
+        return None if score else f"needs at least {ISC_SPLITS} samples"
     if metric not in _OF_ROWS:
         if layer not in made.gaussians:
             return f"needs at least 2 samples, there are {made.count}"

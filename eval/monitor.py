@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nsvq.common.image_metrics import to_uint8
 from nsvq.data.config import DataConfig
-from nsvq.data.sources import open_split
 from nsvq.eval.feature_statistics import frechet_distance
 from nsvq.eval.features import Collector, load_extractor, metric_name
 from nsvq.eval.reference import DEFAULT_CACHE, Cache, real_sets
@@ -21,8 +20,7 @@ class FrechetMonitor:
     """Measures samples against the test split of `data`, whose statistics are made, or found, at the start.
 
     `features`, `weights`: as for eval/generation.py. Raises what loading them does, and `UserError` for data that does
-    not work. A collective call, as `measure` is.
-    """
+    not work. A collective call, as `measure` is."""
 
     def __init__(
         self, features: str, weights: Path | None, data: DataConfig, accelerator: Accelerator, *, workers: int = 0
@@ -30,32 +28,21 @@ class FrechetMonitor:
         self.accelerator = accelerator
         self.extractor = load_extractor(features, weights, accelerator, ("fid",))
         self.name, self.layer = metric_name("fid", self.extractor.name), self.extractor.layers["fid"]
-        self.real, _ = real_sets(
-            {self.extractor.name: self.extractor},
-            ("fid",),
-            Cache(DEFAULT_CACHE, False, accelerator),
-            data,
-            "test",
-            open_split(data, "test"),
-            limit=None,
-            only_adm_rows=False,
-            accelerator=accelerator,
-            batch_size=4 * GROUP,
-            workers=workers,
-        )
+        cache, extractors = Cache(DEFAULT_CACHE, False, accelerator), {self.extractor.name: self.extractor}
+        sets, _ = real_sets(extractors, ("fid",), cache, data, "test", batch_size=4 * GROUP, workers=workers)
+        self.real = sets[self.extractor.name]
 
     @torch.no_grad()
     def measure(self, draw: Callable[[range], Tensor], samples: int) -> dict[str, float]:
         """{metric name: distance} of `samples` images, the same on all ranks.
 
         `draw(numbers)` returns the samples of these numbers, [B, 3, H, W] in [-1, 1]; it is called for groups of equal
-        size, so that the number of ranks changes no image.
-        """
+        size, so that the number of ranks changes no image."""
         collector = Collector(self.extractor, ("fid",))
         for group in groups(samples, self.accelerator.process_index, self.accelerator.num_processes):
             wanted = group[: samples - group.start]
             collector.add(to_uint8(draw(group)[: len(wanted)]), torch.tensor(wanted))
         made, value = collector.total(self.accelerator), None
         if self.accelerator.is_main_process:
-            value = frechet_distance(made.gaussians[self.layer], self.real[self.extractor.name].gaussians[self.layer])
+            value = frechet_distance(made.gaussians[self.layer], self.real.gaussians[self.layer])
         return {self.name: broadcast_object_list([value])[0]}

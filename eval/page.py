@@ -7,6 +7,7 @@ Everything is inside of the file, pictures too: it can be sent, and opened witho
 
 import base64
 import json
+import math
 import sys
 from html import escape
 from pathlib import Path
@@ -17,10 +18,12 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
+from nsvq.pipelines.card import table_rows
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
 _NO_CURVES = ("step", "samples_seen", "epoch", "replaced_codes", "bad_images")
+_SVG = '<svg width="{0}" height="{1}" viewBox="0 0 {0} {1}">'  # it shrinks with the page
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1c1c1c; }
 h1, h2, h3 { line-height: 1.2; } h2 { border-top: 1px solid #ccc; padding-top: 1em; }
@@ -52,21 +55,18 @@ def read_result(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"no result at {path}: run eval/reconstruction.py or eval/generation.py with --output {path} ({error})"
-        ) from None
+        how = f"run eval/reconstruction.py or eval/generation.py with --output {path}"
+        raise UserError(f"no result at {path}: {how} ({error})") from None
 
 
 def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
     """Write the page of `results` (as their JSON files hold them) and of the curves of the `runs`, in one step.
 
-    A picture that is gone is left out, and the page says so. Raises `UserError` where the page cannot be written.
-    """
+    A picture that is gone is left out, and the page says so. Raises `UserError` where the page cannot be written."""
     parts = [_result(result) for result in results] + [_curves(run) for run in runs]
-    title = "Evaluation"
     text = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>
+<title>Evaluation</title><style>{_STYLE}</style></head><body><h1>Evaluation</h1>
 {"".join(parts)}
 </body></html>
 """
@@ -81,25 +81,17 @@ def _result(result: dict) -> str:
     counts, data = result["counts"], result["data"]
     measured = counts.get("samples") or counts["images"]
     what = result.get("tokenizer", result.get("pipeline"))["folder"]
-    parts = [
-        f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>",
-        f"<p>{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(data['split'])} split of "
-        f"{escape(data['source'])}; protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, "
-        f"{result['created']}</p>",
-    ]
+    of = f"{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(data['split'])} split of "
+    how = f"protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, {result['created']}"
+    parts = [f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>", f"<p>{of}{escape(data['source'])}; {how}</p>"]
     if setting := result.get("setting"):
         parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
-    rows = [
-        f'<tr><td>{escape(name)}</td><td class="number">{"-" if value is None else f"{value:.5g}"}</td>'
-        f'<td class="note">{escape(result["meanings"].get(name, ""))}</td></tr>'
-        for name, value in result["metrics"].items()
-    ]
-    rows += [
-        f'<tr><td>{escape(name)}</td><td class="number">skipped</td><td class="note">{escape(why)}</td></tr>'
-        for name, why in result["skipped"].items()
-    ]
-    parts.append(f"<table class='numbers'>{''.join(rows)}</table>")
+    parts.append("<table class='numbers'>")
+    for name, number, note in table_rows(result):
+        cell = f'<td class="number">{number}</td>'
+        parts.append(f'<tr><td>{escape(name)}</td>{cell}<td class="note">{escape(note)}</td></tr>')
+    parts.append("</table>")
     if sweep := result.get("sweep"):
         parts.append(_sweep(sweep))
     if histogram := result.get("usage_histogram"):
@@ -123,32 +115,25 @@ def _picture(path: Path) -> str:
 
 def _sweep(sweep: list[dict]) -> str:
     names = list(sweep[0]["metrics"])
-    head = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
-    rows = []
+    table = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
     for run in sweep:
         values = [f"{run['guidance_scale']:g}", str(run["steps"]), *(f"{run['metrics'][name]:.5g}" for name in names)]
-        rows.append("<tr>" + "".join(f'<td class="number">{value}</td>' for value in values) + "</tr>")
-    return f"<h3>All settings</h3><div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+        table += "</tr><tr>" + "".join(f'<td class="number">{value}</td>' for value in values)
+    return f"<h3>All settings</h3><div class='wide'><table><tr>{table}</tr></table></div>"
 
 
 def _histogram(bars: list[dict]) -> str:
-    most, width, height = max(bar["codes"] for bar in bars), 44, 160
-    parts = []
+    most, width, height, parts = max(bar["codes"] for bar in bars), 44, 160, []
     for i, bar in enumerate(bars):
         tall = height * bar["codes"] / most
         left, top, middle = i * width + 4, 20 + height - tall, i * width + width / 2
-        parts.append(
-            f'<rect x="{left}" y="{top:.1f}" width="{width - 8}" height="{tall:.1f}" fill="#4477aa"/>'
-            f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>'
-            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>'
-        )
-    axis = f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>'
-    return f"{_svg(max(5, len(bars)) * width, height + 54)}{''.join(parts)}{axis}</svg>"
-
-
-def _svg(width: int, height: int) -> str:
-    """A drawing's opening tag: it shrinks with the page."""
-    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        parts += [
+            f'<rect x="{left}" y="{top:.1f}" width="{width - 8}" height="{tall:.1f}" fill="#4477aa"/>',
+            f'<text x="{middle}" y="{top - 5:.1f}" text-anchor="middle">{bar["codes"]}</text>',
+            f'<text x="{middle}" y="{height + 33}" text-anchor="middle">{bar["from"]}</text>',
+        ]
+    parts.append(f'<text x="4" y="{height + 49}">times used, up to the next number; height: codes</text>')
+    return f"{_SVG.format(max(5, len(bars)) * width, height + 54)}{''.join(parts)}</svg>"
 
 
 def _curves(run: Path) -> str:
@@ -157,16 +142,10 @@ def _curves(run: Path) -> str:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"no curves at {path}: give the folder of a training run ({error})") from None
-    names = dict.fromkeys(
-        name
-        for line in lines
-        for name, value in line.items()
-        if isinstance(value, int | float) and name not in _NO_CURVES
-    )
     charts = []
-    for name in names:
+    for name in dict.fromkeys(name for line in lines for name in line if name not in _NO_CURVES):
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-        points = [(x, y) for x, y in points if y == y and abs(y) != float("inf")]
+        points = [(x, y) for x, y in points if math.isfinite(y)]
         if len(points) > 1:
             charts.append(_chart(name, points[:: max(1, len(points) // _POINTS)]))
     return f"<h2>Training: {escape(str(run))}</h2><div class='charts'>{''.join(charts)}</div>"
@@ -176,13 +155,11 @@ def _chart(name: str, points: list[tuple[float, float]]) -> str:
     xs, ys = zip(*points, strict=True)
     left, low = xs[0], min(ys)
     across, up = xs[-1] - left or 1, max(ys) - low or 1
-    line = " ".join(
-        f"{_LEFT + (_WIDTH - _LEFT - 4) * (x - left) / across:.1f},{4 + (_HEIGHT - 8) * (1 - (y - low) / up):.1f}"
-        for x, y in points
-    )
+    shares = [((x - left) / across, 1 - (y - low) / up) for x, y in points]
+    line = " ".join(f"{_LEFT + (_WIDTH - _LEFT - 4) * x:.1f},{4 + (_HEIGHT - 8) * y:.1f}" for x, y in shares)
     return (
         f"<figure><figcaption><b>{escape(name)}</b> {ys[-1]:.5g}</figcaption>"
-        f"{_svg(_WIDTH, _HEIGHT + 16)}"
+        f"{_SVG.format(_WIDTH, _HEIGHT + 16)}"
         f'<rect x="{_LEFT - 4}" width="{_WIDTH - _LEFT + 4}" height="{_HEIGHT}" fill="#f6f6f6"/>'
         f'<polyline points="{line}" fill="none" stroke="#4477aa" stroke-width="1.5"/>'
         f'<text x="{_LEFT - 8}" y="11" text-anchor="end">{max(ys):.4g}</text>'

@@ -33,10 +33,8 @@ def load_networks(
         except UserError:
             if path is not None:
                 raise
-            result["skipped"][f"lpips_{net}"] = (
-                f"the {net} backbone's weights cannot be downloaded; give torchvision's file of them with "
-                "--lpips_weights FILE, or choose another --lpips"
-            )
+            how = "give torchvision's file of them with --lpips_weights FILE, or choose another --lpips"
+            result["skipped"][f"lpips_{net}"] = f"the {net} backbone's weights cannot be downloaded; {how}"
             continue
         loaded[net] = module.to(accelerator.device)
         url = _KNOWN[net].IMAGENET1K_V1.url
@@ -44,7 +42,6 @@ def load_networks(
         about[net] = {"weights": str(file), "weights_sha256": file_hash(file)}
         known = Path(url).stem.rpartition("-")[2]  # torchvision's names end in the first digits
         if file.suffix == ".pth" and not about[net]["weights_sha256"].startswith(known):
-            result["warnings"].append(
-                f"lpips_{net}: {file} is not torchvision's {Path(url).name}: it compares with no published number"
-            )
+            other = f"{file} is not torchvision's {Path(url).name}"
+            result["warnings"].append(f"lpips_{net}: {other}: it compares with no published number")
     return loaded, about

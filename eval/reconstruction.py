@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.image_metrics import from_uint8, squared_error, ssim, to_uint8, truncate_uint8
 from nsvq.data.bad_images import BadImages
-from nsvq.data.batches import eval_batches
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
@@ -32,8 +30,8 @@ from nsvq.eval.drift import Drift
 from nsvq.eval.features import Collector, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
-from nsvq.eval.reconstruction_metrics import add, add_codebook_metrics, add_frechet_distance, add_image_metrics
-from nsvq.eval.reference import Cache, bad_images, key_of
+from nsvq.eval.reconstruction_metrics import MEANINGS, add_codebook_metrics, add_frechet_distance, add_image_metrics
+from nsvq.eval.reference import Cache, bad_images, key_of, real_batches
 from nsvq.tokenizer.pretrained import Tokenizer
 
 
@@ -63,9 +61,8 @@ class Measurement:
         for batch in batches:
             bad.update(batch)
             if len(batch["image"]):
-                for name, value in self._measure(
-                    to_uint8(batch["image"].to(self.tokenizer.device)), batch["index"]
-                ).items():
+                pixels = to_uint8(batch["image"].to(self.tokenizer.device))
+                for name, value in self._measure(pixels, batch["index"]).items():
                     rows[name].append(value.cpu())
         return rows
 
@@ -92,32 +89,24 @@ class Measurement:
                 collector.add(images, index)
         worse = values[self.ranked_by]
         pairs = torch.stack([real, made], 1).cpu()
-        for name, score in {"worst": worse, "best": -worse, "random": _shuffled(index)}.items():
+        shuffled = (index * 2_654_435_761 % 2**32).double()  # looks random, and is the same in every run
+        for name, score in {"worst": worse, "best": -worse, "random": shuffled}.items():
             self.examples[name].add(score, index, pairs)
         return values
 
 
-def _shuffled(index: Tensor) -> Tensor:
-    """A number for each image number that looks random and is the same in every run."""
-    return (index * 2_654_435_761 % 2**32).double()
-
-
 def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | None:
-    """Measure `config.tokenizer` over all ranks; returns the result on the main process, None on the others.
-
-    Writes pictures of examples beside `config.output`. Raises `UserError` or `UsageError` for a tokenizer, data,
-    weights or sizes that do not work.
-    """
+    """Measure `config.tokenizer` over all ranks; returns the result on the main process, None on the others. Writes
+    pictures of examples beside `config.output`. Raises `UserError` or `UsageError` for a tokenizer, data, weights or
+    sizes that do not work."""
     tokenizer = open_tokenizer(config.tokenizer).to(accelerator.device)
     earlier = open_tokenizer(config.compare).to(accelerator.device) if config.compare else None
     drift = Drift(tokenizer, earlier, config.tokenizer, config.compare) if config.compare else None
     data = report.data_with_size(config.data, tokenizer.image_size)
     if data.image_size % tokenizer.downsampling:
-        raise UsageError(
-            f"data.image_size = {data.image_size} must be a multiple of the tokenizer's downsampling, "
-            f"{tokenizer.downsampling}"
-        )
-    images = open_split(data, config.split)
+        wanted = f"a multiple of the tokenizer's downsampling, {tokenizer.downsampling}"
+        raise UsageError(f"data.image_size = {data.image_size} must be {wanted}")
+    open_split(data, config.split)  # before any download: what is wrong with the data is said now
     result: dict[str, Any] = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
     if data.image_size != tokenizer.image_size:
         warning = f"images of {data.image_size} pixels, for a tokenizer of {tokenizer.image_size}"
@@ -131,24 +120,15 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     references, keys = {}, {}
     transform = {"ours": "8-bit", "simvq": "float32"}[config.protocol]
     for name, extractor in extractors.items():
-        keys[name] = key_of(data, config.split, config.limit, images, extractor, transform)
+        keys[name] = key_of(data, config.split, config.limit, extractor, transform)
         measurement.made[name] = Collector(extractor, ("fid",))
         references[name] = cache.find(keys[name], {extractor.layers["fid"]}, set())
         if references[name] is None:
             measurement.real[name] = Collector(extractor, ("fid",))
-    batches = eval_batches(
-        data,
-        config.split,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        limit=config.limit,
-        **config.loading,
-    )
     bad = BadImages(data.max_bad_fraction, accelerator)
-    progress = tqdm(batches, "reconstruct", unit="batch", disable=not accelerator.is_main_process, leave=False)
-    rows = measurement.run(progress, bad)
-    bad.check(final=True)
-    unreadable = bad_images(accelerator, bad.bad)
+    batches = real_batches(data, config.split, config.limit, accelerator, "reconstruct", **config.loading)
+    rows = measurement.run(batches, bad)
+    unreadable = bad_images(accelerator, bad)
     counts = accelerator.reduce(measurement.counts, "sum").cpu()
     rows = gather_by_index(accelerator, rows)
     pictures = {name: config.output.with_name(f"{config.output.stem}-{name}.png") for name in measurement.examples}
@@ -167,16 +147,14 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         add_frechet_distance(result, made[name], references[name][0], extractor)
     add_codebook_metrics(result, rows, counts, tokenizer, data.image_size)
     if drift is not None:
-        add(result, drift.metrics(rows))
+        report.add(result, drift.metrics(rows), MEANINGS)
         result["compared"] = {"folder": config.compare, "sha256": earlier.fingerprint()}
     return result | {
         "counts": {"images": len(rows["index"]), **unreadable},
-        "data": report.about_data(data, config.split, images),
+        "data": report.about_data(data, config.split),
         "tokenizer": {"folder": config.tokenizer, "sha256": tokenizer.fingerprint()},
         "features": {name: extractor.about for name, extractor in extractors.items()},
-        "references": {
-            name: "kept from an earlier run" if name not in measurement.real else "made" for name in extractors
-        },
+        "references": {name: "made" if name in measurement.real else "kept from an earlier run" for name in extractors},
         "lpips": about_lpips,
         "pictures": {name: str(path) for name, path in pictures.items()},
         "ranked_by": measurement.ranked_by,
@@ -195,11 +173,8 @@ def main() -> None:
     if result is not None:
         report.write(config.output, result)
         data, by = result["data"], config.tokenizer
-        title = (
-            f"{result['counts']['images']} {data['split']} images of {data['source']}, {data['image_size']} px, by {by}"
-            f"; protocol {config.protocol}"
-        )
-        print(report.table(title, result))
+        what = f"{result['counts']['images']} {data['split']} images of {data['source']}, {data['image_size']} px"
+        print(report.table(f"{what}, by {by}; protocol {config.protocol}", result))
         print(f"wrote {config.output}")
 
 

@@ -9,12 +9,12 @@ from nsvq.common.image_metrics import decibels
 from nsvq.eval import drift
 from nsvq.eval.feature_statistics import FeatureSet, frechet_distance
 from nsvq.eval.features import Extractor, PytorchFidInception, metric_name
-from nsvq.eval.report import rank_warnings
+from nsvq.eval.report import add, rank_warnings
 from nsvq.tokenizer.health import usage
 from nsvq.tokenizer.pretrained import Tokenizer
 
 BATCH = 64  # images over which SimVQ's evaluation takes one PSNR, and one mean SSIM
-_MEANINGS = {
+MEANINGS = {
     "psnr": "dB, mean over images, 8-bit RGB",
     "psnr_batch": f"dB of the mean squared error of {BATCH} consecutive images (SimVQ's way), mean over these batches",
     "ssim": "mean over images, 8-bit RGB, 7 x 7 uniform window (scikit-image's default), data range 255",
@@ -33,37 +33,27 @@ _MEANINGS = {
 }
 
 
-def add(result: dict, metrics: dict[str, float], **instead: str) -> None:
-    """Add numbers with their meanings, or with other ones `instead`."""
-    result["metrics"] |= metrics
-    result["meanings"] |= {name: instead.get(name, _MEANINGS[name]) for name in metrics}
-
-
 def add_image_metrics(result: dict, rows: dict[str, Tensor], protocol: str) -> None:
     """PSNR, SSIM and LPIPS of rows [N] in the order of the images: "mse", "ssim", "lpips_..."."""
     lpips = {name: values.mean().item() for name, values in rows.items() if name.startswith("lpips_")}
     by_batch = torch.stack([part.mean() for part in rows["mse"].split(BATCH)])
     if protocol == "simvq":
         similarity = torch.stack([part.mean() for part in rows["ssim"].split(BATCH)]).mean()
-        add(
-            result,
-            {"psnr_batch": decibels(by_batch).mean().item(), "ssim": similarity.item(), **lpips},
-            psnr_batch=f"{_MEANINGS['psnr_batch']}, levels cut",
-            ssim=f"{_MEANINGS['ssim']}, levels cut; mean over batches of {BATCH}",
-            **{name: f"{_MEANINGS[name]}, not rounded to 8 bits" for name in lpips},
-        )
+        how = {"psnr_batch": "levels cut", "ssim": f"levels cut; mean over batches of {BATCH}"}
+        how |= dict.fromkeys(lpips, "not rounded to 8 bits")
+        metrics = {"psnr_batch": decibels(by_batch).mean().item(), "ssim": similarity.item(), **lpips}
+        add(result, metrics, {name: f"{MEANINGS[name]}, {added}" for name, added in how.items()})
         return
     exact = rows["mse"] == 0
     if exact.any():
-        result["warnings"].append(
-            f"psnr: {int(exact.sum())} images are reproduced exactly (infinite dB) and left out of the mean"
-        )
+        same = f"{int(exact.sum())} images are reproduced exactly (infinite dB)"
+        result["warnings"].append(f"psnr: {same} and left out of the mean")
     if exact.all():
         result["skipped"] |= dict.fromkeys(("psnr", "psnr_batch"), "all images are reproduced exactly (infinite dB)")
     else:
-        add(result, {"psnr": decibels(rows["mse"][~exact]).mean().item()})
-        add(result, {"psnr_batch": decibels(by_batch[by_batch > 0]).mean().item()})
-    add(result, {"ssim": rows["ssim"].mean().item(), **lpips})
+        add(result, {"psnr": decibels(rows["mse"][~exact]).mean().item()}, MEANINGS)
+        add(result, {"psnr_batch": decibels(by_batch[by_batch > 0]).mean().item()}, MEANINGS)
+    add(result, {"ssim": rows["ssim"].mean().item(), **lpips}, MEANINGS)
 
 
 def add_frechet_distance(result: dict, made: FeatureSet, real: FeatureSet, extractor: Extractor) -> None:
@@ -75,13 +65,11 @@ def add_frechet_distance(result: dict, made: FeatureSet, real: FeatureSet, extra
     result["metrics"][name] = frechet_distance(made.gaussians[layer], real.gaussians[layer])
     result["warnings"] += rank_warnings(name, made, real, layer) + extractor.warnings
     if made.count != real.count:
-        result["warnings"].append(
-            f"{name}: {made.count} reconstructions against {real.count} originals of an earlier run"
-        )
+        against = f"{made.count} reconstructions against {real.count} originals of an earlier run"
+        result["warnings"].append(f"{name}: {against}")
     kind = "floats, not rounded to 8 bits" if isinstance(extractor, PytorchFidInception) else "8-bit"
-    result["meanings"][name] = (
-        f"Frechet distance of reconstructions to originals, {kind}, features {layer} of {extractor.name}"
-    )
+    kind += f", features {layer} of {extractor.name}"
+    result["meanings"][name] = f"Frechet distance of reconstructions to originals, {kind}"
 
 
 def add_codebook_metrics(
@@ -104,7 +92,7 @@ def add_codebook_metrics(
         "tokens_per_image": tokens,
         "bits_per_pixel": tokens * math.log2(k) / image_size**2,
     }
-    add(result, metrics)
+    add(result, metrics, MEANINGS)
     result["usage_histogram"] = usage_histogram(counts)
 
 

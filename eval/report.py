@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from nsvq.common import config as configs
 from nsvq.common.run import code_version
 from nsvq.data.config import DataConfig
-from nsvq.data.sources import Split
+from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.config import EvaluationConfig
 from nsvq.eval.feature_statistics import FeatureSet
@@ -49,49 +49,40 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
     return data if "image_size" in data.model_fields_set else data.model_copy(update={"image_size": size})
 
 
-# The result
-
-
 def no_numbers() -> dict[str, Any]:
     """The part of a result that measuring fills: {name: number}, {name: what it is}, {name: why not}, warnings."""
     return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
+
+
+def add(result: dict, metrics: dict[str, float], meanings: dict[str, str]) -> None:
+    """Add numbers with their meanings."""
+    result["metrics"] |= metrics
+    result["meanings"] |= {name: meanings[name] for name in metrics}
 
 
 def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
     """What made a number, beside its inputs: command, config, machine and versions."""
     packages = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "lpips", "numpy", "pillow")
     cuda = accelerator.device.type == "cuda"
+    versions = {"nsvq": code_version(), "python": platform.python_version()}
     return {
         "command": shlex.join(sys.argv),
         "config": configs.to_dict(config),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "ranks": accelerator.num_processes,
         "device": torch.cuda.get_device_name(accelerator.device) if cuda else str(accelerator.device),
-        "versions": {
-            "nsvq": code_version(),
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
+        "versions": versions | {name: metadata.version(name) for name in packages},
     }
 
 
-def about_data(config: DataConfig, split: str, images: Split) -> dict:
+def about_data(config: DataConfig, split: str) -> dict:
     """Which images were measured."""
-    return {
-        "source": config.source,
-        "split": split,
-        "fingerprint": images.fingerprint,
-        "image_size": config.image_size,
-        "crop": "ADM centre crop",
-    }
+    about = {"source": config.source, "split": split, "fingerprint": open_split(config, split).fingerprint}
+    return about | {"image_size": config.image_size, "crop": "ADM centre crop"}
 
 
 def load_extractors(
-    config: EvaluationConfig,
-    accelerator: Accelerator,
-    metrics: tuple[str, ...],
-    result: dict,
-    names: Callable[[str], list[str]],
+    config: EvaluationConfig, accelerator: Accelerator, metrics: Sequence[str], result: dict, names: Callable
 ) -> dict[str, Extractor]:
     """The extractors of `config` by name. One whose weights cannot be had is left out, and its numbers, `names` of it,
     are skipped in the result. A collective call."""
@@ -111,12 +102,9 @@ def rank_warnings(name: str, made: FeatureSet, real: FeatureSet, layer: str) -> 
     """Why to read a Frechet distance of these sets with care: a covariance of less than full rank."""
     d = len(made.gaussians[layer].mean)
     n = min(count for count in (made.count, real.count) if count is not None)
-    if n > d:
-        return []
-    return [
-        f"{name}: {n} images give a covariance of rank at most {max(n - 1, 0)} in {d} dimensions, which raises the "
-        "distance; compare it only at equal numbers of images"
-    ]
+    low = f"{n} images give a covariance of rank at most {max(n - 1, 0)} in {d} dimensions"
+    warning = f"{name}: {low}, which raises the distance; compare it only at equal numbers of images"
+    return [] if n > d else [warning]
 
 
 def folder_hash(folder: Path) -> str | None:
@@ -132,11 +120,8 @@ def folder_hash(folder: Path) -> str | None:
 def write(path: Path, result: dict) -> None:
     """Write the result in one step. A metric that is not finite becomes null, with a warning beside it."""
     broken = [name for name, value in result["metrics"].items() if not math.isfinite(value)]
-    warnings = [f"{name} is {result['metrics'][name]}, written as null" for name in broken]
-    result = _finite(result) | {
-        "metrics": result["metrics"] | dict.fromkeys(broken),
-        "warnings": result["warnings"] + warnings,
-    }
+    warnings = result["warnings"] + [f"{name} is {result['metrics'][name]}, written as null" for name in broken]
+    result = _finite(result) | {"metrics": result["metrics"] | dict.fromkeys(broken), "warnings": warnings}
     try:
         with atomic_file(path) as part:
             part.write_text(json.dumps(result, indent=2, allow_nan=False, default=str) + "\n")

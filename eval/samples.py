@@ -51,19 +51,16 @@ class Sampling:
 
 def load_pipeline(folder: str) -> DiffusionPipeline:
     """Read a pipeline (folder or Hub id): ours, with classes or none, or any of diffusers that takes `class_labels`.
-
-    Raises `UserError` where there is none.
-    """
+    Raises `UserError` where there is none."""
     try:
         index = DiffusionPipeline.load_config(folder)
         decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(index["_class_name"])
         ours = decoder is not None and index[decoder][1] in VQ_MODELS
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
-    except (OSError, ValueError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"no pipeline at {folder}: give the <out>/pipeline folder of a finished diffusion run, or a "
-            f"class-conditional pipeline of diffusers ({str(error).splitlines()[0]})"
-        ) from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        folders = "the <out>/pipeline folder of a finished diffusion run"
+        give = f"give {folders}, or a class-conditional pipeline of diffusers"
+        raise UserError(f"no pipeline at {folder}: {give} ({str(error).splitlines()[0]})") from None
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{folder} holds a {type(pipeline).__name__}, which takes no class_labels")
     return pipeline
@@ -102,25 +99,23 @@ def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
     options: dict[str, Any] = {"guidance_scale": how.guidance_scale, "num_inference_steps": how.steps}
     labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
-    with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
-        if is_ours(pipeline):
-            options |= {"guidance_interval": how.guidance_interval, "guide": how.guide}
-            options |= {"seeds": seeds, "output_type": "latent"}
-            latents = pipeline(labels, **options).images
-        else:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            with torch.random.fork_rng():
-                torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
-                images = pipeline(labels, generator=generators, output_type="pt", **options).images
-            return to_uint8(images.float() * 2 - 1)
-    return to_uint8(pipeline.decode(latents.float()) * 2 - 1)  # the decoder is float32 in every precision
+    autocast = torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None)
+    if is_ours(pipeline):
+        options |= {"seeds": seeds, "guidance_interval": how.guidance_interval, "guide": how.guide}
+        with autocast:
+            latents = pipeline(labels, output_type="latent", **options).images
+        images = pipeline.decode(latents.float())  # the decoder is float32 in every precision
+    else:
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with autocast, torch.random.fork_rng():
+            torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
+            images = pipeline(labels, output_type="pt", **options).images.float()
+    return to_uint8(images * 2 - 1)
 
 
 class SampleFolder:
-    """Samples as PNG files in `folder`, 000000.png and so on. `about`: what made them, as JSON values.
-
-    Raises `UsageError` where the folder holds samples of something else.
-    """
+    """Samples as PNG files in `folder`, 000000.png and so on. `about`: what made them, as JSON values. Raises
+    `UsageError` where the folder holds samples of something else."""
 
     def __init__(self, folder: Path, about: dict):
         self.folder, path = folder, folder / "settings.json"
@@ -128,10 +123,8 @@ class SampleFolder:
         if path.is_file():
             changed = configs.differences(json.loads(path.read_text()), json.loads(json.dumps(about)))
             if changed:
-                what = "; ".join(changed[:4])
-                raise UsageError(
-                    f"{folder} holds samples of other settings ({what}): delete it, or give another --output"
-                )
+                what = f"samples of other settings ({'; '.join(changed[:4])})"
+                raise UsageError(f"{folder} holds {what}: delete it, or give another --output")
         else:
             with atomic_file(path) as part:
                 part.write_text(json.dumps(about, indent=2))

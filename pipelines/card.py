@@ -7,14 +7,20 @@ from nsvq.files import atomic_file
 
 PAPER = "2606.11363"
 _NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net"}
+_ARXIV = "https://arxiv.org/abs/"
+_NSVQ = f"NSVQ (non-stationary-aware vector quantization): {_ARXIV}{PAPER}"
+_CITATIONS = {
+    "dit": f"Peebles and Xie, Scalable Diffusion Models with Transformers, {_ARXIV}2212.09748",
+    "modern": f"Peebles and Xie, {_ARXIV}2212.09748, with the parts of LightningDiT (Yao et al., {_ARXIV}2501.01423)",
+    "unet": f"Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, {_ARXIV}2112.10752",
+}
 
 
 def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     """Write README.md into a pipeline folder, and return its path.
 
     `results`: {heading: a result of eval/reconstruction.py or eval/generation.py, as read from its JSON file}. What was
-    trained, how and on what comes from nsvq.json, which training leaves in the folder.
-    """
+    trained, how and on what comes from nsvq.json, which training leaves in the folder."""
     about = json.loads((folder / "nsvq.json").read_text())
     index = json.loads((folder / "model_index.json").read_text())
     vae = json.loads((folder / ("vqvae" if "vqvae" in index else "vae") / "config.json").read_text())
@@ -26,7 +32,7 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
         _training(about, bool(names)),
         _results(results or {}),
         _limits(len(names), index["scheduler"][1]),
-        _citation(variant),
+        f"## Citation\n\nThe tokenizer's method, {_NSVQ}.\nThe network: {_CITATIONS[variant]}.\n",
     ]
     path = folder / "README.md"
     with atomic_file(path) as part:
@@ -38,30 +44,28 @@ def _front_matter(about: dict, names: dict[str, str], variant: str) -> str:
     source = about["config"]["data"]["source"]
     from_hub = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
     kind, network = "class-conditional" if names else "unconditional", "unet" if variant == "unet" else "dit"
-    lines = [
-        "---",
-        "library_name: diffusers",
-        "pipeline_tag: unconditional-image-generation",
-        f"tags: [{kind}-image-generation, diffusion, {network}, vector-quantization, nsvq, 'arxiv:{PAPER}']",
-        *([f"datasets: [{source}]"] if from_hub else []),
-        "# license: to be set by whoever publishes the model; it depends on the training data",
-        "---",
-    ]
-    return "\n".join(lines) + "\n"
+    data = f"\ndatasets: [{source}]" if from_hub else ""
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [{kind}-image-generation, diffusion, {network}, vector-quantization, nsvq, 'arxiv:{PAPER}']{data}
+# license: to be set by whoever publishes the model; it depends on the training data
+---
+"""
 
 
 def _summary(about: dict, names: dict[str, str], vae: dict) -> str:
-    key, latents, model = about["latents"]["key"], about["latents"], about["config"]["model"]
-    _, channels, height, width = latents["shape"]
+    latents, (_, channels, height, width) = about["latents"], about["latents"]["shape"]
+    side = latents["key"]["image_size"]
     shown = ", ".join(list(names.values())[:10]) + (", ..." if len(names) > 10 else "")
-    kind = f"{'Class-conditional' if names else 'Unconditional'} {_NETWORKS[model['variant']]}"
+    kind = f"{'Class-conditional' if names else 'Unconditional'} {_NETWORKS[about['config']['model']['variant']]}"
     return f"""# {kind} on vector-quantized latents
 
 {about["parameters"] / 1e6:.1f} M parameters, trained in the latent space of a frozen image tokenizer
 ({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). The tokenizer's
 decoder quantizes what it samples.
 
-- Images: {key["image_size"]} x {key["image_size"]} pixels; latents: {height} x {width} x {channels}
+- Images: {side} x {side} pixels; latents: {height} x {width} x {channels}
 - Classes: {f"{len(names)} ({shown})" if names else "none"}
 - Data: `{about["config"]["data"]["source"]}`, {latents["count"]} training images
 """
@@ -72,7 +76,12 @@ def _use(names: dict[str, str], variant: str, pipeline: str) -> str:
     intro = "With `diffusers` alone" + (", which runs the model's code in `transformer/nsvq_dit.py`:" if code else ":")
     what = "" if pipeline == "LDMPipeline" else f"class_labels=[{0 if names else 1000}], "
     what += "guidance_scale=2.0, " if names else ""
-    stock = f"""## Use
+    adds, how = "one seed an image, batches, samplers by name and callbacks", "[None], seeds=[0]"
+    if names:
+        adds = "class names, a guidance interval, " + adds
+        label = next(iter(names.values())).split(",")[0].strip()
+        how = f"[{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]"
+    return f"""## Use
 
 {intro}
 
@@ -81,14 +90,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{code})
 image = pipeline({what}num_inference_steps=50).images[0]
 ```
-"""
-    adds = "one seed an image, batches, samplers by name and callbacks"
-    how = "[None], seeds=[0]"
-    if names:
-        adds = "class names, a guidance interval, " + adds
-        label = next(iter(names.values())).split(",")[0].strip()
-        how = f"[{label!r}], guidance_scale=2.0, guidance_interval=(0.0, 0.8), seeds=[0]"
-    return f"""{stock}
+
 With the project's own class, which adds {adds}:
 
 ```python
@@ -103,7 +105,8 @@ def _training(about: dict, conditional: bool) -> str:
     config, latents = about["config"], about["latents"]
     optim, run, key = config["optim"], config["run"], latents["key"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    channel_means = [abs(value) for value in latents["mean"]]
+    views = "ADM's centre crop" + (f" and {key['crops'] - 1} of its random crops" if key["crops"] > 1 else "")
+    views += ", and the mirror image of each" if key["flips"] == 2 else ""
     dropped = f"; labels dropped with probability {config['model']['class_dropout']:g}" if conditional else ""
     return f"""## Training
 
@@ -112,19 +115,13 @@ def _training(about: dict, conditional: bool) -> str:
   {optim["weight_decay"]:g}, gradient norm at most {optim["clip_grad_norm"]:g}, {optim["warmup_steps"]} warm-up steps;
   mixed precision: {run["mixed_precision"]}; averaged weights with decay {optim["ema_decay"]:g}
 - Objective: {about["objective"]}{dropped}
-- Images: {_views(key)}; {latents["bad_images"]} images did not decode and were left out
+- Images: {views}; {latents["bad_images"]} images did not decode and were left out
 - Latents: {key["latents"]}; over the training set, as the network sees them: overall deviation
   {latents["overall_std"]:.4f}; deviation of a channel {min(latents["std"]):.4f} to
-  {max(latents["std"]):.4f}; largest mean of a channel {max(channel_means):.4f}
+  {max(latents["std"]):.4f}; largest mean of a channel {max(map(abs, latents["mean"])):.4f}
 - Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {latents["key"]["tokenizer"]}
 - Software: nsvq {about["nsvq"]}, {versions}; all settings are in `nsvq.json`
 """
-
-
-def _views(key: dict) -> str:
-    """Which crops of an image there are latents of."""
-    crops = "ADM's centre crop" + (f" and {key['crops'] - 1} of its random crops" if key["crops"] > 1 else "")
-    return crops + (", and the mirror image of each" if key["flips"] == 2 else "")
 
 
 def _tokenizer(about: dict | None) -> str:
@@ -133,15 +130,14 @@ def _tokenizer(about: dict | None) -> str:
         return ""
     config = about["config"]
     return (
-        f"quantizer {config['quantizer']['name']}, {_nsvq(config['nsvq'])}; {about['samples_seen']} samples of "
+        f"quantizer {config['quantizer']['name']}, {_nsvq(**config['nsvq'])}; {about['samples_seen']} samples of "
         f"`{config['data']['source']}` in {config['schedule']['epochs']:g} epochs; perceptual loss "
         f"{config['loss']['perceptual']}, GAN weight {config['loss']['adversarial_weight']:g};\n  "
     )
 
 
-def _nsvq(config: dict) -> str:
+def _nsvq(pull: dict | None, revive: float | None, replace: dict | None, freeze: dict | None, **_) -> str:
     """Which parts of NSVQ kept the codes alive."""
-    pull, revive, replace, freeze = (config[part] for part in ("pull", "revive", "replace", "freeze"))
     parts = [
         *([f"NS loss {pull['weight']:g} at temperature {pull['temperature']:g}"] if pull else []),
         *([f"codes revived after {revive:g} tokens"] if revive else []),
@@ -152,28 +148,24 @@ def _nsvq(config: dict) -> str:
 
 
 def _results(results: dict[str, dict]) -> str:
-    if not results:
-        return "## Results\n\nNot measured yet.\n"
-    lines = ["## Results", ""]
+    lines = ["## Results", ""] if results else ["## Results\n\nNot measured yet.\n"]
     for heading, result in results.items():
-        lines += [f"### {heading}", "", f"{_measured(result)}", "", "| | | |", "|---|---|---|"]
-        for name, value in result["metrics"].items():
-            lines.append(
-                f"| {name} | {'-' if value is None else f'{value:.5g}'} | {result['meanings'].get(name, '')} |"
-            )
-        lines += [f"| {name} | skipped | {why} |" for name, why in result["skipped"].items()]
+        counts, data = result["counts"], result["data"]
+        number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
+        what = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
+        if setting := result.get("setting"):
+            what += f", guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}"
+        lines += [f"### {heading}", "", f"{what}; nsvq {result['versions']['nsvq']}.", "", "| | | |", "|---|---|---|"]
+        lines += [f"| {name} | {number} | {note} |" for name, number, note in table_rows(result)]
         lines += ["", f"    {result['command']}", "", *(f"Warning: {warning}\n" for warning in result["warnings"])]
     return "\n".join(lines)
 
 
-def _measured(result: dict) -> str:
-    """One line on what a result is of."""
-    counts, data = result["counts"], result["data"]
-    number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
-    line = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
-    if setting := result.get("setting"):
-        line += f", guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}"
-    return f"{line}; nsvq {result['versions']['nsvq']}."
+def table_rows(result: dict) -> list[tuple[str, str, str]]:
+    """(name, number, meaning) of each number of a result, as read from its JSON file, and of what it skipped."""
+    numbers = {name: "-" if value is None else f"{value:.5g}" for name, value in result["metrics"].items()}
+    rows = [(name, number, result["meanings"].get(name, "")) for name, number in numbers.items()]
+    return rows + [(name, "skipped", why) for name, why in result["skipped"].items()]
 
 
 def _limits(classes: int, scheduler: str) -> str:
@@ -188,19 +180,4 @@ def _limits(classes: int, scheduler: str) -> str:
   people, places or events, and must not be passed off as such.
 - An image's detail is bounded by the tokenizer: see its reconstruction figures.
 - The stock pipeline {guided}samples {steps}.
-"""
-
-
-def _citation(variant: str) -> str:
-    network = {
-        "dit": "Peebles and Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748",
-        "modern": "Peebles and Xie, https://arxiv.org/abs/2212.09748, with the parts of LightningDiT (Yao et al., "
-        "https://arxiv.org/abs/2501.01423)",
-        "unet": "Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, "
-        "https://arxiv.org/abs/2112.10752",
-    }[variant]
-    return f"""## Citation
-
-The tokenizer's method, NSVQ (non-stationary-aware vector quantization): https://arxiv.org/abs/{PAPER}.
-The network: {network}.
 """

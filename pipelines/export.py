@@ -16,16 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import (
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    LDMPipeline,
-    ModelMixin,
-    SchedulerMixin,
-    UNet2DModel,
-    VQModel,
-)
+from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline, ModelMixin, UNet2DModel
 from torch import Tensor
 
 from nsvq.diffusion import dit
@@ -43,40 +34,41 @@ SHIPPED_MODULE = "nsvq_dit"  # the name of diffusion/dit.py in a folder
 
 def check_classes(count: int) -> None:
     """Raises `UserError` where the stock pipeline has no room for `count` classes."""
-    if count > STOCK_NULL_CLASS:
-        raise UserError(
-            f"a DiT of {count} classes cannot be exported: the stock DiTPipeline hard-codes {STOCK_NULL_CLASS} as its "
-            f"null class, which leaves room for {STOCK_NULL_CLASS} classes"
-        )
+    if count > (room := STOCK_NULL_CLASS):
+        why = f"the stock DiTPipeline hard-codes {room} as its null class, which leaves room for {room} classes"
+        raise UserError(f"a DiT of {count} classes cannot be exported: {why}")
 
 
 def label_table(embeddings: Tensor) -> Tensor:
-    """Class embeddings [C + 1, D], null row last, as the stock table [1001, D]: classes first, null row last.
-
-    The rows between repeat the null row, so a class that does not exist gives unconditional samples.
-    """
+    """Class embeddings [C + 1, D], null row last, as the stock table [1001, D]: classes first, null row last. The rows
+    between repeat the null row, so a class that does not exist gives unconditional samples."""
     classes, null_row = embeddings[:-1], embeddings[-1:]
     check_classes(len(classes))
     return torch.cat([classes, null_row.expand(STOCK_NULL_CLASS + 1 - len(classes), -1)])
 
 
+@torch.no_grad()
 def to_stock(model: DiT | UNet) -> DiTTransformer2DModel | PipelineDiT | UNet2DModel:
     """The class that a pipeline holds, with the same outputs to float error; the label `model.null_class` becomes 1000.
-
-    Raises `UserError` where there are more than 1000 classes.
-    """
+    Raises `UserError` where there are more than 1000 classes."""
     if isinstance(model, UNet):
-        return _stock_unet(model)
+        # With classes, as many embeddings as `DiTPipeline` has labels, so that it takes the U-Net for a transformer.
+        options, weights = arguments(model), model.state_dict()
+        if options["num_class_embeds"] is not None:
+            weights["class_embedding.weight"] = label_table(weights["class_embedding.weight"])
+            options["num_class_embeds"] = STOCK_NULL_CLASS + 1
+        stock = UNet2DModel(**options)
+        stock.load_state_dict(weights)
+        return stock.eval()
     if model.config.variant == "modern":
         check_classes(model.config.num_classes)
         # DiTPipeline asks the config for its out_channels.
-        shipped = PipelineDiT(**_arguments(model) | {"out_channels": model.config.in_channels})
+        shipped = PipelineDiT(**arguments(model) | {"out_channels": model.config.in_channels})
         shipped.load_state_dict(model.state_dict())
         return shipped.eval()
     return _stock_dit(model)
 
 
-@torch.no_grad()
 def _stock_dit(model: DiT) -> DiTTransformer2DModel:
     """Stock blocks each hold an embedder of time and class, and the layer of their modulation: each gets a copy of the
     embedder there is, and its rows of our one layer."""
@@ -116,11 +108,9 @@ def _stock_dit(model: DiT) -> DiTTransformer2DModel:
 @torch.no_grad()
 def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
     """The inverse of `to_stock`, to sample faster: our class of 1000 classes, in the stock one's type and place. It
-    takes the weights out of `stock`, which has none afterwards, so that memory does not hold both.
-
-    Raises `ValueError` where it is not a model of ours, and leaves it as it is: where its embedders differ or its shape
-    has no counterpart.
-    """
+    takes the weights out of `stock`, which has none afterwards, so that memory does not hold both. Raises `ValueError`
+    where it is not a model of ours, and leaves it as it is: where its embedders differ or its shape has no
+    counterpart."""
     config, device, theirs = stock.config, stock.device, stock.state_dict()
     depth, heads = config.num_layers, config.num_attention_heads
     width, layers = heads * config.attention_head_dim, 2 * depth
@@ -148,9 +138,8 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
         gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
         shift[-1], scale[-1] = last
         for i, block in enumerate(blocks):
-            weights[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(
-                [theirs.pop(f"{block}.attn1.to_{name}.{kind}") for name in "qkv"]
-            )
+            qkv = [theirs.pop(f"{block}.attn1.to_{name}.{kind}") for name in "qkv"]
+            weights[f"blocks.{i}.attention.qkv.{kind}"] = torch.cat(qkv)
             parts = theirs.pop(f"{block}.norm1.linear.{kind}").unflatten(0, (6, width))
             for k in (0, 1):  # attention, MLP
                 shift[2 * i + k], scale[2 * i + k], gate[2 * i + k] = parts[3 * k : 3 * k + 3]
@@ -174,36 +163,16 @@ def _names(depth: int) -> dict[str, str]:
     return names
 
 
-@torch.no_grad()
-def _stock_unet(model: UNet) -> UNet2DModel:
-    """With classes, as many embeddings as `DiTPipeline` has labels, so that it takes the U-Net for a transformer."""
-    config, weights = _arguments(model), model.state_dict()
-    if config["num_class_embeds"] is not None:
-        weights["class_embedding.weight"] = label_table(weights["class_embedding.weight"])
-        config["num_class_embeds"] = STOCK_NULL_CLASS + 1
-    stock = UNet2DModel(**config)
-    stock.load_state_dict(weights)
-    return stock.eval()
-
-
-def _arguments(model: ModelMixin) -> dict:
-    """What it was constructed with."""
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+def arguments(part) -> dict:
+    """What a model or scheduler was constructed with."""
+    return {name: value for name, value in part.config.items() if not name.startswith("_")}
 
 
 def save_pipeline(
-    folder: Path,
-    network: ModelMixin,
-    vae: VQModel,
-    scheduler: SchedulerMixin,
-    classes: dict[int, str],
-    about: dict | None = None,
+    folder: Path, network: ModelMixin, vae: ModelMixin, scheduler, classes: dict[int, str], about: dict | None = None
 ) -> None:
     """Write the pipeline folder of `network` (see `to_stock`) in one step, class names included, in place of what was
-    there.
-
-    `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card.
-    """
+    there. `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card."""
     with atomic_folder(folder) as part:
         if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
             LDMPipeline(vae, network, scheduler).save_pretrained(part)
@@ -225,8 +194,7 @@ def read_parts(source: str | Path, **options) -> dict | None:
     """Arguments of `DiTPipeline` from a folder or Hub repository of an `LDMPipeline` or of "modern", which is read with
     the code that is installed here: what it ships is not run. None for other pipelines.
 
-    `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like.
-    """
+    `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like."""
     hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
     index = DiffusionPipeline.load_config(source, **hub)
     if index["_class_name"] == "LDMPipeline":

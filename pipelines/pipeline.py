@@ -26,8 +26,7 @@ _DISTANCES = 2**27  # elements of the table of distances that the stock quantize
 class ClassConditionalPipeline(DiTPipeline):
     """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
-    `id2label`: {class id: name}; names are their numbers where model_index.json holds none.
-    """
+    `id2label`: {class id: name}; names are their numbers where model_index.json holds none."""
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
         super().__init__(transformer, vae, scheduler, id2label)
@@ -68,9 +67,7 @@ class ClassConditionalPipeline(DiTPipeline):
 
     def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
         """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
-
-        Raises `ValueError` where there is no such class, or several.
-        """
+        Raises `ValueError` where there is no such class, or several."""
         labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
         return [self._class_id(label) for label in labels]
 
@@ -136,8 +133,7 @@ class ClassConditionalPipeline(DiTPipeline):
         callback_on_step_end(pipeline, step, timestep, {"latents": latents}) is called after every step of every batch
             (Heun's method: every evaluation); a dict that it returns may hold other latents to go on with.
 
-        Raises `ValueError` where a class does not exist or an argument has no meaning.
-        """
+        Raises `ValueError` where a class does not exist or an argument has no meaning."""
         ids = self.class_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty")
@@ -179,20 +175,12 @@ class ClassConditionalPipeline(DiTPipeline):
                 returned = callback_on_step_end(self, step, timestep, {"latents": latents})
                 return (returned or {}).get("latents", latents)
 
+            how = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "on_step": on_step}
+            how |= {"steps": num_inference_steps, "guide": None if guide is None else _predictor(guide)}
+            predictor = _predictor(self.transformer)
             for part in batches:
-                latents = sample(
-                    _predictor(self.transformer),
-                    scheduler,
-                    noise[part],
-                    labels[part],
-                    STOCK_NULL_CLASS,
-                    steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    guidance_interval=guidance_interval,
-                    guide=None if guide is None else _predictor(guide),
-                    generator=generator[part] if isinstance(generator, list) else generator,
-                    on_step=on_step,
-                )
+                how["generator"] = generator[part] if isinstance(generator, list) else generator
+                latents = sample(predictor, scheduler, noise[part], labels[part], STOCK_NULL_CLASS, **how)
                 done.append(latents if output_type == "latent" else self.decode(latents))
         images = torch.cat(done)
         if output_type in ("np", "pil"):

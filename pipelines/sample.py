@@ -13,7 +13,6 @@ from torchvision.utils import save_image
 
 from nsvq.common import config as configs
 from nsvq.common import launch
-from nsvq.common.config import Config
 from nsvq.diffusion.samplers import Sampler
 from nsvq.errors import UsageError, UserError
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
@@ -21,7 +20,7 @@ from nsvq.pipelines.pipeline import ClassConditionalPipeline
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class SampleConfig(Config):
+class SampleConfig(configs.Config):
     """Samples of a pipeline as a picture, one row a class."""
 
     pipeline: Path = Field(description="Folder of a pipeline (<out>/pipeline).")
@@ -60,17 +59,9 @@ def main() -> None:
         guide = pipeline.load_guide(config.guide) if config.guide else None
         launch.keep_freed_memory(device.type)
         labels = [label for label in config.classes or [None] for _ in range(config.per_class)]
-        images = pipeline(
-            labels,
-            guidance_scale=config.guidance_scale,
-            guidance_interval=config.guidance_interval,
-            num_inference_steps=config.steps,
-            sampler=config.sampler,
-            guide=guide,
-            seeds=list(range(config.seed, config.seed + len(labels))),
-            batch_size=config.batch_size,
-            output_type="pt",
-        ).images
+        how = config.model_dump(include={"guidance_scale", "guidance_interval", "sampler", "batch_size"})
+        how |= {"num_inference_steps": config.steps, "guide": guide, "output_type": "pt"}
+        images = pipeline(labels, seeds=list(range(config.seed, config.seed + len(labels))), **how).images
     except ValueError as error:
         raise UsageError(str(error)) from None
     try:

@@ -16,24 +16,11 @@ from nsvq.eval.page import read_result, write_page
 from nsvq.pipelines.card import write_card
 
 ROWS = {  # of each result: what to show, and how
-    "reconstruction": {
-        "psnr": "{:.2f} dB",
-        "ssim": "{:.3f}",
-        "utilization": "{:.1%}",
-        "perplexity_fraction": "{:.1%}",
-        "bits_per_token": "{:.0f}",
-        "tokens_per_image": "{:.0f}",
-        "rfid": "{:.2f}",
-        "rfd_": "{:.2f}",
-    },
-    "generation": {
-        "fid": "{:.2f}",
-        "fd_": "{:.2f}",
-        "is": "{:.2f}",
-        "precision": "{:.2f}",
-        "recall": "{:.2f}",
-        "class_accuracy": "{:.1%}",
-    },
+    "reconstruction": {"psnr": "{:.2f} dB", "ssim": "{:.3f}"}
+    | dict.fromkeys(("utilization", "perplexity_fraction"), "{:.1%}")
+    | dict.fromkeys(("bits_per_token", "tokens_per_image"), "{:.0f}")
+    | dict.fromkeys(("rfid", "rfd_"), "{:.2f}"),
+    "generation": dict.fromkeys(("fid", "fd_", "is", "precision", "recall"), "{:.2f}") | {"class_accuracy": "{:.1%}"},
 }
 
 
@@ -45,15 +32,14 @@ class SummaryConfig(configs.Config):
 
 def rows(result: dict) -> list[tuple[str, str]]:
     """(name, value) of the numbers that matter most; what was skipped, with the reason."""
-    shown = ROWS[result["kind"]]
-    found = [
-        (name, style.format(value))
-        for key, style in shown.items()
+    found = {
+        name: style.format(value)
+        for key, style in ROWS[result["kind"]].items()
         for name, value in result["metrics"].items()
         if value is not None and name.startswith(key) and "_std" not in name
-    ]
-    found = list(dict(found).items())
-    return found + [(name, f"skipped: {why}") for name, why in result["skipped"].items() if name in ("rfid", "fid")]
+    }
+    skipped = {name: f"skipped: {why}" for name, why in result["skipped"].items() if name in ("rfid", "fid")}
+    return [*found.items(), *skipped.items()]
 
 
 def main() -> None:
@@ -67,13 +53,11 @@ def main() -> None:
         images = result["counts"].get("samples") or result["counts"]["images"]
         lines += ["", f"{kind}, {images} images, {result['data']['split']} split of {result['data']['source']}"]
         lines += [f"  {name:<28} {value}" for name, value in rows(result)]
-    pictures = [
-        sorted((config.out / run / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)[-1]
-        for run in ("nsvq", "dit")
-    ]
+    samples = {run: (config.out / run / "samples").glob("*.png") for run in ("nsvq", "dit")}
+    latest = {run: max(files, key=lambda path: path.stat().st_mtime) for run, files in samples.items()}
     places = {
-        "reconstructions (originals above)": pictures[0],
-        "samples during training": pictures[1],
+        "reconstructions (originals above)": latest["nsvq"],
+        "samples during training": latest["dit"],
         "samples by class": config.out / "generation.png",
         "all of it as one page": page,
         "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / 'dit/metrics.jsonl'}",
