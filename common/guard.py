@@ -14,11 +14,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Guard:
-    """Counts steps that were skipped because a loss or a gradient norm was not finite on some rank.
-
-    `skipped`: in all; `in_a_row`: without a good one since; `stop`: the signal that ends the run after this step, if
-    one has come on any rank.
-    """
+    """Counts steps that were skipped because a loss or a gradient norm was not finite on some rank: `skipped` in all,
+    `in_a_row` without a good one since. `stop`: the signal, come on any rank, that ends the run after this step."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

@@ -51,9 +51,9 @@ def check_launcher() -> None:
     else:
         alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     if alone:
+        command = f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {sys.argv[0]} ..."
         raise UsageError(
-            "this launcher does not start several CPU processes that know each other; this does: "
-            f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {sys.argv[0]} ..."
+            f"this launcher does not start several CPU processes that know each other; this does: {command}"
         )
 
 

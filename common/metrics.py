@@ -23,16 +23,8 @@ from tqdm import tqdm
 from nsvq.files import atomic_file
 
 # Dense bfloat16 and float16 FLOP/s of a GPU, from NVIDIA's data sheets, by a word of its name.
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
+_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A10": 125e12}
+_PEAK_FLOPS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12}
 
 
 class Means:

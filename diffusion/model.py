@@ -38,9 +38,7 @@ class _NetworkConfig(Config):
 class DiTConfig(_NetworkConfig):
     """The DiT."""
 
-    variant: Literal["dit", "modern"] = Field(
-        "dit", description="dit: as in stock diffusers; modern: RMSNorm, SwiGLU, rotary positions, qk-norm."
-    )
+    variant: Literal["dit", "modern"] = Field("dit", description="dit: as in stock diffusers; modern: as LightningDiT.")
     size: Literal["tiny", "S", "B", "L", "XL"] = Field("B", description="Depth, width and heads together.")
     depth: int | None = Field(None, ge=1, description="Blocks; null is the size's.")
     width: int | None = Field(None, ge=8, description="Width of the tokens; null is the size's.")
@@ -67,9 +65,7 @@ class UNetConfig(_NetworkConfig):
 
     variant: Literal["unet"] = Field("unet", description="diffusers' UNet2DModel.")
     width: int = Field(256, ge=32, multiple_of=32, description="Channels of the first level.")
-    multipliers: tuple[int, ...] = Field(
-        (1, 2, 4), min_length=1, description="Channels of each level, in widths; each has half the side of the last."
-    )
+    multipliers: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="Channels of each level, in widths.")
     layers: int = Field(2, ge=1, description="Residual blocks of a level.")
 
 

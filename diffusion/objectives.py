@@ -31,17 +31,10 @@ class FlowConfig(ObjectiveOptions):
     """Rectified flow: the network predicts v = noise - x_0 at x = (1 - sigma) x_0 + sigma noise."""
 
     name: Literal["flow"] = Field("flow", description="Rectified flow (docs/diffusion.md).")
-    noise_levels: Literal["logit-normal", "uniform"] = Field(
-        "logit-normal", description="Distribution of sigma in training, before the shift."
-    )
+    noise_levels: Literal["logit-normal", "uniform"] = Field("logit-normal", description="Sigma, before the shift.")
     logit_mean: float = Field(0.0, description="Mean of logit(sigma), for logit-normal levels.")
     logit_std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma), for logit-normal levels.")
-    shift: float | None = Field(
-        None,
-        gt=0,
-        description="s of sigma' = s sigma / (1 + (s - 1) sigma), in training and sampling; null is sqrt(dim / 4096) "
-        "where latents have more than 4096 values, else 1.",
-    )
+    shift: float | None = Field(None, gt=0, description="Shift s of sigma; null: sqrt(dim / 4096), at least 1.")
 
 
 class DDPMConfig(ObjectiveOptions):
@@ -49,9 +42,7 @@ class DDPMConfig(ObjectiveOptions):
 
     name: Literal["ddpm"] = Field("ddpm", description="DDPM (docs/diffusion.md).")
     prediction: Literal["epsilon", "v"] = Field("epsilon", description="The noise, or v of Salimans and Ho.")
-    schedule: Literal["linear", "cosine"] = Field(
-        "linear", description="Betas from 1e-4 to 2e-2, or those of a cosine alpha_bar."
-    )
+    schedule: Literal["linear", "cosine"] = Field("linear", description="Betas from 1e-4 to 2e-2, or cosine alpha_bar.")
 
     def check_steps(self, steps: int) -> None:
         if TIMESTEPS % steps:

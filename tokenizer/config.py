@@ -28,9 +28,8 @@ class OptimConfig(Config):
     betas: tuple[float, float] = Field((0.5, 0.9), description="Adam's betas.")
     encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the encoder; null is lr.")
     codebook_lr: float | None = Field(None, gt=0, description="Learning rate of the quantizer; null is lr.")
-    codebook_eps: float = Field(
-        1e-8, gt=0, description="Adam's epsilon for the quantizer. The NS gradient of a code that the batch did not "
-        "hit is mostly below 1e-8, and then moves it by much less than lr.")  # fmt: skip
+    # The NS gradient of a code that the batch did not hit is mostly below 1e-8: it moves by much less than lr then.
+    codebook_eps: float = Field(1e-8, gt=0, description="Adam's epsilon for the quantizer; its NS gradients are tiny.")
     clip_grad_norm: float | None = Field(None, gt=0, description="Largest gradient norm of the generator; null: none.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved.")
 
@@ -117,10 +116,14 @@ class TrainConfig(Config):
             )
         factor = 2 ** (len(self.model.channel_multipliers) - 1)
         if self.data.image_size % factor:
-            raise ValueError(f"data.image_size = {self.data.image_size} must be a multiple of f = {factor}, which is "
-                             "2^(levels - 1) of model.channel_multipliers")  # fmt: skip
+            raise ValueError(
+                f"data.image_size = {self.data.image_size} must be a multiple of f = {factor}, which is "
+                "2^(levels - 1) of model.channel_multipliers"
+            )
         for multiplier in self.model.channel_multipliers:
             if self.model.channels * multiplier % self.model.norm_groups:
-                raise ValueError(f"model.norm_groups = {self.model.norm_groups} must divide every level's width, "
-                                 f"but not {self.model.channels * multiplier}")  # fmt: skip
+                raise ValueError(
+                    f"model.norm_groups = {self.model.norm_groups} must divide every level's width, "
+                    f"but not {self.model.channels * multiplier}"
+                )
         return self

@@ -13,11 +13,7 @@ def usage(counts: Tensor) -> dict[str, float]:
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(p, p).sum()
     hit = int((counts > 0).sum())
-    return {
-        "utilization": hit / len(counts),
-        "perplexity": float(entropy.exp()),
-        "dead_codes": len(counts) - hit,
-    }
+    return {"utilization": hit / len(counts), "perplexity": float(entropy.exp()), "dead_codes": len(counts) - hit}
 
 
 @torch.no_grad()
@@ -30,14 +26,14 @@ def near_duplicates(codebook: Tensor) -> int:
 def alarms(values: dict[str, float], codebook_size: int) -> list[str]:
     """What a line of metrics says about a codebook that collapses or a GAN that diverges (see docs/watching.md)."""
     found = []
-    if values.get("utilization", 1.0) < 0.25:
-        found.append(f"the codebook collapses: {values['utilization']:.1%} of {codebook_size} codes were used in the "
-                     f"epoch, perplexity {values['perplexity']:.1f}")  # fmt: skip
+    if (used := values.get("utilization", 1.0)) < 0.25:
+        what = f"{used:.1%} of {codebook_size} codes were used in the epoch, perplexity {values['perplexity']:.1f}"
+        found.append(f"the codebook collapses: {what}")
     if "discriminator" in values:
         loss, real, fake = (values[name] for name in ("discriminator", "real_logits", "fake_logits"))
         if loss < 0.05 or max(abs(real), abs(fake)) > 20:
-            found.append(f"the GAN diverges: discriminator loss {loss:.3f} (1 is a draw), mean logits {real:.2f} on "
-                         f"real and {fake:.2f} on reconstructed images")  # fmt: skip
+            logits = f"mean logits {real:.2f} on real and {fake:.2f} on reconstructed images"
+            found.append(f"the GAN diverges: discriminator loss {loss:.3f} (1 is a draw), {logits}")
     return found
 
 

@@ -27,16 +27,12 @@ class LossConfig(Config):
 
     pixel: Literal["l1", "mse"] = Field("l1", description="Reconstruction loss over pixels.")
     perceptual: Literal["vgg", "squeeze", "none"] = Field("vgg", description="Backbone of LPIPS.")
-    perceptual_weights: Path | None = Field(
-        None, description="Backbone weights (.pth or .safetensors, torchvision's names); null downloads them."
-    )
+    perceptual_weights: Path | None = Field(None, description="torchvision's weights as a file; null downloads them.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of LPIPS.")
     adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
     discriminator_channels: int = Field(64, ge=1, description="Base width of the PatchGAN discriminator.")
     discriminator_layers: int = Field(3, ge=1, description="Layers of the PatchGAN discriminator.")
-    codebook_weight: float = Field(
-        1.0, ge=0, description="Weight of the codebook loss. VQGAN's code has beta here and 1 on the commitment."
-    )
+    codebook_weight: float = Field(1.0, ge=0, description="Weight of the codebook loss (VQGAN's code: beta).")
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
 
 

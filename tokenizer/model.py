@@ -19,15 +19,11 @@ class ModelConfig(Config):
 
     channels: int = Field(128, ge=1, description="Base width; every level has a multiple of it.")
     channel_multipliers: list[int] = Field(
-        [1, 2, 2, 4], min_length=1, description="Width of each level; each level but the last halves the image."
+        [1, 2, 2, 4], min_length=1, description="Width of the levels, halved between."
     )
     layers_per_block: int = Field(2, ge=1, description="Residual blocks per level (the decoder has one more).")
-    latent_channels: int = Field(
-        128,
-        ge=1,
-        description="d, the width of latents and codes. VQGAN's 1x1 projections before and after the "
-        "quantizer are part of the 3x3 convolutions beside them: for factorized codes this is their d.",
-    )
+    # VQGAN's 1x1 projections around the quantizer are part of the 3x3 convolutions beside them.
+    latent_channels: int = Field(128, ge=1, description="d, the width of latents and (factorized) codes.")
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
 

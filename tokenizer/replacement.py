@@ -8,13 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def replace_dead_codes(
-    table: Tensor,
-    counts: Tensor,
-    *,
-    weights: Tensor | None = None,
-    noise: float,
-    seed: int,
-    **followers,
+    table: Tensor, counts: Tensor, *, weights: Tensor | None = None, noise: float, seed: int, **followers
 ) -> Tensor:
     """c_j <- c_s(j) + N(0, noise^2) for each code j with usage below 1; s(j) is an active code drawn by `weights` [K],
     the usage where none are given.

@@ -29,9 +29,7 @@ class CodebookConfig(QuantizerOptions):
 class NearestConfig(QuantizerOptions):
     """Options of a method whose code is the nearest one."""
 
-    gradient: Literal["straight-through", "rotation"] = Field(
-        "straight-through", description="How the decoder's gradient reaches a latent: as it is, or turned and scaled "
-        "as the latent is to its code (the rotation trick).")  # fmt: skip
+    gradient: Literal["straight-through", "rotation"] = Field("straight-through", description="From decoder to latent.")
 
 
 class Quantized(NamedTuple):
@@ -211,10 +209,7 @@ def rotated(z: Tensor, value: Tensor) -> Tensor:
 
 def vq_losses(z: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """The two losses of VQ-VAE (arXiv 1711.00937, eq. 3), each with a gradient to one side."""
-    return {
-        "codebook": (z.detach() - codes).square().mean(),
-        "commitment": (z - codes.detach()).square().mean(),
-    }
+    return {"codebook": (z.detach() - codes).square().mean(), "commitment": (z - codes.detach()).square().mean()}
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -32,9 +32,7 @@ class FSPConfig(GridConfig):
     """Finite scalar perturbation."""
 
     name: Literal["fsp"] = Field(description="fsp: bounded channels, perturbed in training and rounded after.")
-    activation: Literal["tanh", "normal", "sigmoid", "laplace"] = Field(
-        "normal", description="g. The paper's default is tanh; its normal has better PSNR, SSIM and LPIPS at K = 1024."
-    )
+    activation: Literal["tanh", "normal", "sigmoid", "laplace"] = Field("normal", description="g; the paper's is tanh.")
     quantize_rate: float = Field(0.5, ge=0, le=1, description="Share of elements that training rounds.")
     noise: float = Field(1.0, gt=0, description="eta, the width of the noise in bins.")
     mean_weight: float = Field(0.1, ge=0, description="Weight of the squared mean of a.")

@@ -21,9 +21,7 @@ class FVQConfig(CodebookConfig, NearestConfig):
     """VQBridge over a free table."""
 
     name: Literal["fvq"] = Field(description="fvq: a free table through VQBridge.")
-    group: int | None = Field(
-        None, ge=1, description="Codes p in a group, which must divide K; null is K/1024, at least 1."
-    )
+    group: int | None = Field(None, ge=1, description="Codes p in a group, which divides K; null: K/1024, at least 1.")
     width: int = Field(256, ge=1, description="Width of the bridge.")
     depth: int = Field(2, ge=1, description="Transformer blocks of the bridge.")
     heads: int = Field(4, ge=1, description="Attention heads; must divide the width.")

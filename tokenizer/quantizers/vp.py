@@ -36,8 +36,10 @@ class VPConfig(CodebookConfig):
 
     def check_dim(self, dim: int) -> None:
         if dim > 16:
-            raise ValueError(f"vp estimates densities by neighbours, for at most 16 channels (3 to 5 in its paper); "
-                             f"model.latent_channels = {dim}")  # fmt: skip
+            raise ValueError(
+                f"vp estimates densities by neighbours, for at most 16 channels (3 to 5 in its paper); "
+                f"model.latent_channels = {dim}"
+            )
 
 
 class VP(Quantizer):
@@ -150,7 +152,4 @@ def moment_losses(z: Tensor, variance: float) -> dict[str, Tensor]:
     offset, square = ranks.mean(shifted.mean(0)), ranks.mean(shifted.square().mean(0))
     count = len(z) * ranks.world()[1]
     found = (square - offset.square()) * count / (count - 1)
-    return {
-        "latent_mean": (center + offset).square().mean(),
-        "latent_variance": (found - variance).square().mean(),
-    }
+    return {"latent_mean": (center + offset).square().mean(), "latent_variance": (found - variance).square().mean()}

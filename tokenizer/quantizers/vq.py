@@ -16,9 +16,7 @@ from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, Neares
 class TableConfig(CodebookConfig, NearestConfig):
     """Options of a method with a free table of codes."""
 
-    init: Literal["latents", "uniform"] = Field(
-        "latents", description="Start of the codes: encoder outputs, or uniform in +-1/K."
-    )
+    init: Literal["latents", "uniform"] = Field("latents", description="Start: encoder outputs, or uniform in +-1/K.")
 
 
 class TableQuantizer(NearestQuantizer):
