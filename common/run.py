@@ -63,24 +63,9 @@ class RunConfig(configs.Config):
 
 
 # Keys that may change between two starts of the same run: they change none of the weights that it has by then.
-_FREE_KEYS = (
-    "out:",
-    "sampling.",
-    "cache:",
-    "cache_verify:",
-    "export_every:",
-    "steps:",
-    "run.accumulation",
-    "run.workers",
-)
-_FREE_KEYS += (
-    "run.log_every",
-    "run.sample_every",
-    "run.checkpoint_every",
-    "run.keep_",
-    "run.skip_limit",
-    "run.trackers",
-)
+_FREE_KEYS: tuple[str, ...] = ("out:", "sampling.", "cache:", "cache_verify:", "export_every:", "steps:")
+_FREE_KEYS += ("run.accumulation", "run.log_every", "run.sample_every", "run.checkpoint_every", "run.keep_checkpoints")
+_FREE_KEYS += ("run.keep_every", "run.workers", "run.skip_limit", "run.trackers")
 
 
 def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -> Accelerator:
@@ -341,7 +326,7 @@ def averaged_weights(ema: EMAModel, parameters: list[torch.nn.Parameter]) -> Ite
         ema.restore(parameters)
 
 
-def progress_bar(accelerator: Accelerator, total: int | None, done: int, **looks: str) -> tqdm:
+def progress_bar(accelerator: Accelerator, total: int | None, done: int, **looks: Any) -> tqdm:
     """A bar on the main process; twice a second on a terminal, twice a minute in a log. `looks`: tqdm's arguments."""
     hidden, interval = not accelerator.is_main_process, 0.5 if sys.stderr.isatty() else 30
     return tqdm(total=total, initial=done, disable=hidden, mininterval=interval, maxinterval=60, **looks)

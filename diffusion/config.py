@@ -1,7 +1,7 @@
 """The config of a diffusion run."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -54,15 +54,6 @@ class TrainConfig(Config):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     run: RunConfig = Field(default_factory=RunConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kinds(cls, values: Any) -> Any:
-        """A section that does not say which one it is, is the default one."""
-        for section, kind in (("model", {"variant": "dit"}), ("objective", {"name": "flow"})):
-            if isinstance(values, dict) and isinstance(values.get(section), dict):
-                values = values | {section: kind | values[section]}
-        return values
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":

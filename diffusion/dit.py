@@ -98,12 +98,6 @@ class Block(nn.Module):
         return x + gate[1] * self.mlp(torch.addcmul(shift[1], self.norm2(x).to(scale.dtype), scale[1]))
 
 
-def branch_dtype(x: Tensor) -> torch.dtype:
-    """The type in which blocks work on a residual stream of x's type: autocast's, where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def make_norm(width: int, modern: bool) -> nn.Module:
     """Shift and scale come from the condition alone."""
     return (nn.RMSNorm if modern else nn.LayerNorm)(width, eps=EPS, elementwise_affine=False)
@@ -190,9 +184,10 @@ class DiT(ModelMixin, ConfigMixin):
         rows = condition.transpose(0, 1).unsqueeze(2)  # (6 depth + 2, B, 1, D)
         gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
         last_shift, last_scale = shift[-1], 1 + scale[-1]
-        dtype = branch_dtype(latents)
+        device = latents.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else latents.dtype
         gate, shift, scale = (part.to(dtype).split(2) for part in (gate, shift, 1 + scale))
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             x = self.patch_embed(latents).contiguous()  # (B, N, D)
         for i, block in enumerate(self.blocks):
             arguments = (x, shift[i], scale[i], gate[i], self.rotation)
@@ -200,7 +195,7 @@ class DiT(ModelMixin, ConfigMixin):
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x = block(*arguments)
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             x = self.proj_out(self.norm_out(x) * last_scale + last_shift)  # (B, N, p p C)
         return self.unpatchify(x)
 
@@ -215,16 +210,9 @@ class PipelineDiT(DiT):
     """The same with the call of diffusers' pipelines; labels from `num_classes` on, the 1000 of `DiTPipeline` among
     them, mean "no class"."""
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        condition: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    def forward(self, *inputs: Tensor, return_dict: bool = True, **named: Tensor) -> Transformer2DModelOutput | tuple:
         """See `DiT.forward`."""
-        sample = super().forward(latents, timestep, class_labels, condition)
+        sample = super().forward(*inputs, **named)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def condition(self, timestep: Tensor, class_labels: Tensor) -> Tensor:

@@ -5,9 +5,7 @@ Each objective noises latents at a level in (0, 1), of which the network is told
 
 import math
 from collections.abc import Callable
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -51,9 +49,8 @@ class DDPMConfig(ObjectiveOptions):
 
 class Objective:
     """What the objectives share: the loss, given `noised` of each. A subclass is made of its `Config` and the shape
-    (C, H, W) of the latents, and is registered by the tuple at the end of this file."""
+    (C, H, W) of the latents, and is registered at the end of this file."""
 
-    Config: ClassVar[type[ObjectiveOptions]]
     description: str  # a line for the model card
 
     def levels(self, normal: Tensor) -> Tensor:
@@ -79,8 +76,6 @@ class Objective:
 
 class Flow(Objective):
     """Rectified flow (Liu et al., arXiv 2209.03003), with the noise levels of Esser et al., arXiv 2403.03206."""
-
-    Config = FlowConfig
 
     def __init__(self, config: FlowConfig, latent_shape: tuple[int, ...]):
         self.config = config
@@ -110,8 +105,6 @@ class Flow(Objective):
 class DDPM(Objective):
     """DDPM (Ho et al., arXiv 2006.11239) with its linear betas or the cosine schedule (Nichol and Dhariwal, arXiv
     2102.09672), predicting the noise or v (Salimans and Ho, arXiv 2202.00512), the same for latents of any shape."""
-
-    Config = DDPMConfig
 
     def __init__(self, config: DDPMConfig, latent_shape: tuple[int, ...] = ()):
         self.prediction_type = {"epsilon": "epsilon", "v": "v_prediction"}[config.prediction]
@@ -149,14 +142,10 @@ def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_class:
     return torch.where((uniform < probability) | (labels < 0), null_class, labels)
 
 
-_OBJECTIVES: tuple[Any, ...] = (Flow, DDPM)
-# The options of one objective or of another, told apart by `name`.
-if TYPE_CHECKING:
-    ObjectiveConfig = ObjectiveOptions
-else:
-    ObjectiveConfig = reduce(or_, (objective.Config for objective in _OBJECTIVES))
+OBJECTIVES: dict[type[ObjectiveOptions], type] = {FlowConfig: Flow, DDPMConfig: DDPM}
+ObjectiveConfig = FlowConfig | DDPMConfig  # told apart by `name`
 
 
 def make_objective(config: ObjectiveOptions, latent_shape: tuple[int, ...]) -> Objective:
     """The configured objective for latents of `latent_shape` (C, H, W)."""
-    return next(each for each in _OBJECTIVES if isinstance(config, each.Config))(config, latent_shape)
+    return OBJECTIVES[type(config)](config, latent_shape)

@@ -26,14 +26,7 @@ _FLOW_SAMPLERS, _DDPM_SAMPLERS = get_args(Sampler)[:4], get_args(Sampler)[2:]
 _ALGORITHMS = {"dpm++": "dpmsolver++", "sde": "sde-dpmsolver++"}
 _LOWEST_LOG_SNR = -5.1  # of lambda, half the log of the signal-to-noise ratio: where linear betas end
 # What of a scheduler's config the training decided.
-_NOISE_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
+_BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 
 def timestep(level: Tensor) -> Tensor:
@@ -80,9 +73,8 @@ def ddpm_scheduler(prediction_type: str, noise_schedule: Mapping, sampler: str =
             **common, algorithm_type=_ALGORITHMS[sampler], lambda_min_clipped=lowest, timestep_spacing="linspace"
         )
     spacing = "leading" if cosine and prediction_type == "epsilon" else "trailing"
-    return {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampler](
-        **common, clip_sample=False, timestep_spacing=spacing
-    )
+    scheduler = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampler]
+    return scheduler(**common, clip_sample=False, timestep_spacing=spacing)
 
 
 def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -98,7 +90,7 @@ def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         raise ValueError(f"{sampler!r} is no sampler of {kind}: take one of {', '.join(names)}")
     if flow:
         return flow_scheduler(config.get("flow_shift") or config.get("shift", 1.0), sampler)
-    noise_schedule = {name: config[name] for name in _NOISE_SCHEDULE if config.get(name) is not None}
+    noise_schedule = {name: config[name] for name in ("num_train_timesteps", *_BETAS) if config.get(name) is not None}
     return ddpm_scheduler(config.prediction_type, noise_schedule, sampler)
 
 
@@ -112,10 +104,8 @@ def set_steps(scheduler: SchedulerMixin, steps: int) -> Tensor:
         count = scheduler.config.num_train_timesteps
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         near = [max(n for n in divisors if n < steps), *[n for n in divisors if n > steps][:1]]
-        raise ValueError(
-            f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not: "
-            f"take {' or '.join(map(str, near))}"
-        )
+        what = f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not"
+        raise ValueError(f"{what}: take {' or '.join(map(str, near))}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # Equal steps before the shift, as diffusers' flow pipelines ask for; by default it shifts its last one twice.
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))

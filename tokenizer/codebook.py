@@ -68,9 +68,8 @@ def _nonstationary(z, codebook, indices, temperature) -> tuple[Tensor, NonStatio
         raise ValueError("the NS loss is a mean over latents, and there are none")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    indices, loss, winner_mass, entropy, s, gradient = torch.ops.nsvq.nonstationary(
-        z.detach(), codebook, indices, temperature
-    )
+    arguments = (z.detach(), codebook, indices, temperature)
+    indices, loss, winner_mass, entropy, s, gradient = torch.ops.nsvq.nonstationary(*arguments)
     return indices, NonStationary(loss, winner_mass.detach(), entropy.detach().exp(), s.detach(), gradient.detach())
 
 

@@ -33,9 +33,7 @@ def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
     return _Search(z, codebook, exclude_self).find(slice(0, len(z)))[0]
 
 
-def softmax_sums(
-    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """-> winners [N], their probability [N], log sum_j exp((2 z_i.c_j - |c_j|^2) / temperature) [N],
     sum_ij w_ij |z_i - c_j|^2 (float64), s = sum_i w_ij [K], A = w^T z [K, d], with w the softmax without the winner."""
     search = _Search(z, codebook)
@@ -68,9 +66,7 @@ def softmax_sums(
     return winners, winner_mass, log_total, loss, s, weighted_latents
 
 
-def _add_all(
-    sums: Tensor, keys: Tensor, queries: Tensor, latents: Tensor, winners: Tensor, buffer: Tensor
-) -> tuple[Tensor, Tensor]:
+def _add_all(sums, keys, queries, latents, winners, buffer) -> tuple[Tensor, Tensor]:
     """Add the sums of n latents with their softmax, without the winner, over all codes.
 
     Keys (K', d + 2) and queries (n, d + 2) make the exponents, latents (d + 2, n) the sums (d + 2, K'). -> the winners'
@@ -86,9 +82,7 @@ def _add_all(
     return of_winner, total
 
 
-def _add_near(
-    sums: Tensor, keys: Tensor, queries: Tensor, latents: Tensor, winners: Tensor, near: Tensor
-) -> tuple[Tensor, Tensor]:
+def _add_near(sums, keys, queries, latents, winners, near) -> tuple[Tensor, Tensor]:
     """`_add_all` over the blocks of codes that are near a latent: (K' / B, n) bool."""
     block, row = near.nonzero(as_tuple=True)  # block by block
     of_blocks = near.sum(1).tolist()
@@ -171,9 +165,7 @@ def _keys(codebook: Tensor) -> Tensor:
     return keys
 
 
-def _plain_search(
-    keys: Tensor, queries: Tensor, own: Tensor | None, reach: float | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _plain_search(keys, queries, own, reach) -> tuple[Tensor, Tensor, Tensor | None]:
     least = _least_of_blocks(keys, queries, own)
     block = least.min(0).indices  # (n,), the first of equals
     score, found = _least_within(keys, block, queries, own)
@@ -265,14 +257,7 @@ def _bound_columns(x: Tensor, norms: Tensor, squares: Tensor, factor: int, rows:
     return columns
 
 
-def _filtered_search(
-    keys: Tensor,
-    queries: Tensor,
-    own: Tensor | None,
-    bounds: tuple[Tensor, Tensor, Tensor],
-    tile: slice,
-    reach: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _filtered_search(keys, queries, own, bounds, tile, reach) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`_plain_search` by float32 distances in the blocks that the bounds leave open, or None if these are too many."""
     bound_keys, bound_queries, squares = bounds
     least = _least_of_blocks(bound_keys, bound_queries[tile], own)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -89,13 +89,6 @@ class TrainConfig(Config):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_method(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("quantizer"), dict):
-            values = values | {"quantizer": {"name": "vq"} | values["quantizer"]}
-        return values
-
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
         name, method, nsvq, freeze = self.quantizer.name, QUANTIZERS[self.quantizer.name], self.nsvq, self.nsvq.freeze
@@ -109,21 +102,15 @@ class TrainConfig(Config):
         )
         if unfit := [text for asked, able, text in parts if asked and not able]:
             raise ValueError("; ".join(unfit))
-        if freeze and freeze.latest + freeze.warmup >= self.schedule.epochs:
-            raise ValueError(
-                f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {self.schedule.epochs:g}; "
-                "lower them, or set nsvq.freeze: null"
-            )
-        factor = 2 ** (len(self.model.channel_multipliers) - 1)
-        if self.data.image_size % factor:
-            raise ValueError(
-                f"data.image_size = {self.data.image_size} must be a multiple of f = {factor}, which is "
-                "2^(levels - 1) of model.channel_multipliers"
-            )
-        for multiplier in self.model.channel_multipliers:
-            if self.model.channels * multiplier % self.model.norm_groups:
-                raise ValueError(
-                    f"model.norm_groups = {self.model.norm_groups} must divide every level's width, "
-                    f"but not {self.model.channels * multiplier}"
-                )
+        if freeze and freeze.latest + freeze.warmup >= (epochs := self.schedule.epochs):
+            what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
+            raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
+        size, multipliers, groups = self.data.image_size, self.model.channel_multipliers, self.model.norm_groups
+        factor = 2 ** (len(multipliers) - 1)
+        if size % factor:
+            what = f"a multiple of f = {factor}, which is 2^(levels - 1) of model.channel_multipliers"
+            raise ValueError(f"data.image_size = {size} must be {what}")
+        for width in (self.model.channels * multiplier for multiplier in multipliers):
+            if width % groups:
+                raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
         return self

@@ -101,10 +101,8 @@ def _check_codes(tokenizer: Tokenizer) -> None:
     again = tokenizer.codebook[tokenizer.quantize(codes.T[None, :, None])[0, 0]]
     # Clones that replacement left may stand for each other: a distance of nearly zero is not exact in float32.
     if not torch.allclose(again, codes, rtol=0, atol=1e-2 * float(codes.std())):
-        raise UsageError(
-            "latents: quantized needs a tokenizer whose codes are their own nearest codes, and this one "
-            "compares latents elsewhere: use latents: continuous"
-        )
+        what = "latents: quantized needs a tokenizer whose codes are their own nearest codes"
+        raise UsageError(f"{what}, and this one compares latents elsewhere: use latents: continuous")
 
 
 def _refuse_stale(folder: Path, key: dict) -> None:

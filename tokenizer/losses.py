@@ -99,10 +99,9 @@ def load_lpips(net: str, weights: Path | None) -> nn.Module:
             warnings.simplefilter("ignore")  # the package asks torchvision in an old form
             metric = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
     except (URLError, OSError) as error:
-        raise UserError(
-            f"the {net} weights of LPIPS cannot be downloaded ({error}); give a file of torchvision's weights "
-            "(--loss.perceptual_weights FILE), or choose --loss.perceptual squeeze or none"
-        ) from None
+        advice = "give a file of torchvision's weights (--loss.perceptual_weights FILE)"
+        other = "or choose --loss.perceptual squeeze or none"
+        raise UserError(f"the {net} weights of LPIPS cannot be downloaded ({error}); {advice}, {other}") from None
     if weights is not None:
         _load_backbone(metric.net, weights)
     return _Distance(metric).eval().requires_grad_(False)
@@ -125,9 +124,8 @@ def _load_backbone(backbone: nn.Module, path: Path) -> None:
         wanted = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
         backbone.load_state_dict({name: state[source] for name, source in wanted.items()})
     except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not hold the backbone's weights in torchvision's names: {type(error).__name__} {error}"
-        ) from None
+        what = "does not hold the backbone's weights in torchvision's names"
+        raise UserError(f"{path} {what}: {type(error).__name__} {error}") from None
 
 
 def generator_adversarial(fake_logits: Tensor) -> Tensor:

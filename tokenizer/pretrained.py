@@ -48,10 +48,8 @@ class Tokenizer(nn.Module):
                 raise UserError(f"{folder} holds a {found}, not a VQModel")
             return cls(VQ_MODELS[found].from_pretrained(folder, use_safetensors=True))
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"no tokenizer at {folder}: give the <out>/tokenizer folder of a finished tokenizer run, "
-                f"or a diffusers VQModel ({str(error).splitlines()[0]})"
-            ) from None
+            what = "the <out>/tokenizer folder of a finished tokenizer run, or a diffusers VQModel"
+            raise UserError(f"no tokenizer at {folder}: give {what} ({str(error).splitlines()[0]})") from None
 
     @property
     def codebook(self) -> Tensor:

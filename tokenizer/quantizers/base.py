@@ -47,7 +47,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Base class. A method defines `quantize`, `lookup` and `codes`; the rest has defaults.
+    """Base class. A method defines `quantize`, and `codebook` or `codes`; the rest has defaults.
 
     Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes.
     """
@@ -63,6 +63,7 @@ class Quantizer(nn.Module):
     revive_after: float | None = None  # `Schedule.revive_after`, before each step
     dim: int
     codebook_size: int
+    weight: Tensor  # where there is a table
 
     def __init__(self, config: QuantizerOptions, dim: int):
         super().__init__()
@@ -95,19 +96,20 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def lookup(self, z: Tensor) -> Tensor:
         """Latents [N, d] as the encoder gives them -> indices [N] int64."""
-        raise NotImplementedError
+        return nearest_code(self.prepare(z), self.codebook())
 
     def codes(self, indices: Tensor) -> Tensor:
         """Indices [...] -> codes [..., d] float32, as the decoder sees them."""
-        raise NotImplementedError
+        return self.codebook()[indices]
 
     def codebook(self) -> Tensor:
         """All codes [K, d] float32, as used for lookup, with their gradient where they have one."""
-        return self.codes(torch.arange(self.codebook_size, device=_device(self)))
+        device = next(iter([*self.parameters(), *self.buffers()])).device
+        return self.codes(torch.arange(self.codebook_size, device=device))
 
     def table(self) -> Tensor | None:
         """The parameter or buffer [K, d] whose rows are the codes and may be written; None without `free_table`."""
-        return None
+        return self.weight if self.free_table else None
 
     def rows_written(self, rows: Tensor) -> None:
         """Rows [n] of `table` were replaced from outside: what belongs to them starts again."""
@@ -174,16 +176,6 @@ class NearestQuantizer(Quantizer):
             return nearest_code(z, codebook), None
         return search_with_nonstationary_loss(z, codebook, temperature)
 
-    @torch.no_grad()
-    def lookup(self, z: Tensor) -> Tensor:
-        return nearest_code(self.prepare(z), self.codebook())
-
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.codebook()[indices]
-
-    def codebook(self) -> Tensor:
-        raise NotImplementedError
-
 
 def straight_through(z: Tensor, value: Tensor) -> Tensor:
     """`value`, with the gradient of z."""
@@ -210,7 +202,3 @@ def rotated(z: Tensor, value: Tensor) -> Tensor:
 def vq_losses(z: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """The two losses of VQ-VAE (arXiv 1711.00937, eq. 3), each with a gradient to one side."""
     return {"codebook": (z.detach() - codes).square().mean(), "commitment": (z - codes.detach()).square().mean()}
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(iter([*module.parameters(), *module.buffers()])).device

@@ -24,7 +24,6 @@ ACTIVATIONS = {  # g, and the variance of the distribution that it belongs to
     "sigmoid": (torch.sigmoid, math.pi**2 / 3),
     "laplace": (lambda a: (1 + a.sign() * (1 - torch.exp(-a.abs()))) / 2, 2.0),
 }
-
 _EDGE = math.sqrt(3)  # of the range that the decoder sees
 
 

@@ -22,10 +22,8 @@ class GridConfig(QuantizerOptions):
     levels: list[int] = Field([8, 8, 8, 6, 5], min_length=1, description="Levels of each channel; K is their product.")
 
     def check_dim(self, dim: int) -> None:
-        if dim != len(self.levels):
-            raise ValueError(
-                f"model.latent_channels = {dim} must be the number of quantizer.levels, {len(self.levels)}"
-            )
+        if dim != (count := len(self.levels)):
+            raise ValueError(f"model.latent_channels = {dim} must be the number of quantizer.levels, {count}")
         if min(self.levels) < 2 or math.prod(self.levels) > 2**20:
             raise ValueError("quantizer.levels must each be 2 or more, and their product at most 2^20")
 

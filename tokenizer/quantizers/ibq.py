@@ -60,13 +60,7 @@ class IBQ(Quantizer):
     def lookup(self, z: Tensor) -> Tensor:
         return torch.cat([(tile @ self.weight.T).argmax(1) for tile in _tiles(z, self.weight)])
 
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.weight[indices]
-
     def codebook(self) -> Tensor:
-        return self.weight
-
-    def table(self) -> Tensor:
         return self.weight
 
     @torch.no_grad()

@@ -50,10 +50,8 @@ def load_features(path: Path) -> Tensor:
     try:
         features = load_file(path)["features"].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(
-            f"{path} is no file of features ({type(error).__name__} {error}): make one with "
-            "tokenizer/make_codebook.py, and give it as --quantizer.features"
-        ) from None
+        advice = "make one with tokenizer/make_codebook.py, and give it as --quantizer.features"
+        raise UserError(f"{path} is no file of features ({type(error).__name__} {error}): {advice}") from None
     if features.dim() != 2 or len(features) < 2 or not features.isfinite().all():
         raise UserError(f"{path}: features must be finite and [K, D] with K >= 2, not {tuple(features.shape)}")
     if not (features != features[0]).any():

@@ -16,7 +16,6 @@ from pydantic import Field
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from nsvq.tokenizer.codebook import nearest_code
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, straight_through
@@ -36,10 +35,8 @@ class VPConfig(CodebookConfig):
 
     def check_dim(self, dim: int) -> None:
         if dim > 16:
-            raise ValueError(
-                f"vp estimates densities by neighbours, for at most 16 channels (3 to 5 in its paper); "
-                f"model.latent_channels = {dim}"
-            )
+            limit = "at most 16 channels (3 to 5 in its paper)"
+            raise ValueError(f"vp estimates densities by neighbours, for {limit}; model.latent_channels = {dim}")
 
 
 class VP(Quantizer):
@@ -100,8 +97,7 @@ class VP(Quantizer):
         if self._tree is None:
             self._tree = cKDTree(self.searched.cpu().numpy())
         found, _ = self._tree.query(x.cpu().numpy(), k=[self.config.neighbors, self.mass], workers=-1)
-        density, radius = torch.from_numpy(found).to(x).clamp(min=1e-12).unbind(1)
-        return density, radius
+        return torch.from_numpy(found).to(x).clamp(min=1e-12).unbind(1)
 
     @torch.no_grad()
     def end_step(self, stepped: bool) -> None:
@@ -130,13 +126,6 @@ class VP(Quantizer):
         """k-means of the latents of all ranks; they stay the codes."""
         self.weight.copy_(kmeans(lambda: [latents], self.codebook_size, seed=0))
         self.fitted.fill_(True)
-
-    @torch.no_grad()
-    def lookup(self, z: Tensor) -> Tensor:
-        return nearest_code(z, self.codebook())
-
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.codebook()[indices]
 
     def codebook(self) -> Tensor:
         if not self.fitted:

@@ -23,20 +23,15 @@ class TableQuantizer(NearestQuantizer):
     """K codes of width d as the rows of `weight`, a parameter or a buffer; `initialize` starts them from latents."""
 
     free_table = can_consolidate = True
-    weight: Tensor
 
     def __init__(self, config: TableConfig, dim: int):
         super().__init__(config, dim)
         self.codebook_size = config.codebook_size
 
     def _start(self) -> Tensor:
-        k = self.codebook_size
-        return torch.empty(k, self.dim).uniform_(-1 / k, 1 / k)
+        return torch.empty(self.codebook_size, self.dim).uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
 
     def codebook(self) -> Tensor:
-        return self.weight
-
-    def table(self) -> Tensor:
         return self.weight
 
     def initial_latents(self) -> int:
