@@ -5,8 +5,7 @@ A file may name a `base:`, another file, and then holds only what it changes in 
 class TrainConfig(Config):
     steps: int = Field(1000, gt=0, description="Optimizer steps.")
 
-config = parse(TrainConfig, sys.argv[1:])
-"""
+config = parse(TrainConfig, sys.argv[1:])"""
 
 import difflib
 import os
@@ -47,8 +46,7 @@ def parse(schema: type[C], argv: list[str], default_file: Path | None = None) ->
     """Build a config from `--config FILE` (else `default_file`, if any) and `--any.key value` overrides.
 
     `--help` prints every key with its type, default and meaning, and exits. Raises `UsageError` with the key,
-    the value, what is allowed and the nearest valid key.
-    """
+    the value, what is allowed and the nearest valid key."""
     if "-h" in argv or "--help" in argv:
         print(describe(schema, default_file))
         sys.exit(0)

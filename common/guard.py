@@ -1,7 +1,6 @@
 """The end of an optimizer step: is it finite, and is the run to stop? All ranks get the same answers.
 
-A step costs one all-reduce of three numbers and one look at the device for both questions together.
-"""
+A step costs one all-reduce of three numbers and one look at the device for both questions together."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,6 @@
 """The numbers of a run: means over an interval, metrics.jsonl, trackers, throughput, memory, model-FLOPs utilization.
 
-docs/watching.md says what each of them means.
-"""
+docs/watching.md says what each of them means."""
 
 import contextlib
 import errno

@@ -21,16 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from pydantic import Field
 from torchvision.utils import save_image
@@ -108,20 +100,11 @@ def micro_batch_size(config: RunConfig, accelerator: Accelerator) -> int:
 class Run:
     """The output folder `out` of a training run, and where in it the run stands.
 
-    `modules` and `optimizers`, as accelerate prepared them, are what a checkpoint holds beside the trainer's own state.
+    `modules` and `optimizers` by name, as accelerate prepared them, are in a checkpoint beside the trainer's own state.
     Attributes: `step` (optimizer steps done) and `samples_seen` (global, over all ranks).
-    Raises `UsageError` where `out` holds a run of another config, or one that another process trains.
-    """
+    Raises `UsageError` where `out` holds a run of another config, or one that another process trains."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        config: Any,
-        out: Path,
-        name: str,
-        modules: dict[str, torch.nn.Module],
-        optimizers: dict[str, AcceleratedOptimizer],
-    ):
+    def __init__(self, accelerator: Accelerator, config: Any, out: Path, name: str, modules: dict, optimizers: dict):
         self.accelerator, self.out, self.settings = accelerator, Path(out), config.run
         self._modules, self._optimizers, self._config = modules, optimizers, configs.to_dict(config)
         self._checkpoints = self.out / "checkpoints"

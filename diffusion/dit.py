@@ -4,8 +4,7 @@ Time and class are embedded once, and one layer makes the modulation of all bloc
 architecture of diffusers' `DiTTransformer2DModel`. "modern" has RMSNorm, normalised queries and keys (Esser et al.,
 arXiv 2403.03206), 2-D rotary positions (Su et al., arXiv 2104.09864) and SwiGLU (Shazeer, arXiv 2002.05202), as
 LightningDiT does (Yao et al., arXiv 2501.01423). This file needs torch and diffusers alone: pipelines/export.py
-ships it with "modern".
-"""
+ships it with "modern"."""
 
 from typing import Literal
 
@@ -107,8 +106,7 @@ class DiT(ModelMixin, ConfigMixin):
     """Prediction (velocity, noise, ...) from noisy latents. Labels are 0..num_classes-1, and `null_class` = num_classes
     for "no class".
 
-    `sample_size` is the side of the latents, `in_channels` their channels; `out_channels` are as many unless given.
-    """
+    `sample_size` is the side of the latents, `in_channels` their channels; `out_channels` are as many unless given."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
@@ -176,8 +174,7 @@ class DiT(ModelMixin, ConfigMixin):
         """latents [B, C, H, W], timestep [B] in 0..1000, class_labels [B] int64 -> prediction [B, C, H, W].
 
         `condition`: of the same times and classes, where it is known. Under autocast, embeddings, residual stream and
-        output layer stay float32.
-        """
+        output layer stay float32."""
         if condition is None:
             condition = self.condition(timestep, class_labels)
         layers = 2 * len(self.blocks)

@@ -1,8 +1,7 @@
 """The networks of stage two, by config.
 
 Each is called as model(latents [B, C, H, W], timestep [B], class_labels [B]) -> prediction [B, C, H, W], and has
-`null_class`, the label that means "no class".
-"""
+`null_class`, the label that means "no class"."""
 
 from typing import Literal
 
@@ -76,8 +75,7 @@ def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, int, int
     """The configured network for latents of `latent_shape` (C, H, W).
 
     Raises `ValueError` where the latents are not square or do not divide as the network needs, or have more channels
-    than it is wide: a narrower one cannot carry them (Zheng et al., arXiv 2510.11690).
-    """
+    than it is wide: a narrower one cannot carry them (Zheng et al., arXiv 2510.11690)."""
     channels, height, side = latent_shape
     classes = num_classes if config.conditional else 0
     if height != side:

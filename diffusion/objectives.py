@@ -1,7 +1,6 @@
 """What the network learns to predict, by the name that a config gives it: rectified flow, or a DDPM.
 
-Each objective noises latents at a level in (0, 1), of which the network is told `timestep(level)`.
-"""
+Each objective noises latents at a level in (0, 1), of which the network is told `timestep(level)`."""
 
 import math
 from collections.abc import Callable
@@ -68,8 +67,7 @@ class Objective:
     def losses(self, predict: Callable, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor) -> Tensor:
         """Squared error for each sample, mean over its values.
 
-        `predict(x, timestep, labels)`; latents and noise [B, C, H, W], level [B], labels [B] -> [B] float32.
-        """
+        `predict(x, timestep, labels)`; latents and noise [B, C, H, W], level [B], labels [B] -> [B] float32."""
         x, target = self.noised(latents.float(), noise.float(), level.float())
         return (predict(x, timestep(level), labels).float() - target).square().flatten(1).mean(1)
 

@@ -2,8 +2,7 @@
 
 A score is |c|^2 - 2 z.c: one matrix product of keys [-2 c, |c|^2, 1] and queries [z, 1, 0], a tile at a time. The
 search reduces blocks of codes to their least score before it looks for an index. The NS loss then visits either all
-codes, or only those blocks in which the search has left a latent a code whose weight is not negligible.
-"""
+codes, or only those blocks in which the search has left a latent a code whose weight is not negligible."""
 
 import math
 from collections.abc import Iterator
@@ -194,9 +193,8 @@ def _least_within(keys: Tensor, block: Tensor, queries: Tensor, own: Tensor | No
     matrix product may round a code's score by the place it has in it, and twins must tie."""
     blocks = keys.view(-1, _BLOCK, keys.shape[1])  # (K' / B, B, d + 2)
     copies, scores = keys.new_empty(_GATHERED, *blocks.shape[1:]), keys.new_empty(len(queries), _BLOCK)
-    for some, of_some, out in zip(
-        block.split(_GATHERED), queries.split(_GATHERED), scores.split(_GATHERED), strict=True
-    ):
+    parts = (each.split(_GATHERED) for each in (block, queries, scores))
+    for some, of_some, out in zip(*parts, strict=True):
         products = torch.index_select(blocks, 0, some, out=copies[: len(some)]).mul_(of_some[:, None])
         torch.sum(products, 2, out=out)
     if own is not None:
@@ -227,8 +225,7 @@ def _lower_bounds(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor] 
 
     With z' and c' rounded to bfloat16, z.c <= z'.c' + |z - z'||c| + |z'||c - c'|. The margin taken from |z|^2 + |c|^2
     (>= 2 |z||c|) is more than float32 rounding here and in the distances, and the rounding of the squares, can add up
-    to. None where a number is not finite, or where squares could overflow, or underflow beyond the second margin.
-    """
+    to. None where a number is not finite, or where squares could overflow, or underflow beyond the second margin."""
     dim, margin = z.shape[1], (z.shape[1] + 64) * 2**-20
     norms, code_norms = z.norm(dim=1), codebook.norm(dim=1)
     largest = float(torch.cat([norms, code_norms]).max())

@@ -2,8 +2,7 @@
 
 Both recompute the scores tile by tile, as FlashAttention does, so that nothing of size N x K is written. Every sum has
 one owner and a fixed order (no atomics): the same input gives the same bits. Products are float32-accurate: three-term
-TF32 on NVIDIA's tensor cores, IEEE elsewhere. With TRITON_INTERPRET=1 the kernels run on the CPU.
-"""
+TF32 on NVIDIA's tensor cores, IEEE elsewhere. With TRITON_INTERPRET=1 the kernels run on the CPU."""
 
 import torch
 import triton

@@ -1,7 +1,6 @@
 """Fill the latent cache: every training image through the frozen tokenizer once, over all ranks, in shards.
 
-A start after an interruption keeps the shards that are complete.
-"""
+A start after an interruption keeps the shards that are complete."""
 
 import json
 import math
@@ -64,8 +63,7 @@ def open_cache(
 
     Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, where the disk is too
     small, where too many images are bad, and where a shard is damaged; `UsageError` where the image size is no multiple
-    of the tokenizer's f, and where `quantized` latents would not decode to their own codes.
-    """
+    of the tokenizer's f, and where `quantized` latents would not decode to their own codes."""
     folder = Path(folder)
     if data.image_size % (f := tokenizer.downsampling):
         raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {f}")

@@ -4,8 +4,7 @@
 <cache>/manifest.json         what it is a cache of, its shards, classes and statistics; written last
 
 Shards are read through memory maps. View 0 is the image's centre crop; crops follow each other, and with flips each one
-is followed by its mirror image.
-"""
+is followed by its mirror image."""
 
 import contextlib
 import hashlib
@@ -29,8 +28,7 @@ class LatentCache:
     """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
 
     `classes`: names; `shape`: (C, H, W); `views`: how many latents there are of each image; `mean`, `std`: per channel,
-    over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more.
-    """
+    over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -103,8 +101,7 @@ def train_batches(
 
     Position p of the sequence holds image permutation(seed, p // n)[p % n]; its view and its draws come from (seed, p).
     So neither the number of ranks, nor of micro-batches, nor of workers changes a sample. Micro-batch m on rank r holds
-    the positions start + (m * world_size + r) * batch_size + [0, batch_size).
-    """
+    the positions start + (m * world_size + r) * batch_size + [0, batch_size)."""
 
     def batches_from(done: int) -> Iterator[dict]:
         first = start + done * batch_size * world_size

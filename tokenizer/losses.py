@@ -42,8 +42,7 @@ def phase_weights(
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
 
     "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
-    the quantizer trains with, the codebook loss alone goes on when the encoder is frozen.
-    """
+    the quantizer trains with, the codebook loss alone goes on when the encoder is frozen."""
     weights: dict[str, float] = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight
@@ -92,8 +91,7 @@ def load_lpips(net: str, weights: Path | None) -> nn.Module:
     """LPIPS (arXiv 1801.03924) as a frozen module: two images in [-1, 1] [B, 3, H, W] -> distances [B].
 
     `net` is vgg, squeeze or alex. The backbone comes from `weights`, else from torchvision's download. Raises
-    `UserError` where neither works.
-    """
+    `UserError` where neither works."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the package asks torchvision in an old form

@@ -128,14 +128,9 @@ def cluster(batches: Callable[[], Iterator[Tensor]], codes: int, config: Codeboo
         _write(state, {"centroids": centroids.contiguous(), "iterations": torch.tensor(done)})
 
     try:
-        return kmeans(
-            lambda: (points.float() for points in batches() if len(points)),
-            codes,
-            seed=config.seed,
-            start=saved.get("centroids"),
-            iterations=config.iterations - done,
-            on_iteration=keep,
-        )
+        points = lambda: (part.float() for part in batches() if len(part))  # noqa: E731
+        how = {"seed": config.seed, "start": saved.get("centroids"), "iterations": config.iterations - done}
+        return kmeans(points, codes, on_iteration=keep, **how)
     except ValueError as error:
         raise UserError(f"{error}; give more --images or fewer --codes") from None
 

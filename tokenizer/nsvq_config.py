@@ -3,8 +3,7 @@
 pull     losing codes are pulled to the latents near them: the NS loss (codebook.py)
 revive   a code that wins nothing starts again at a latent of the step, until replacement sets in (quantizers/ema.py)
 replace  a code that an epoch did not use becomes a copy of one that it did (replacement.py)
-freeze   the encoder stops once its commitment loss has settled; codes and decoder go on (schedule.py)
-"""
+freeze   the encoder stops once its commitment loss has settled; codes and decoder go on (schedule.py)"""
 
 from typing import Any, Literal
 

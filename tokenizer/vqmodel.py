@@ -1,8 +1,7 @@
 """diffusers' `VQModel` with a quantizer of this project, for methods whose code is not the nearest row of a table.
 
 It saves and loads as the stock class does, and a stock `DiffusionPipeline` runs it; both need this project installed,
-and the folder's config.json names this module's class.
-"""
+and the folder's config.json names this module's class."""
 
 import torch
 from diffusers import ModelMixin, VQModel

@@ -37,8 +37,7 @@ class Quantized(NamedTuple):
 
     Every method's losses hold "commitment", the mean squared quantization error; which of "codebook" and "commitment"
     it trains with is in `terms`. Its own terms are there in training only: they may look at all ranks, and evaluation
-    may run on one alone.
-    """
+    may run on one alone."""
 
     z_q: Tensor
     indices: Tensor | None
@@ -49,8 +48,7 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Base class. A method defines `quantize`, and `codebook` or `codes`; the rest has defaults.
 
-    Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes.
-    """
+    Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes."""
 
     config: Any  # an instance of `Config`
     Config: ClassVar[type[QuantizerOptions]]
@@ -187,8 +185,7 @@ def rotated(z: Tensor, value: Tensor) -> Tensor:
     of z and `value` that brings one's direction to the other's, s = |value| / |z|, and both count as constants.
 
     R = 1 - 2 r r^T + 2 v u^T with the unit vectors u of z, v of `value`, r of u + v. Where z or `value` is 0 and there
-    is no direction, the gradient passes straight through.
-    """
+    is no direction, the gradient passes straight through."""
     with torch.no_grad():
         length, goal = z.norm(dim=1, keepdim=True), value.norm(dim=1, keepdim=True)
         u, v = F.normalize(z, dim=1), F.normalize(value, dim=1)

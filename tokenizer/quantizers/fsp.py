@@ -3,8 +3,7 @@ and training adds uniform noise as wide as a bin, or rounds to the bin's centre.
 
 z = g(a);  code: c = (floor(L z) + 1/2) / L;  noise: u ~ U(-eta/2L, eta/2L), kept where z + u stays in [0, 1]
 The decoder sees (c - 1/2) sqrt(12), of variance 1 - 1/L^2. Regulariser: mean and variance of a match those of which g
-is (nearly) the CDF, so that the bins fill evenly. The draws are per element, as in the authors' code.
-"""
+is (nearly) the CDF, so that the bins fill evenly. The draws are per element, as in the authors' code."""
 
 import math
 from typing import Literal

@@ -3,8 +3,7 @@ codebook. Nothing is learned but the encoder, and no loss is added.
 
 b = tanh(z + s) h - o,  h = (L - 1)(1 + 1e-3)/2,  o = 1/2 for even L, else 0,  s = atanh(o / h)
 code = round(b) / (L // 2)
-The papers use 8 6 5, 8 5 5 5, 7 5 5 5 5, 8 8 8 6 5, 8 8 8 5 5 5 for K near 2^8, 2^10, 2^12, 2^14, 2^16.
-"""
+The papers use 8 6 5, 8 5 5 5, 7 5 5 5 5, 8 8 8 6 5, 8 8 8 5 5 5 for K near 2^8, 2^10, 2^12, 2^14, 2^16."""
 
 import math
 from typing import Literal

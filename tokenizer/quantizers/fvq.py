@@ -4,8 +4,7 @@ compress  the table C [K, d] in T = K / p groups of p codes: [T, p d] -> linear 
 process   pre-norm transformer blocks over the T groups, without positions
 recover   layer norm -> linear, weight and bias from zero -> [K, d]; there is no residual from C
 All codes are zero at the start: usage is near 0 for some tens of steps. The paper anneals the learning rate of
-generator and discriminator (optim.lr_decay).
-"""
+generator and discriminator (optim.lr_decay)."""
 
 from typing import Literal
 

@@ -1,7 +1,6 @@
 """Sums, rows and random numbers over all ranks, so that R ranks with N tokens each behave as one with R N.
 
-Tokens are numbered over all ranks: rank r holds r N to (r + 1) N - 1.
-"""
+Tokens are numbered over all ranks: rank r holds r N to (r + 1) N - 1."""
 
 import torch
 import torch.distributed as dist

@@ -6,8 +6,7 @@ radius R(z) = eta D_M(z), density ~ D_k(z)^-d, proposal z' uniform in the d-ball
 log alpha = d [ln D_k(z) + ln D_M(z) - ln D_k(z') - ln D_M(z')]; accepted where ln U < log alpha and |z' - z| <= R(z')
 (eq. 3-8). A rejected token passes as it is. The regulariser holds each channel at mean 0 and variance 1 (eq. 10-11).
 
-Before `fit`, evaluation perturbs as training does: its PSNR stands for that of K codes, and there are no indices.
-"""
+Before `fit`, evaluation perturbs as training does: its PSNR stands for that of K codes, and there are no indices."""
 
 from typing import Literal
 

@@ -1,8 +1,7 @@
 """Plain vector quantization with a trainable table (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
 
 NSVQ (arXiv 2606.11363) uses this same table: what makes it NSVQ composes with other quantizers too (nsvq_config.py).
-Factorized codes (VQGAN-FC) are this table at a small d.
-"""
+Factorized codes (VQGAN-FC) are this table at a small d."""
 
 from typing import Literal
 
