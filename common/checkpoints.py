@@ -28,8 +28,7 @@ class Damaged(Exception):
 def write(target: Path, weights: dict[str, dict[str, Tensor]], state: dict, about: dict) -> None:
     """Write the folder `target`, which appears under its name only when all of it is on the disk.
 
-    `weights`: state dicts by module. Raises `OSError` where that fails, and leaves nothing of it then.
-    """
+    `weights`: state dicts by module. Raises `OSError` where that fails, and leaves nothing of it then."""
     try:
         with atomic_folder(target) as part:
             for name, tensors in weights.items():
@@ -65,10 +64,8 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
         weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
         return weights, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder} is refused, because it holds more than tensors and plain values: delete it ({why})"
-        ) from None
+        what = "it holds more than tensors and plain values: delete it"
+        raise UserError(f"{folder} is refused, because {what} ({str(error).splitlines()[0]})") from None
 
 
 def complete(root: Path) -> list[Path]:
@@ -84,26 +81,24 @@ def newest_good(root: Path) -> tuple[Path, dict, list[str]] | None:
     """The newest undamaged checkpoint, its manifest, and a line on each newer one, which is renamed to damaged-N.
 
     None where there is no checkpoint. Raises `UserError` where none of them is undamaged, and where one lies elsewhere
-    and is only linked here.
-    """
-    damaged = []
+    and is only linked here."""
+    damaged: dict[Path, str] = {}
     for folder in reversed(found := complete(root)):
         if folder.resolve() != root.resolve() / folder.name:
-            raise UserError(
-                f"{folder} leads to {folder.resolve()}, outside the run's folder: copy it there, or delete it"
-            )
+            where = f"{folder.resolve()}, outside the run's folder"
+            raise UserError(f"{folder} leads to {where}: copy it there, or delete it")
         try:
             manifest = verify(folder)
         except Damaged as error:
-            damaged.append((folder, f"{folder.name} is damaged: {error}"))
+            damaged[folder] = f"{folder.name} is damaged: {error}"
             continue
-        for bad, _ in damaged:
+        for bad in damaged:
             aside = root / f"damaged-{step(bad)}"
             shutil.rmtree(aside, ignore_errors=True)
             bad.rename(aside)
-        return folder, manifest, [line for _, line in damaged]
+        return folder, manifest, list(damaged.values())
     if found:
-        lines = "; ".join(line for _, line in damaged)
+        lines = "; ".join(damaged.values())
         raise UserError(f"no checkpoint in {root} can be used ({lines}): delete that folder to start over")
     return None
 

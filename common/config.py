@@ -5,8 +5,7 @@ A file may name a `base:`, another file, and then holds only what it changes in 
 class TrainConfig(Config):
     steps: int = Field(1000, gt=0, description="Optimizer steps.")
 
-config = parse(TrainConfig, sys.argv[1:])
-"""
+config = parse(TrainConfig, sys.argv[1:])"""
 
 import difflib
 import os
@@ -47,8 +46,7 @@ def parse(schema: type[C], argv: list[str], default_file: Path | None = None) ->
     """Build a config from `--config FILE` (else `default_file`, if any) and `--any.key value` overrides.
 
     `--help` prints every key with its type, default and meaning, and exits. Raises `UsageError` with the key,
-    the value, what is allowed and the nearest valid key.
-    """
+    the value, what is allowed and the nearest valid key."""
     if "-h" in argv or "--help" in argv:
         print(describe(schema, default_file))
         sys.exit(0)
@@ -101,7 +99,7 @@ def merged(base: dict, changes: dict) -> dict:
     does a section that chooses another method, network or objective by its `name` or `variant`: their options differ.
 
     Raises `UsageError` where a section meets its short form, of which only the schema knows what it is short for."""
-    result = dict(base)
+    result = base | changes
     for key, new in changes.items():
         old = base.get(key)
         if isinstance(old, str) and isinstance(new, dict):
@@ -109,8 +107,6 @@ def merged(base: dict, changes: dict) -> dict:
         if isinstance(old, dict) and isinstance(new, dict):
             other = any(k in new and new[k] != old.get(k, new[k]) for k in ("name", "variant"))
             result[key] = new if other else merged(old, new)
-        else:
-            result[key] = new
     return result
 
 
@@ -190,22 +186,20 @@ def _default(field: Any) -> str:
 
 def _read_arguments(argv: list[str]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--key v1 v2` (a list) and bare `--key` (true)."""
-    values: dict[str, Any] = {}
-    i = 0
-    while i < len(argv):
-        if not argv[i].startswith("--") or len(argv[i]) < 3:
-            raise UsageError(f"unexpected argument {argv[i]!r}: options have the form --key value (see --help)")
-        key, equals, value = argv[i][2:].partition("=")
-        i += 1
-        given = [value] if equals else []
-        while not equals and i < len(argv) and not argv[i].startswith("--"):
-            given.append(argv[i])
-            i += 1
+    values: dict[str, list] = {}
+    open_key = None  # takes the words that follow
+    for word in argv:
+        if open_key and not word.startswith("--"):
+            values[open_key].append(_scalar(word))
+            continue
+        if not word.startswith("--") or len(word) < 3:
+            raise UsageError(f"unexpected argument {word!r}: options have the form --key value (see --help)")
+        key, equals, value = word[2:].partition("=")
         if key in values:
             raise UsageError(f"--{key} is given twice")
-        parsed = [_scalar(v) for v in given]
-        values[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-    return values
+        values[key] = [_scalar(value)] if equals else []
+        open_key = None if equals else key
+    return {key: (given or [True])[0] if len(given) < 2 else given for key, given in values.items()}
 
 
 def _scalar(text: str) -> Any:
@@ -236,9 +230,8 @@ def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
         value = [value]
     if isinstance(values.get(last), dict) and isinstance(value, str):
         (section,) = _sections(fields[0].annotation)
-        values[last] = {**values[last], **section.model_validate(value).model_dump(exclude_unset=True)}
-    else:
-        values[last] = value
+        value = values[last] | section.model_validate(value).model_dump(exclude_unset=True)
+    values[last] = value
 
 
 def _hint(schema: type[Config], key: str, valid: Any) -> str:
@@ -258,17 +251,16 @@ def _path(schema: type[Config], location: tuple) -> list:
         schemas = [section for field in fields for section in _sections(field.annotation)]
         if len(schemas) > 1 and parts:
             chosen = parts.pop(0)
-            schemas = [
-                s for s in schemas if chosen in get_args(s.model_fields[str(fields[0].discriminator)].annotation)
-            ]
+            tag = str(fields[0].discriminator)
+            schemas = [s for s in schemas if chosen in get_args(s.model_fields[tag].annotation)]
     return path
 
 
 def _explain(schema: type[Config], error: Any) -> str:
     key = ".".join(map(str, _path(schema, error["loc"])))
-    if error["type"] == "extra_forbidden" and key in _leaves(schema):
-        return f"{key} is a key of another choice than this one's (--help lists which keys go together)"
     if error["type"] == "extra_forbidden":
+        if key in _leaves(schema):
+            return f"{key} is a key of another choice than this one's (--help lists which keys go together)"
         return f"unknown key {key}{_hint(schema, key, _leaves(schema))}"
     if error["type"] == "missing":
         return f"{key} is required (give it as --{key} VALUE)"

@@ -1,7 +1,6 @@
 """The end of an optimizer step: is it finite, and is the run to stop? All ranks get the same answers.
 
-A step costs one all-reduce of three numbers and one look at the device for both questions together.
-"""
+A step costs one all-reduce of three numbers and one look at the device for both questions together."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +13,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Guard:
-    """Counts steps that were skipped because a loss or a gradient norm was not finite on some rank.
-
-    `skipped`: in all; `in_a_row`: without a good one since; `stop`: the signal that ends the run after this step, if
-    one has come on any rank.
-    """
+    """Counts steps that were skipped because a loss or a gradient norm was not finite on some rank: `skipped` in all,
+    `in_a_row` without a good one since. `stop`: the signal, come on any rank, that ends the run after this step."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

@@ -33,8 +33,7 @@ def squared_error(images: Tensor, references: Tensor) -> Tensor:
 def psnr(images: Tensor, references: Tensor) -> Tensor:
     """Peak signal-to-noise ratio 10 log10(255^2 / MSE) in dB, the MSE over all pixels and channels of one image.
 
-    Two uint8 batches [B, 3, H, W] -> [B] float64; infinite where the two images are equal.
-    """
+    Two uint8 batches [B, 3, H, W] -> [B] float64; infinite where the two images are equal."""
     return decibels(squared_error(images, references))
 
 
@@ -48,8 +47,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     `data_range=255` and `channel_axis`: uniform 7 x 7 window, sample covariance, mean over windows that lie inside the
     image, then over channels.
 
-    Two uint8 batches [B, 3, H, W] -> [B] float64. Raises `ValueError` where a side is shorter than the window.
-    """
+    Two uint8 batches [B, 3, H, W] -> [B] float64. Raises `ValueError` where a side is shorter than the window."""
     if min(images.shape[-2:]) < _SSIM_WINDOW:
         raise ValueError(f"SSIM needs sides of at least {_SSIM_WINDOW} pixels, got {tuple(images.shape[-2:])}")
     # Two images at a time stay in a processor's cache, which makes it six times as fast as 64.

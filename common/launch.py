@@ -43,18 +43,16 @@ def check_launcher() -> None:
     """Raises `UsageError` where several CPU processes were asked for and each would train alone.
 
     `accelerate launch --cpu --num_processes N` starts one, and says nothing. The processes of torchrun do not look for
-    each other on a machine without an accelerator, unless accelerate is told to use the CPU.
-    """
+    each other on a machine without an accelerator, unless accelerate is told to use the CPU."""
     started = any(name in os.environ for name in _RANKS)
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         alone = "MASTER_ADDR" in os.environ and not started  # an address is set for more than one process only
     else:
         alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     if alone:
-        raise UsageError(
-            "this launcher does not start several CPU processes that know each other; this does: "
-            f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {sys.argv[0]} ..."
-        )
+        what = "this launcher does not start several CPU processes that know each other"
+        command = f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {sys.argv[0]} ..."
+        raise UsageError(f"{what}; this does: {command}")
 
 
 def end_with_the_launcher() -> None:

@@ -1,7 +1,6 @@
 """The numbers of a run: means over an interval, metrics.jsonl, trackers, throughput, memory, model-FLOPs utilization.
 
-docs/watching.md says what each of them means.
-"""
+docs/watching.md says what each of them means."""
 
 import contextlib
 import errno
@@ -24,48 +23,43 @@ from tqdm import tqdm
 from nsvq.files import atomic_file
 
 # Dense bfloat16 and float16 FLOP/s of a GPU, from NVIDIA's data sheets, by a word of its name.
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
+_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A10": 125e12}
+_PEAK_FLOPS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12}
 
 
-class Means:
-    """Means since the last line of metrics, summed on the device."""
+class RankSums:
+    """Sums by name, `sums`, which each rank adds up for itself; on every rank the same names."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self._sums: dict[str, Tensor] = {}  # [2]: sum and count, on this rank
+        self.sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """`total` is a sum over `count` samples of this rank; on every rank the same names."""
-        pair = torch.stack([total.detach().float(), torch.as_tensor(count, dtype=torch.float32, device=total.device)])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def take(self) -> dict[str, float]:
-        """The means over all ranks, without names that counted nothing; starts anew."""
-        sums = self.state_dict()
-        self._sums = {}
-        return {name: pair[0].item() / pair[1].item() for name, pair in sums.items() if pair[1] > 0}
+    def add_to(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums over all ranks; a collective call."""
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").double().cpu()
-        return dict(zip(names, sums.unbind(), strict=True))
+        return {name: self.accelerator.reduce(self.sums[name], "sum").cpu() for name in sorted(self.sums)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The first rank takes up the sums, the others start from nothing, so that the total is right."""
-        share = 1.0 if self.accelerator.is_main_process else 0.0
-        self._sums = {name: (share * pair).float().to(self.accelerator.device) for name, pair in state.items()}
+        share = int(self.accelerator.is_main_process)
+        self.sums = {name: (share * total).to(self.accelerator.device) for name, total in state.items()}
+
+
+class Means(RankSums):
+    """Means since the last line of metrics, summed on the device."""
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """`total` is a sum over `count` samples of this rank."""
+        count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
+        self.add_to(name, torch.stack([total.detach().float(), count]))
+
+    def take(self) -> dict[str, float]:
+        """The means over all ranks, without names that counted nothing; starts anew."""
+        pairs = {name: pair.tolist() for name, pair in self.state_dict().items()}
+        self.sums = {}
+        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
 
 
 class MetricsLog:

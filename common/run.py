@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from pydantic import Field
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -47,9 +40,7 @@ class RunConfig(configs.Config):
     """What both trainers share about a run: seed, precision, and when to log, save and draw."""
 
     seed: int = Field(0, ge=0, description="Seed of weights, data order, augmentation and noise.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "bf16", description="Autocast type of the networks; codebook, losses and optimizers stay float32."
-    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("bf16", description="Autocast type of the networks alone.")
     batch_size: int = Field(128, ge=1, description="Images per optimizer step, over all ranks and micro-batches.")
     accumulation: int = Field(1, ge=1, description="Micro-batches that each rank splits its share of a batch into.")
     workers: int = Field(4, ge=0, description="Data loading processes per rank, or 0.")
@@ -57,35 +48,15 @@ class RunConfig(configs.Config):
     sample_every: int = Field(5_000, ge=1, description="Optimizer steps between two pictures in <out>/samples.")
     checkpoint_every: int = Field(5_000, ge=1, description="Optimizer steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
-    keep_every: int | None = Field(
-        None, ge=1, description="Checkpoints at multiples of this many steps are kept for good; null: none."
-    )
-    skip_limit: int = Field(
-        20, ge=1, description="Steps in a row that may be skipped because loss or gradient is not finite."
-    )
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(
-        ["tensorboard"], description="Trackers of accelerate to report to, beside metrics.jsonl; [] for none."
-    )
+    keep_every: int | None = Field(None, ge=1, description="Steps between two checkpoints kept for good; null: none.")
+    skip_limit: int = Field(20, ge=1, description="Steps in a row that may be skipped as not finite.")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="Trackers, or [].")
 
 
 # Keys that may change between two starts of the same run: they change none of the weights that it has by then.
-_FREE_KEYS = (
-    "out:",
-    "run.workers",
-    "run.log_every",
-    "run.sample_every",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_every",
-    "run.skip_limit",
-    "run.trackers",
-    "run.accumulation",
-    "sampling.",
-    "cache:",
-    "cache_verify:",
-    "export_every:",
-    "steps:",
-)
+_FREE_KEYS: tuple[str, ...] = ("out:", "sampling.", "cache:", "cache_verify:", "export_every:", "steps:")
+_FREE_KEYS += ("run.accumulation", "run.log_every", "run.sample_every", "run.checkpoint_every", "run.keep_checkpoints")
+_FREE_KEYS += ("run.keep_every", "run.workers", "run.skip_limit", "run.trackers")
 
 
 def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -> Accelerator:
@@ -105,8 +76,8 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         if not may_shard:
-            raise UsageError("these networks are small, and FSDP has nothing to gain: launch with DDP "
-                             "(configs/accelerate/four-gpus.yaml)")  # fmt: skip
+            why = "these networks are small, and FSDP has nothing to gain"
+            raise UsageError(f"{why}: launch with DDP (configs/accelerate/four-gpus.yaml)")
         if not accelerator.is_fsdp2:
             raise UsageError("FSDP1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
         # Parameters stay float32, as in DDP: autocast casts what it should, and leaves the rest as it is.
@@ -118,46 +89,29 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
 
 def micro_batch_size(config: RunConfig, accelerator: Accelerator) -> int:
     """Images in one micro-batch of one rank. Raises `UsageError` where the global batch does not divide evenly."""
-    parts = accelerator.num_processes * config.accumulation
-    if config.batch_size % parts:
-        raise UsageError(
-            f"run.batch_size = {config.batch_size} must be a multiple of ranks x run.accumulation = "
-            f"{accelerator.num_processes} x {config.accumulation}"
-        )
-    return config.batch_size // parts
+    size, ranks, parts = config.batch_size, accelerator.num_processes, config.accumulation
+    if size % (ranks * parts):
+        what = f"ranks x run.accumulation = {ranks} x {parts}"
+        raise UsageError(f"run.batch_size = {size} must be a multiple of {what}")
+    return size // (ranks * parts)
 
 
 class Run:
     """The output folder `out` of a training run, and where in it the run stands.
 
-    `modules` and `optimizers`, as accelerate prepared them, are what a checkpoint holds beside the trainer's own state.
+    `modules` and `optimizers` by name, as accelerate prepared them, are in a checkpoint beside the trainer's own state.
     Attributes: `step` (optimizer steps done) and `samples_seen` (global, over all ranks).
-    Raises `UsageError` where `out` holds a run of another config, or one that another process trains.
-    """
+    Raises `UsageError` where `out` holds a run of another config, or one that another process trains."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        config: Any,
-        out: Path,
-        name: str,
-        modules: dict[str, torch.nn.Module],
-        optimizers: dict[str, AcceleratedOptimizer],
-    ):
+    def __init__(self, accelerator: Accelerator, config: Any, out: Path, name: str, modules: dict, optimizers: dict):
         self.accelerator, self.out, self.settings = accelerator, Path(out), config.run
         self._modules, self._optimizers, self._config = modules, optimizers, configs.to_dict(config)
         self._checkpoints = self.out / "checkpoints"
         self.step = self.samples_seen = 0
         self._retry_at: int | None = None
         self._log = MetricsLog(accelerator, self.out / "metrics.jsonl")
-        problem: list[Any] = [None]
-        if accelerator.is_main_process:
-            try:
-                self._claim()
-            except UsageError as error:
-                problem = [str(error)]
-        if problem_anywhere := broadcast_object_list(problem)[0]:
-            raise UsageError(problem_anywhere)
+        self.counting_flops = self._log.counting_flops
+        _on_main_process(accelerator, self._claim)
         if config.run.trackers:
             accelerator.init_trackers(name)
 
@@ -168,10 +122,8 @@ class Run:
             self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
             if path.exists() and (changed := _changes(configs.read_yaml(path).get("config", {}), self._config)):
-                raise UsageError(
-                    f"{self.out} holds a run of another config ({'; '.join(changed[:4])}); "
-                    "choose another --out, or delete that folder"
-                )
+                what = f"holds a run of another config ({'; '.join(changed[:4])})"
+                raise UsageError(f"{self.out} {what}; choose another --out, or delete that folder")
             about = {"nsvq": code_version(), "command": shlex.join(sys.argv), "config": self._config}
             with atomic_file(path) as part:
                 part.write_text(yaml.safe_dump(about, sort_keys=False))
@@ -186,9 +138,8 @@ class Run:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UsageError(
-                    f"another process trains in {self.out}: wait for its end, stop it, or choose another --out"
-                ) from None
+                advice = "wait for its end, stop it, or choose another --out"
+                raise UsageError(f"another process trains in {self.out}: {advice}") from None
             self.warn(f"{self.out} cannot be locked ({error.strerror}): start no second training in it")
 
     def close(self) -> None:
@@ -218,19 +169,15 @@ class Run:
         self._retry_at = None
         if failure := broadcast_object_list(failure)[0]:
             self._retry_at = self.step + max(1, self.settings.checkpoint_every // 10)
-            self.warn(f"no checkpoint at step {self.step} ({failure}); training goes on, the next try is at step "
-                      f"{self._retry_at}")  # fmt: skip
+            later = f"training goes on, the next try is at step {self._retry_at}"
+            self.warn(f"no checkpoint at step {self.step} ({failure}); {later}")
 
     def _contents(self, state: dict) -> tuple[dict, dict]:
         """Weights by module, and everything else, whole; a collective call."""
         scaler = self.accelerator.scaler
-        state = {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
-            "scaler": None if scaler is None else scaler.state_dict(),
-            **state,
-        }
+        clock = {"step": self.step, "samples_seen": self.samples_seen}
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+        state = clock | {"optimizers": optimizers, "scaler": scaler and scaler.state_dict()} | state
         weights = {name: self.accelerator.unwrap_model(m).state_dict() for name, m in self._modules.items()}
         return whole((weights, state), keep=self.accelerator.is_main_process)
 
@@ -243,15 +190,7 @@ class Run:
         Lines of metrics.jsonl that are later than the checkpoint are dropped: they will be written again. Raises
         `UserError` where every checkpoint is damaged, and where the one to take is another run's, lies outside the
         run's folder or holds more than data."""
-        answer: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                answer = [self._choose(), None]
-            except UserError as error:
-                answer = [None, error]
-        folder, refused = broadcast_object_list(answer)
-        if refused is not None:
-            raise refused
+        folder = _on_main_process(self.accelerator, self._choose)
         if folder is None:
             if self.accelerator.is_main_process:
                 self._log.drop_after(0)
@@ -327,10 +266,6 @@ class Run:
         """One line of metrics; numbers must be equal on all ranks or reduced. Returns them with what the log adds."""
         return self._log.write(self.step, self.samples_seen, values)
 
-    def counting_flops(self, kind: str, images: int) -> contextlib.AbstractContextManager:
-        """See `MetricsLog.counting_flops`."""
-        return self._log.counting_flops(kind, images)
-
     def save_picture(self, images: torch.Tensor, per_row: int) -> None:
         """samples/step-N.png of images [B, 3, H, W] in [-1, 1], `per_row` in a row."""
         path = self.out / "samples" / f"step-{self.step}.png"
@@ -348,12 +283,24 @@ class Run:
             warn(text)
 
 
-def progress_bar(accelerator: Accelerator, total: int, done: int) -> tqdm:
-    """A bar over optimizer steps, on the main process; twice a second on a terminal, twice a minute in a log."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(
-        total=total, initial=done, disable=not accelerator.is_main_process, mininterval=interval, maxinterval=60
-    )
+def _on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """What `work` gives there, or the `UserError` that it raises there, on every rank."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer = [work(), None]
+        except UserError as error:
+            answer = [None, error]
+    result, refused = broadcast_object_list(answer)
+    if refused is not None:
+        raise refused
+    return result
+
+
+def progress_bar(accelerator: Accelerator, total: int | None, done: int, **looks: Any) -> tqdm:
+    """A bar on the main process; twice a second on a terminal, twice a minute in a log. `looks`: tqdm's arguments."""
+    hidden, interval = not accelerator.is_main_process, 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=done, disable=hidden, mininterval=interval, maxinterval=60, **looks)
 
 
 def code_version() -> str:

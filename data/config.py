@@ -11,6 +11,16 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
     renamed: ClassVar[dict[str, str]] = {}  # a key, or "key: value", that there was once: what it is now
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, values: Any) -> Any:
+        """A section of several kinds that does not say which one it is, is the default one."""
+        for name, field in cls.model_fields.items():
+            if field.discriminator and isinstance(values, dict) and isinstance(values.get(name), dict):
+                kind = getattr(field.get_default(call_default_factory=True), str(field.discriminator))
+                values = values | {name: {str(field.discriminator): kind} | values[name]}
+        return values
+
 
 class DataConfig(Config):
     """The images. `--data SOURCE` is short for `--data.source SOURCE`."""

@@ -1,7 +1,7 @@
 """The config of a diffusion run."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -20,8 +20,7 @@ class OptimConfig(Config):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     clip_grad_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     warmup_steps: int = Field(5_000, ge=0, description="Steps over which the learning rate rises from 0.")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved; "
-                             "at step n it is at most (1 + n) / (10 + n).")  # fmt: skip
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the averages; (1 + n) / (10 + n) at first.")
 
 
 class SamplingConfig(Config):
@@ -30,9 +29,7 @@ class SamplingConfig(Config):
     images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
     guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
-    fd_every: int | None = Field(
-        None, ge=1, description="Optimizer steps between two Frechet distances to the test split; null: none."
-    )
+    fd_every: int | None = Field(None, ge=1, description="Steps between two Frechet distances to the test split.")
     fd_samples: int = Field(5_000, ge=2, description="Samples in each; sample i has seed i and class i mod C.")
     fd_features: str = Field("inception-v3-compat", description="Their features, as --features of eval/generation.py.")
     fd_features_weights: Path | None = Field(None, description="Weights of these features; null downloads them.")
@@ -43,37 +40,20 @@ class TrainConfig(Config):
     """Train a DiT or a U-Net (stage two) in the latent space of a frozen tokenizer."""
 
     out: Path = Field(Path("runs/imagenet128-dit-b"), description="Folder of the run; holds the pipeline at the end.")
-    tokenizer: Path = Field(
-        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder of the tokenizer: ours, or any diffusers VQModel."
-    )
+    tokenizer: Path = Field(Path("runs/imagenet128-nsvq/tokenizer"), description="Folder of any diffusers VQModel.")
     cache: Path | None = Field(None, description="Folder of the latents; null is <out>/latents.")
     cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
-    cache_crops: int = Field(
-        1, ge=1, description="Crops of each image to encode: ADM's centre crop, and beyond one ADM's random crops."
-    )
+    cache_crops: int = Field(1, ge=1, description="Crops of an image to encode: the centre one, then ADM's random.")
     cache_verify: bool = Field(False, description="Compare every shard of a complete cache with its SHA-256 first.")
-    latents: Literal["continuous", "quantized"] = Field(
-        "continuous", description="Train on the encoder's latents or on their codes; the decoder quantizes either way."
-    )
+    latents: Literal["continuous", "quantized"] = Field("continuous", description="Train on latents or on their codes.")
     steps: int = Field(400_000, ge=1, description="Optimizer steps; a run may go on to more of them.")
-    export_every: int | None = Field(
-        None, ge=1, description="Optimizer steps between two pipelines kept in <out>/pipelines/step-N, such as a guide "
-        "for autoguidance; null: none.")  # fmt: skip
+    export_every: int | None = Field(None, ge=1, description="Steps between two pipelines in <out>/pipelines/step-N.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=DiTConfig, discriminator="variant")
     objective: ObjectiveConfig = Field(default_factory=FlowConfig, discriminator="name")
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     run: RunConfig = Field(default_factory=RunConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kinds(cls, values: Any) -> Any:
-        """A section that does not say which one it is, is the default one."""
-        for section, kind in (("model", {"variant": "dit"}), ("objective", {"name": "flow"})):
-            if isinstance(values, dict) and isinstance(values.get(section), dict):
-                values = values | {section: kind | values[section]}
-        return values
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":

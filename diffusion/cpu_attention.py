@@ -25,10 +25,8 @@ def attend(qkv: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*qkv)
     heads = qkv.flatten(1, 2)  # (3, B H, N, D)
     at_once = max(1, SCRATCH_BYTES // (qkv.shape[3] ** 2 * qkv.element_size()))
-    parts = [
-        checkpoint(_dense, part, use_reentrant=False, preserve_rng_state=False) for part in heads.split(at_once, 1)
-    ]
-    return torch.cat(parts).unflatten(0, qkv.shape[1:3])
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_dense, part, **how) for part in heads.split(at_once, 1)]).unflatten(0, qkv.shape[1:3])
 
 
 def _dense(qkv: Tensor) -> Tensor:

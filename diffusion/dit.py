@@ -4,8 +4,7 @@ Time and class are embedded once, and one layer makes the modulation of all bloc
 architecture of diffusers' `DiTTransformer2DModel`. "modern" has RMSNorm, normalised queries and keys (Esser et al.,
 arXiv 2403.03206), 2-D rotary positions (Su et al., arXiv 2104.09864) and SwiGLU (Shazeer, arXiv 2002.05202), as
 LightningDiT does (Yao et al., arXiv 2501.01423). This file needs torch and diffusers alone: pipelines/export.py
-ships it with "modern".
-"""
+ships it with "modern"."""
 
 from typing import Literal
 
@@ -98,12 +97,6 @@ class Block(nn.Module):
         return x + gate[1] * self.mlp(torch.addcmul(shift[1], self.norm2(x).to(scale.dtype), scale[1]))
 
 
-def branch_dtype(x: Tensor) -> torch.dtype:
-    """The type in which blocks work on a residual stream of x's type: autocast's, where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def make_norm(width: int, modern: bool) -> nn.Module:
     """Shift and scale come from the condition alone."""
     return (nn.RMSNorm if modern else nn.LayerNorm)(width, eps=EPS, elementwise_affine=False)
@@ -113,8 +106,7 @@ class DiT(ModelMixin, ConfigMixin):
     """Prediction (velocity, noise, ...) from noisy latents. Labels are 0..num_classes-1, and `null_class` = num_classes
     for "no class".
 
-    `sample_size` is the side of the latents, `in_channels` their channels; `out_channels` are as many unless given.
-    """
+    `sample_size` is the side of the latents, `in_channels` their channels; `out_channels` are as many unless given."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
@@ -182,17 +174,17 @@ class DiT(ModelMixin, ConfigMixin):
         """latents [B, C, H, W], timestep [B] in 0..1000, class_labels [B] int64 -> prediction [B, C, H, W].
 
         `condition`: of the same times and classes, where it is known. Under autocast, embeddings, residual stream and
-        output layer stay float32.
-        """
+        output layer stay float32."""
         if condition is None:
             condition = self.condition(timestep, class_labels)
         layers = 2 * len(self.blocks)
         rows = condition.transpose(0, 1).unsqueeze(2)  # (6 depth + 2, B, 1, D)
         gate, shift, scale = rows.split([layers, layers + 1, layers + 1])
         last_shift, last_scale = shift[-1], 1 + scale[-1]
-        dtype = branch_dtype(latents)
+        device = latents.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else latents.dtype
         gate, shift, scale = (part.to(dtype).split(2) for part in (gate, shift, 1 + scale))
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             x = self.patch_embed(latents).contiguous()  # (B, N, D)
         for i, block in enumerate(self.blocks):
             arguments = (x, shift[i], scale[i], gate[i], self.rotation)
@@ -200,7 +192,7 @@ class DiT(ModelMixin, ConfigMixin):
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x = block(*arguments)
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             x = self.proj_out(self.norm_out(x) * last_scale + last_shift)  # (B, N, p p C)
         return self.unpatchify(x)
 
@@ -215,16 +207,9 @@ class PipelineDiT(DiT):
     """The same with the call of diffusers' pipelines; labels from `num_classes` on, the 1000 of `DiTPipeline` among
     them, mean "no class"."""
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        condition: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    def forward(self, *inputs: Tensor, return_dict: bool = True, **named: Tensor) -> Transformer2DModelOutput | tuple:
         """See `DiT.forward`."""
-        sample = super().forward(latents, timestep, class_labels, condition)
+        sample = super().forward(*inputs, **named)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def condition(self, timestep: Tensor, class_labels: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The networks of stage two, by config.
 
 Each is called as model(latents [B, C, H, W], timestep [B], class_labels [B]) -> prediction [B, C, H, W], and has
-`null_class`, the label that means "no class".
-"""
+`null_class`, the label that means "no class"."""
 
 from typing import Literal
 
@@ -38,9 +37,7 @@ class _NetworkConfig(Config):
 class DiTConfig(_NetworkConfig):
     """The DiT."""
 
-    variant: Literal["dit", "modern"] = Field(
-        "dit", description="dit: as in stock diffusers; modern: RMSNorm, SwiGLU, rotary positions, qk-norm."
-    )
+    variant: Literal["dit", "modern"] = Field("dit", description="dit: as in stock diffusers; modern: as LightningDiT.")
     size: Literal["tiny", "S", "B", "L", "XL"] = Field("B", description="Depth, width and heads together.")
     depth: int | None = Field(None, ge=1, description="Blocks; null is the size's.")
     width: int | None = Field(None, ge=8, description="Width of the tokens; null is the size's.")
@@ -67,9 +64,7 @@ class UNetConfig(_NetworkConfig):
 
     variant: Literal["unet"] = Field("unet", description="diffusers' UNet2DModel.")
     width: int = Field(256, ge=32, multiple_of=32, description="Channels of the first level.")
-    multipliers: tuple[int, ...] = Field(
-        (1, 2, 4), min_length=1, description="Channels of each level, in widths; each has half the side of the last."
-    )
+    multipliers: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="Channels of each level, in widths.")
     layers: int = Field(2, ge=1, description="Residual blocks of a level.")
 
 
@@ -80,8 +75,7 @@ def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, int, int
     """The configured network for latents of `latent_shape` (C, H, W).
 
     Raises `ValueError` where the latents are not square or do not divide as the network needs, or have more channels
-    than it is wide: a narrower one cannot carry them (Zheng et al., arXiv 2510.11690).
-    """
+    than it is wide: a narrower one cannot carry them (Zheng et al., arXiv 2510.11690)."""
     channels, height, side = latent_shape
     classes = num_classes if config.conditional else 0
     if height != side:

@@ -1,13 +1,10 @@
 """What the network learns to predict, by the name that a config gives it: rectified flow, or a DDPM.
 
-Each objective noises latents at a level in (0, 1), of which the network is told `timestep(level)`.
-"""
+Each objective noises latents at a level in (0, 1), of which the network is told `timestep(level)`."""
 
 import math
 from collections.abc import Callable
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -31,17 +28,10 @@ class FlowConfig(ObjectiveOptions):
     """Rectified flow: the network predicts v = noise - x_0 at x = (1 - sigma) x_0 + sigma noise."""
 
     name: Literal["flow"] = Field("flow", description="Rectified flow (docs/diffusion.md).")
-    noise_levels: Literal["logit-normal", "uniform"] = Field(
-        "logit-normal", description="Distribution of sigma in training, before the shift."
-    )
+    noise_levels: Literal["logit-normal", "uniform"] = Field("logit-normal", description="Sigma, before the shift.")
     logit_mean: float = Field(0.0, description="Mean of logit(sigma), for logit-normal levels.")
     logit_std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma), for logit-normal levels.")
-    shift: float | None = Field(
-        None,
-        gt=0,
-        description="s of sigma' = s sigma / (1 + (s - 1) sigma), in training and sampling; null is sqrt(dim / 4096) "
-        "where latents have more than 4096 values, else 1.",
-    )
+    shift: float | None = Field(None, gt=0, description="Shift s of sigma; null: sqrt(dim / 4096), at least 1.")
 
 
 class DDPMConfig(ObjectiveOptions):
@@ -49,9 +39,7 @@ class DDPMConfig(ObjectiveOptions):
 
     name: Literal["ddpm"] = Field("ddpm", description="DDPM (docs/diffusion.md).")
     prediction: Literal["epsilon", "v"] = Field("epsilon", description="The noise, or v of Salimans and Ho.")
-    schedule: Literal["linear", "cosine"] = Field(
-        "linear", description="Betas from 1e-4 to 2e-2, or those of a cosine alpha_bar."
-    )
+    schedule: Literal["linear", "cosine"] = Field("linear", description="Betas from 1e-4 to 2e-2, or cosine alpha_bar.")
 
     def check_steps(self, steps: int) -> None:
         if TIMESTEPS % steps:
@@ -60,9 +48,8 @@ class DDPMConfig(ObjectiveOptions):
 
 class Objective:
     """What the objectives share: the loss, given `noised` of each. A subclass is made of its `Config` and the shape
-    (C, H, W) of the latents, and is registered by the tuple at the end of this file."""
+    (C, H, W) of the latents, and is registered at the end of this file."""
 
-    Config: ClassVar[type[ObjectiveOptions]]
     description: str  # a line for the model card
 
     def levels(self, normal: Tensor) -> Tensor:
@@ -80,16 +67,13 @@ class Objective:
     def losses(self, predict: Callable, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor) -> Tensor:
         """Squared error for each sample, mean over its values.
 
-        `predict(x, timestep, labels)`; latents and noise [B, C, H, W], level [B], labels [B] -> [B] float32.
-        """
+        `predict(x, timestep, labels)`; latents and noise [B, C, H, W], level [B], labels [B] -> [B] float32."""
         x, target = self.noised(latents.float(), noise.float(), level.float())
         return (predict(x, timestep(level), labels).float() - target).square().flatten(1).mean(1)
 
 
 class Flow(Objective):
     """Rectified flow (Liu et al., arXiv 2209.03003), with the noise levels of Esser et al., arXiv 2403.03206."""
-
-    Config = FlowConfig
 
     def __init__(self, config: FlowConfig, latent_shape: tuple[int, ...]):
         self.config = config
@@ -119,8 +103,6 @@ class Flow(Objective):
 class DDPM(Objective):
     """DDPM (Ho et al., arXiv 2006.11239) with its linear betas or the cosine schedule (Nichol and Dhariwal, arXiv
     2102.09672), predicting the noise or v (Salimans and Ho, arXiv 2202.00512), the same for latents of any shape."""
-
-    Config = DDPMConfig
 
     def __init__(self, config: DDPMConfig, latent_shape: tuple[int, ...] = ()):
         self.prediction_type = {"epsilon": "epsilon", "v": "v_prediction"}[config.prediction]
@@ -158,14 +140,10 @@ def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_class:
     return torch.where((uniform < probability) | (labels < 0), null_class, labels)
 
 
-_OBJECTIVES: tuple[Any, ...] = (Flow, DDPM)
-# The options of one objective or of another, told apart by `name`.
-if TYPE_CHECKING:
-    ObjectiveConfig = ObjectiveOptions
-else:
-    ObjectiveConfig = reduce(or_, (objective.Config for objective in _OBJECTIVES))
+OBJECTIVES: dict[type[ObjectiveOptions], type] = {FlowConfig: Flow, DDPMConfig: DDPM}
+ObjectiveConfig = FlowConfig | DDPMConfig  # told apart by `name`
 
 
 def make_objective(config: ObjectiveOptions, latent_shape: tuple[int, ...]) -> Objective:
     """The configured objective for latents of `latent_shape` (C, H, W)."""
-    return next(each for each in _OBJECTIVES if isinstance(config, each.Config))(config, latent_shape)
+    return OBJECTIVES[type(config)](config, latent_shape)

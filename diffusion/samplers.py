@@ -1,8 +1,7 @@
 """Samplers by name, and the sampling loop: guidance by the null class or by a weaker model, on diffusers' schedulers.
 
 The network is called `predict(latents [B, C, H, W], timestep [B], class_labels [B]) -> prediction [B, C, H, W]`, with
-timesteps from 0 to 999.
-"""
+timesteps from 0 to 999."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,14 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
 TIMESTEPS = 1000  # the network's unit of time
@@ -26,22 +19,14 @@ _FLOW_SAMPLERS, _DDPM_SAMPLERS = get_args(Sampler)[:4], get_args(Sampler)[2:]
 _ALGORITHMS = {"dpm++": "dpmsolver++", "sde": "sde-dpmsolver++"}
 _LOWEST_LOG_SNR = -5.1  # of lambda, half the log of the signal-to-noise ratio: where linear betas end
 # What of a scheduler's config the training decided.
-_NOISE_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
+_BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 
 
 def timestep(level: Tensor) -> Tensor:
     """What the network is told of a time in [0, 1]: floor(1000 level), at most 999.
 
     diffusers' multistep schedulers cut their timesteps to integers. A network trained on the exact 1000 sigma would be
-    told too small a time at every step of sampling, by 0.5 on average; so it is trained on what it will be told.
-    """
+    told too small a time at every step of sampling, by 0.5 on average; so it is trained on what it will be told."""
     return _whole(TIMESTEPS * level)
 
 
@@ -55,13 +40,8 @@ def flow_scheduler(shift: float, sampler: str = "dpm++") -> SchedulerMixin:
         return FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift)
     if sampler == "heun":
         return FlowMatchHeunDiscreteScheduler(TIMESTEPS, shift)
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=TIMESTEPS,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-        algorithm_type=_ALGORITHMS[sampler],
-    )
+    how = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    return DPMSolverMultistepScheduler(TIMESTEPS, algorithm_type=_ALGORITHMS[sampler], **how)
 
 
 def ddpm_scheduler(prediction_type: str, noise_schedule: Mapping, sampler: str = "ddim") -> SchedulerMixin:
@@ -70,26 +50,21 @@ def ddpm_scheduler(prediction_type: str, noise_schedule: Mapping, sampler: str =
 
     Nothing is clipped, as latents have no range. The cosine schedule leaves almost no signal at its last timesteps
     (sqrt(alpha_bar) = 5e-5), so that dividing by it turns a small error of epsilon into a large one of x_0: epsilon
-    starts one stride below them, and multistep solvers start where linear betas end.
-    """
+    starts one stride below them, and multistep solvers start where linear betas end."""
     common = {"num_train_timesteps": TIMESTEPS, "prediction_type": prediction_type, **noise_schedule}
     cosine = noise_schedule["beta_schedule"] == "squaredcos_cap_v2"
     if sampler in _ALGORITHMS:
-        lowest = _LOWEST_LOG_SNR if cosine else -float("inf")
-        return DPMSolverMultistepScheduler(
-            **common, algorithm_type=_ALGORITHMS[sampler], lambda_min_clipped=lowest, timestep_spacing="linspace"
-        )
+        start = {"lambda_min_clipped": _LOWEST_LOG_SNR if cosine else -float("inf"), "timestep_spacing": "linspace"}
+        return DPMSolverMultistepScheduler(**common, algorithm_type=_ALGORITHMS[sampler], **start)
     spacing = "leading" if cosine and prediction_type == "epsilon" else "trailing"
-    return {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampler](
-        **common, clip_sample=False, timestep_spacing=spacing
-    )
+    scheduler = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[sampler]
+    return scheduler(**common, clip_sample=False, timestep_spacing=spacing)
 
 
 def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler of that name for the model that `scheduler` belongs to.
 
-    Raises `ValueError` where there is none of that name, or none for models of this kind.
-    """
+    Raises `ValueError` where there is none of that name, or none for models of this kind."""
     config = scheduler.config
     flow = config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch")
     names = _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
@@ -98,7 +73,7 @@ def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         raise ValueError(f"{sampler!r} is no sampler of {kind}: take one of {', '.join(names)}")
     if flow:
         return flow_scheduler(config.get("flow_shift") or config.get("shift", 1.0), sampler)
-    noise_schedule = {name: config[name] for name in _NOISE_SCHEDULE if config.get(name) is not None}
+    noise_schedule = {name: config[name] for name in ("num_train_timesteps", *_BETAS) if config.get(name) is not None}
     return ddpm_scheduler(config.prediction_type, noise_schedule, sampler)
 
 
@@ -106,16 +81,13 @@ def set_steps(scheduler: SchedulerMixin, steps: int) -> Tensor:
     """Prepare `scheduler` for sampling in that many steps; returns the timesteps at which the network is evaluated (one
     a step; Heun's method takes two, but in the last step).
 
-    Raises `ValueError` for numbers of steps with which DDIM and DDPM would leave out a part of the noise.
-    """
+    Raises `ValueError` for numbers of steps with which DDIM and DDPM would leave out a part of the noise."""
     if isinstance(scheduler, DDIMScheduler | DDPMScheduler) and scheduler.config.num_train_timesteps % steps:
         count = scheduler.config.num_train_timesteps
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         near = [max(n for n in divisors if n < steps), *[n for n in divisors if n > steps][:1]]
-        raise ValueError(
-            f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not: "
-            f"take {' or '.join(map(str, near))}"
-        )
+        what = f"the steps of {type(scheduler).__name__} must divide {count}, which {steps} does not"
+        raise ValueError(f"{what}: take {' or '.join(map(str, near))}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # Equal steps before the shift, as diffusers' flow pipelines ask for; by default it shifts its last one twice.
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
@@ -150,8 +122,7 @@ def sample(
     2406.02507). A scale of 1 evaluates `predict` only, 0 `weak` only.
 
     `generator` is for samplers that draw noise. `on_step(step, timestep, latents)` returns the latents to go on with.
-    Raises what `set_steps` does.
-    """
+    Raises what `set_steps` does."""
     null_labels = torch.full_like(labels, null_class)
     strong = _at(predict, labels)
     weak = _at(predict, null_labels) if guide is None else _at(guide, labels)

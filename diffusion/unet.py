@@ -24,8 +24,7 @@ def make_unet(
 ) -> UNet:
     """A U-Net for latents of `latent_shape` (C, H, W), with attention at all levels. `num_classes` 0 is unconditional.
 
-    Raises `ValueError` where the latents cannot be halved often enough.
-    """
+    Raises `ValueError` where the latents cannot be halved often enough."""
     channels, side, _ = latent_shape
     levels = len(multipliers)
     if side % 2 ** (levels - 1):

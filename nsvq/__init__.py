@@ -1,7 +1,6 @@
 """Train discrete image tokenizers with NSVQ, generators on their tokens, and load the results with diffusers.
 
-The public face. What is imported with it loads when it is first used.
-"""
+The public face. What is imported with it loads when it is first used."""
 
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING

@@ -2,8 +2,7 @@
 
 No N x K matrix is ever kept. Distances are |c|^2 - 2 z.c (|z|^2 decides nothing) after the mean code is taken from
 both sides, which keeps the cancellation error small for latents far from the origin. The passes themselves are Triton
-kernels on a GPU (tokenizer/codebook_triton.py), and plain PyTorch elsewhere (tokenizer/codebook_tiles.py).
-"""
+kernels on a GPU (tokenizer/codebook_triton.py), and plain PyTorch elsewhere (tokenizer/codebook_tiles.py)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,7 @@ from nsvq.tokenizer import codebook_tiles
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code by Euclidean distance, ties to the lower index.
 
-    z [N, d], codebook [K, d] (any float dtype) -> indices [N] int64. Raises `ValueError` on other shapes.
-    """
+    z [N, d], codebook [K, d] (any float dtype) -> indices [N] int64. Raises `ValueError` on other shapes."""
     _check(z, codebook)
     return torch.ops.nsvq.nearest_code(z.detach(), codebook.detach(), False)
 
@@ -52,8 +50,7 @@ def nonstationary_loss(z: Tensor, codebook: Tensor, indices: Tensor, temperature
 
     z [N, d], codebook [K, d], indices [N] (the winners q). z gets no gradient; dL/dC = 2/(N d) (s C - A), with
     s = column sums of the weights [K] and A = weights^T z [K, d]. Raises `ValueError` on other shapes, without
-    latents, and for a temperature that is not positive.
-    """
+    latents, and for a temperature that is not positive."""
     return _nonstationary(z, codebook, indices, temperature)[1]
 
 
@@ -68,9 +65,8 @@ def _nonstationary(z, codebook, indices, temperature) -> tuple[Tensor, NonStatio
         raise ValueError("the NS loss is a mean over latents, and there are none")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    indices, loss, winner_mass, entropy, s, gradient = torch.ops.nsvq.nonstationary(
-        z.detach(), codebook, indices, temperature
-    )
+    arguments = (z.detach(), codebook, indices, temperature)
+    indices, loss, winner_mass, entropy, s, gradient = torch.ops.nsvq.nonstationary(*arguments)
     return indices, NonStationary(loss, winner_mass.detach(), entropy.detach().exp(), s.detach(), gradient.detach())
 
 
@@ -135,9 +131,8 @@ def _nonstationary_operator(
     dtype = codebook.dtype
     with _full_float32(z.device):
         z, codebook = _centered(z, codebook)
-        found, winner_mass, log_total, loss, s, weighted_latents = _passes(z).softmax_sums(
-            z, codebook, indices, temperature
-        )
+        sums = _passes(z).softmax_sums(z, codebook, indices, temperature)
+        found, winner_mass, log_total, loss, s, weighted_latents = sums
         # The mean code that was taken away cancels in s C - A.
         gradient = torch.addcmul(weighted_latents.neg(), s[:, None], codebook).mul_(2 / z.numel()).to(dtype)
         # Entropy: the mean of -log p_ij = log sum_k exp(-|z_i - c_k|^2 / temperature) + |z_i - c_j|^2 / temperature.

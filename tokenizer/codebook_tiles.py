@@ -2,8 +2,7 @@
 
 A score is |c|^2 - 2 z.c: one matrix product of keys [-2 c, |c|^2, 1] and queries [z, 1, 0], a tile at a time. The
 search reduces blocks of codes to their least score before it looks for an index. The NS loss then visits either all
-codes, or only those blocks in which the search has left a latent a code whose weight is not negligible.
-"""
+codes, or only those blocks in which the search has left a latent a code whose weight is not negligible."""
 
 import math
 from collections.abc import Iterator
@@ -33,9 +32,7 @@ def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
     return _Search(z, codebook, exclude_self).find(slice(0, len(z)))[0]
 
 
-def softmax_sums(
-    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """-> winners [N], their probability [N], log sum_j exp((2 z_i.c_j - |c_j|^2) / temperature) [N],
     sum_ij w_ij |z_i - c_j|^2 (float64), s = sum_i w_ij [K], A = w^T z [K, d], with w the softmax without the winner."""
     search = _Search(z, codebook)
@@ -68,9 +65,7 @@ def softmax_sums(
     return winners, winner_mass, log_total, loss, s, weighted_latents
 
 
-def _add_all(
-    sums: Tensor, keys: Tensor, queries: Tensor, latents: Tensor, winners: Tensor, buffer: Tensor
-) -> tuple[Tensor, Tensor]:
+def _add_all(sums, keys, queries, latents, winners, buffer) -> tuple[Tensor, Tensor]:
     """Add the sums of n latents with their softmax, without the winner, over all codes.
 
     Keys (K', d + 2) and queries (n, d + 2) make the exponents, latents (d + 2, n) the sums (d + 2, K'). -> the winners'
@@ -86,9 +81,7 @@ def _add_all(
     return of_winner, total
 
 
-def _add_near(
-    sums: Tensor, keys: Tensor, queries: Tensor, latents: Tensor, winners: Tensor, near: Tensor
-) -> tuple[Tensor, Tensor]:
+def _add_near(sums, keys, queries, latents, winners, near) -> tuple[Tensor, Tensor]:
     """`_add_all` over the blocks of codes that are near a latent: (K' / B, n) bool."""
     block, row = near.nonzero(as_tuple=True)  # block by block
     of_blocks = near.sum(1).tolist()
@@ -171,9 +164,7 @@ def _keys(codebook: Tensor) -> Tensor:
     return keys
 
 
-def _plain_search(
-    keys: Tensor, queries: Tensor, own: Tensor | None, reach: float | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _plain_search(keys, queries, own, reach) -> tuple[Tensor, Tensor, Tensor | None]:
     least = _least_of_blocks(keys, queries, own)
     block = least.min(0).indices  # (n,), the first of equals
     score, found = _least_within(keys, block, queries, own)
@@ -202,9 +193,8 @@ def _least_within(keys: Tensor, block: Tensor, queries: Tensor, own: Tensor | No
     matrix product may round a code's score by the place it has in it, and twins must tie."""
     blocks = keys.view(-1, _BLOCK, keys.shape[1])  # (K' / B, B, d + 2)
     copies, scores = keys.new_empty(_GATHERED, *blocks.shape[1:]), keys.new_empty(len(queries), _BLOCK)
-    for some, of_some, out in zip(
-        block.split(_GATHERED), queries.split(_GATHERED), scores.split(_GATHERED), strict=True
-    ):
+    parts = (each.split(_GATHERED) for each in (block, queries, scores))
+    for some, of_some, out in zip(*parts, strict=True):
         products = torch.index_select(blocks, 0, some, out=copies[: len(some)]).mul_(of_some[:, None])
         torch.sum(products, 2, out=out)
     if own is not None:
@@ -235,8 +225,7 @@ def _lower_bounds(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor] 
 
     With z' and c' rounded to bfloat16, z.c <= z'.c' + |z - z'||c| + |z'||c - c'|. The margin taken from |z|^2 + |c|^2
     (>= 2 |z||c|) is more than float32 rounding here and in the distances, and the rounding of the squares, can add up
-    to. None where a number is not finite, or where squares could overflow, or underflow beyond the second margin.
-    """
+    to. None where a number is not finite, or where squares could overflow, or underflow beyond the second margin."""
     dim, margin = z.shape[1], (z.shape[1] + 64) * 2**-20
     norms, code_norms = z.norm(dim=1), codebook.norm(dim=1)
     largest = float(torch.cat([norms, code_norms]).max())
@@ -265,14 +254,7 @@ def _bound_columns(x: Tensor, norms: Tensor, squares: Tensor, factor: int, rows:
     return columns
 
 
-def _filtered_search(
-    keys: Tensor,
-    queries: Tensor,
-    own: Tensor | None,
-    bounds: tuple[Tensor, Tensor, Tensor],
-    tile: slice,
-    reach: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _filtered_search(keys, queries, own, bounds, tile, reach) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`_plain_search` by float32 distances in the blocks that the bounds leave open, or None if these are too many."""
     bound_keys, bound_queries, squares = bounds
     least = _least_of_blocks(bound_keys, bound_queries[tile], own)

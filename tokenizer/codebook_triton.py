@@ -2,8 +2,7 @@
 
 Both recompute the scores tile by tile, as FlashAttention does, so that nothing of size N x K is written. Every sum has
 one owner and a fixed order (no atomics): the same input gives the same bits. Products are float32-accurate: three-term
-TF32 on NVIDIA's tensor cores, IEEE elsewhere. With TRITON_INTERPRET=1 the kernels run on the CPU.
-"""
+TF32 on NVIDIA's tensor cores, IEEE elsewhere. With TRITON_INTERPRET=1 the kernels run on the CPU."""
 
 import torch
 import triton
@@ -160,9 +159,7 @@ def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
     return _search(z, codebook, 1.0, exclude_self, normalize=False)[0]
 
 
-def softmax_sums(
-    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """As in tokenizer/codebook_tiles.py, for tensors on the GPU."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
@@ -186,9 +183,7 @@ def softmax_sums(
     return winners, winner_mass, log_total, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
 
 
-def _search(
-    z: Tensor, codebook: Tensor, scale: float, exclude_self: bool, normalize: bool
-) -> tuple[Tensor, Tensor | None]:
+def _search(z, codebook, scale, exclude_self, normalize) -> tuple[Tensor, Tensor | None]:
     """-> indices [N] int64, and log sum_j exp(score_ij) [N] where `normalize` asks for it."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,9 +28,8 @@ class OptimConfig(Config):
     betas: tuple[float, float] = Field((0.5, 0.9), description="Adam's betas.")
     encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the encoder; null is lr.")
     codebook_lr: float | None = Field(None, gt=0, description="Learning rate of the quantizer; null is lr.")
-    codebook_eps: float = Field(
-        1e-8, gt=0, description="Adam's epsilon for the quantizer. The NS gradient of a code that the batch did not "
-        "hit is mostly below 1e-8, and then moves it by much less than lr.")  # fmt: skip
+    # The NS gradient of a code that the batch did not hit is mostly below 1e-8: it moves by much less than lr then.
+    codebook_eps: float = Field(1e-8, gt=0, description="Adam's epsilon for the quantizer; its NS gradients are tiny.")
     clip_grad_norm: float | None = Field(None, gt=0, description="Largest gradient norm of the generator; null: none.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved.")
 
@@ -90,13 +89,6 @@ class TrainConfig(Config):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_method(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("quantizer"), dict):
-            values = values | {"quantizer": {"name": "vq"} | values["quantizer"]}
-        return values
-
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
         name, method, nsvq, freeze = self.quantizer.name, QUANTIZERS[self.quantizer.name], self.nsvq, self.nsvq.freeze
@@ -110,17 +102,15 @@ class TrainConfig(Config):
         )
         if unfit := [text for asked, able, text in parts if asked and not able]:
             raise ValueError("; ".join(unfit))
-        if freeze and freeze.latest + freeze.warmup >= self.schedule.epochs:
-            raise ValueError(
-                f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {self.schedule.epochs:g}; "
-                "lower them, or set nsvq.freeze: null"
-            )
-        factor = 2 ** (len(self.model.channel_multipliers) - 1)
-        if self.data.image_size % factor:
-            raise ValueError(f"data.image_size = {self.data.image_size} must be a multiple of f = {factor}, which is "
-                             "2^(levels - 1) of model.channel_multipliers")  # fmt: skip
-        for multiplier in self.model.channel_multipliers:
-            if self.model.channels * multiplier % self.model.norm_groups:
-                raise ValueError(f"model.norm_groups = {self.model.norm_groups} must divide every level's width, "
-                                 f"but not {self.model.channels * multiplier}")  # fmt: skip
+        if freeze and freeze.latest + freeze.warmup >= (epochs := self.schedule.epochs):
+            what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
+            raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
+        size, multipliers, groups = self.data.image_size, self.model.channel_multipliers, self.model.norm_groups
+        factor = 2 ** (len(multipliers) - 1)
+        if size % factor:
+            what = f"a multiple of f = {factor}, which is 2^(levels - 1) of model.channel_multipliers"
+            raise ValueError(f"data.image_size = {size} must be {what}")
+        for width in (self.model.channels * multiplier for multiplier in multipliers):
+            if width % groups:
+                raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
         return self

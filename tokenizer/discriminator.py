@@ -1,8 +1,7 @@
 """PatchGAN discriminator (pix2pix, arXiv 1611.07004), as VQGAN uses it, with GroupNorm in place of BatchNorm.
 
 BatchNorm would make one image's logits depend on the others of its micro-batch, so that ranks and gradient
-accumulation would change the result.
-"""
+accumulation would change the result."""
 
 from torch import Tensor, nn
 
@@ -16,11 +15,8 @@ class PatchDiscriminator(nn.Module):
         width = channels
         for i in range(1, layers + 1):
             previous, width = width, channels * min(2**i, 8)
-            blocks += [
-                nn.Conv2d(previous, width, 4, 2 if i < layers else 1, 1, bias=False),
-                nn.GroupNorm(min(32, width), width),
-                nn.LeakyReLU(0.2),
-            ]
+            conv = nn.Conv2d(previous, width, 4, 2 if i < layers else 1, 1, bias=False)
+            blocks += [conv, nn.GroupNorm(min(32, width), width), nn.LeakyReLU(0.2)]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, 1, 1))
         self.apply(_initialize)
 

@@ -1,12 +1,12 @@
 """Fill the latent cache: every training image through the frozen tokenizer once, over all ranks, in shards.
 
-A start after an interruption keeps the shards that are complete.
-"""
+A start after an interruption keeps the shards that are complete."""
 
 import json
+import math
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
+from nsvq.common.run import progress_bar
 from nsvq.data.batches import batches_in_order
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import Split, open_split
@@ -61,13 +63,10 @@ def open_cache(
 
     Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, where the disk is too
     small, where too many images are bad, and where a shard is damaged; `UsageError` where the image size is no multiple
-    of the tokenizer's f, and where `quantized` latents would not decode to their own codes.
-    """
+    of the tokenizer's f, and where `quantized` latents would not decode to their own codes."""
     folder = Path(folder)
-    if data.image_size % tokenizer.downsampling:
-        raise UsageError(
-            f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {tokenizer.downsampling}"
-        )
+    if data.image_size % (f := tokenizer.downsampling):
+        raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {f}")
     if quantized:
         _check_codes(tokenizer)
     with accelerator.main_process_first():
@@ -85,16 +84,12 @@ def open_cache(
     _refuse_stale(folder, key)
     accelerator.wait_for_everyone()
     if not (folder / "manifest.json").exists():
-        _encode(folder, tokenizer, data, images, accelerator, key, workers)
+        _Encoding(folder, tokenizer, data, images, accelerator, key, workers).run()
         return LatentCache(folder)
     cache = LatentCache(folder)
-    if verify:
-        damaged = gather_object(cache.damaged(accelerator.process_index, accelerator.num_processes))
-        if damaged:
-            raise UserError(
-                f"{folder}: {', '.join(damaged[:3])} not what was written: delete manifest.json and these "
-                "shards, and start again"
-            )
+    if verify and (damaged := gather_object(cache.damaged(accelerator.process_index, accelerator.num_processes))):
+        what = f"{', '.join(damaged[:3])} not what was written"
+        raise UserError(f"{folder}: {what}: delete manifest.json and these shards, and start again")
     return cache
 
 
@@ -104,10 +99,8 @@ def _check_codes(tokenizer: Tokenizer) -> None:
     again = tokenizer.codebook[tokenizer.quantize(codes.T[None, :, None])[0, 0]]
     # Clones that replacement left may stand for each other: a distance of nearly zero is not exact in float32.
     if not torch.allclose(again, codes, rtol=0, atol=1e-2 * float(codes.std())):
-        raise UsageError(
-            "latents: quantized needs a tokenizer whose codes are their own nearest codes, and this one "
-            "compares latents elsewhere: use latents: continuous"
-        )
+        what = "latents: quantized needs a tokenizer whose codes are their own nearest codes"
+        raise UsageError(f"{what}, and this one compares latents elsewhere: use latents: continuous")
 
 
 def _refuse_stale(folder: Path, key: dict) -> None:
@@ -120,166 +113,146 @@ def _refuse_stale(folder: Path, key: dict) -> None:
             raise UserError(f"{folder} holds latents of {', '.join(what)}: delete that folder, or give another --cache")
 
 
-def _encode(
-    folder: Path,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-    images: Split,
-    accelerator: Accelerator,
-    key: dict,
-    workers: int,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    side = data.image_size // tokenizer.downsampling
-    shape = (key["crops"] * key["flips"], tokenizer.codebook.shape[1], side, side)
-    count, shards = _image_jobs(folder, data, images, accelerator, key, workers)
-    if accelerator.is_main_process:
-        _announce(folder, shape, key, count)
-    accelerator.wait_for_everyone()
+@dataclass
+class _Encoding:
+    """The work on one cache; every rank does a part."""
 
-    bad: list[str] = []
-    interval = 0.5 if sys.stderr.isatty() else 30
-    bar = tqdm(
-        desc="latents", unit="img", disable=not accelerator.is_main_process, mininterval=interval, maxinterval=60
-    )
-    for name, batches in shards:
-        bad += _write_shard(folder / name, tokenizer, batches, shape, key, bar, accelerator.device)
-        if len(bad) > data.max_bad_fraction * count:  # can't come right any more
-            raise _too_many_bad(len(bad), count, data, bad)
-    bar.close()
-    accelerator.wait_for_everyone()
-    manifest = _manifest(folder, shape, key, images.classes)
-    if manifest["bad_images"] > data.max_bad_fraction * (manifest["count"] + manifest["bad_images"]):
-        raise _too_many_bad(manifest["bad_images"], manifest["count"] + manifest["bad_images"], data, bad)
-    if accelerator.is_main_process:
-        with atomic_file(folder / "manifest.json") as part:
-            part.write_text(json.dumps(manifest, indent=2))
-    accelerator.wait_for_everyone()
+    folder: Path
+    tokenizer: Tokenizer
+    data: DataConfig
+    images: Split
+    accelerator: Accelerator
+    key: dict
+    workers: int
 
+    def __post_init__(self) -> None:
+        side = self.data.image_size // self.tokenizer.downsampling
+        self.shape = (self.key["crops"] * self.key["flips"], self.tokenizer.codebook.shape[1], side, side)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-def _too_many_bad(count: int, total: int, data: DataConfig, names: list[str]) -> UserError:
-    such = f", such as {', '.join(names[:3])}" if names else ""
-    return UserError(
-        f"{count} of {total} images of {data.source} do not decode{such}: more than "
-        f"data.max_bad_fraction = {data.max_bad_fraction}"
-    )
+    def run(self) -> None:
+        """Write the shards that are missing, and the manifest."""
+        count, shards = _image_jobs(self.folder, self.data, self.images, self.accelerator, self.key, self.workers)
+        main = self.accelerator.is_main_process
+        if main:
+            self.announce(count)
+        self.accelerator.wait_for_everyone()
+        bad: list[str] = []
+        with progress_bar(self.accelerator, None, 0, desc="latents", unit="img") as bar:
+            for name, batches in shards:
+                bad += self.write_shard(self.folder / name, batches, bar)
+                self.check_bad(len(bad), count, bad)  # it can't come right any more
+        self.accelerator.wait_for_everyone()
+        manifest = self.manifest()
+        self.check_bad(manifest["bad_images"], manifest["count"] + manifest["bad_images"], bad)
+        if main:
+            with atomic_file(self.folder / "manifest.json") as part:
+                part.write_text(json.dumps(manifest, indent=2))
+        self.accelerator.wait_for_everyone()
 
+    def check_bad(self, count: int, total: int, names: list[str]) -> None:
+        """Raises `UserError` where too many images are bad."""
+        limit = self.data.max_bad_fraction
+        if count > limit * total:
+            such = f", such as {', '.join(names[:3])}" if names else ""
+            what = f"{count} of {total} images of {self.data.source} do not decode{such}"
+            raise UserError(f"{what}: more than data.max_bad_fraction = {limit}")
 
-def _announce(folder: Path, shape: tuple[int, ...], key: dict, count: int) -> None:
-    """Say what the cache takes. Raises `UserError` where the disk has less."""
-    each = 2 * int(np.prod(shape))
-    views = f"{key['crops']} crops x {key['flips']} flips" if key["crops"] > 1 else f"{key['flips']} flips"
-    done = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
-    needed, free = count * each - done, shutil.disk_usage(folder).free
-    print(f"latent cache {folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {needed / 2**30:.1f} GiB more for latents, and its disk has "
-            f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
-        )
+    def announce(self, count: int) -> None:
+        """Say what the cache takes. Raises `UserError` where the disk has less."""
+        each, crops, flips = 2 * math.prod(self.shape), self.key["crops"], self.key["flips"]
+        views = f"{crops} crops x {flips} flips" if crops > 1 else f"{flips} flips"
+        done = sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
+        needed, free = count * each - done, shutil.disk_usage(self.folder).free
+        print(f"latent cache {self.folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
+        if needed > free:
+            raise UserError(
+                f"{self.folder} needs {needed / 2**30:.1f} GiB more for latents, and its disk has "
+                f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
+            )
 
+    def write_shard(self, path: Path, batches: Iterable[dict], bar: tqdm) -> list[str]:
+        """Encode one shard, whose file takes its name when it is complete; returns the names of bad images."""
+        latents = [torch.zeros(0, *self.shape, dtype=torch.float16)]
+        labels, bad = [torch.zeros(0, dtype=torch.int64)], []
+        sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64)
+        for batch in batches:
+            bad += batch["bad"]
+            if not len(batch["label"]):
+                continue
+            crops = batch["image"].to(self.accelerator.device)  # (B crops, 3, S, S)
+            views = [crops, crops.flip(-1)][: self.key["flips"]]
+            z = torch.stack([self.latents(view).float().cpu() for view in views], dim=1)
+            z = z.reshape(len(batch["label"]), *self.shape)  # (B, crops flips, C, H, W)
+            if not z.half().isfinite().all():
+                raise UserError("the tokenizer's latents of some images do not fit into float16, or are not numbers")
+            sums += z.double().sum((0, 1, 3, 4))
+            squares += z.double().square().sum((0, 1, 3, 4))
+            latents.append(z.half())
+            labels.append(batch["label"])
+            bar.update(len(z))
+        tensors = {"latents": torch.cat(latents), "labels": torch.cat(labels)}
+        tensors |= {"sums": sums.clone(), "squares": squares.clone()}
+        about = {"key": json.dumps(self.key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
+        try:
+            with atomic_file(path) as part:
+                save_file(tensors, part, metadata=about)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            what = f"cannot write {path} ({error})"
+            raise UserError(f"{what}; the next start goes on from the shards there are") from None
+        return bad
 
-# Which shards there are to write, as (file name, batches); batches are those of data/batches.py
+    def latents(self, images: Tensor) -> Tensor:
+        """As the diffusion model is to see them."""
+        z = self.tokenizer.latents(images)
+        if self.key["latents"] == "continuous":
+            return z
+        scale = self.tokenizer.model.config.scaling_factor
+        return self.tokenizer.codebook[self.tokenizer.quantize(z / scale)].permute(0, 3, 1, 2) * scale  # (B, d, h, w)
+
+    def manifest(self) -> dict:
+        """What all shards hold together."""
+        shards, bad = [], 0
+        sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64)
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            about = _metadata(path)
+            bad += int(about["bad"])
+            with safe_open(path, "pt") as file:
+                count = file.get_slice("labels").get_shape()[0]
+                sums, squares = sums + file.get_tensor("sums"), squares + file.get_tensor("squares")
+            if count:
+                size, digest = path.stat().st_size, about["sha256"]
+                shards.append({"file": path.name, "count": count, "bytes": size, "sha256": digest})
+        count = sum(shard["count"] for shard in shards)
+        if not count:
+            raise UserError(f"{self.folder}: no image of the training split decodes")
+        per_channel = count * self.shape[0] * self.shape[2] * self.shape[3]
+        mean, square = sums / per_channel, squares / per_channel
+        return {
+            "key": self.key,
+            "count": count,
+            "bad_images": bad,
+            "shape": self.shape,
+            "dtype": "float16",
+            "mean": mean.tolist(),
+            "std": (square - mean.square()).clamp(min=0).sqrt().tolist(),
+            "overall_std": (square.mean() - mean.mean().square()).clamp(min=0).sqrt().item(),
+            "classes": self.images.classes,
+            "shards": shards,
+        }
 
 
 def _image_jobs(folder, data, images, accelerator, key, workers) -> tuple[int, Iterator]:
-    """How many images there are in all, and this rank's part of the missing shards."""
+    """How many images there are in all, and this rank's missing shards: (file name, batches of data/batches.py)."""
     order, limit = np.arange(len(images)), key["limit"]
     if limit is not None and limit < len(order):
         order = np.sort(np.random.default_rng(0).permutation(len(order))[:limit])
     parts = np.split(order, range(SHARD_IMAGES, len(order), SHARD_IMAGES))
     names = [f"shard-{i:06d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
-    missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
+    missing = [(name, part) for name, part in zip(names, parts, strict=True) if not (folder / name).exists()]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-
-    def jobs():
-        for i in mine:
-            how = {"batch_size": BATCH_IMAGES, "workers": workers, "crops": key["crops"]}
-            yield names[i], batches_in_order(images, parts[i], data.image_size, **how)
-
-    return len(order), jobs()
-
-
-def _write_shard(
-    path: Path,
-    tokenizer: Tokenizer,
-    batches: Iterable[dict],
-    shape: tuple[int, ...],
-    key: dict,
-    bar: tqdm,
-    device: torch.device,
-) -> list[str]:
-    """Encode one shard, whose file takes its name when it is complete; returns the names of bad images."""
-    latents, labels, bad = [], [], []
-    sums, squares = torch.zeros(2, shape[1], dtype=torch.float64)
-    for batch in batches:
-        bad += batch["bad"]
-        if not len(batch["label"]):
-            continue
-        crops = batch["image"].to(device)  # (B crops, 3, S, S)
-        views = [crops, crops.flip(-1)][: key["flips"]]
-        z = torch.stack([_latents(tokenizer, view, key).float().cpu() for view in views], dim=1)
-        z = z.reshape(len(batch["label"]), *shape)  # (B, crops flips, C, H, W)
-        if not z.half().isfinite().all():
-            raise UserError("the tokenizer's latents of some images do not fit into float16, or are not numbers")
-        sums += z.double().sum((0, 1, 3, 4))
-        squares += z.double().square().sum((0, 1, 3, 4))
-        latents.append(z.half())
-        labels.append(batch["label"])
-        bar.update(len(z))
-    tensors = {
-        "latents": torch.cat(latents) if latents else torch.zeros(0, *shape, dtype=torch.float16),
-        "labels": torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
-        "sums": sums.clone(),
-        "squares": squares.clone(),
-    }
-    about = {"key": json.dumps(key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
-    try:
-        with atomic_file(path) as part:
-            save_file(tensors, part, metadata=about)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise UserError(f"cannot write {path} ({error}); the next start goes on from the shards there are") from None
-    return bad
-
-
-def _latents(tokenizer: Tokenizer, images: torch.Tensor, key: dict) -> torch.Tensor:
-    """As the diffusion model is to see them."""
-    z = tokenizer.latents(images)
-    if key["latents"] == "continuous":
-        return z
-    scale = tokenizer.model.config.scaling_factor
-    return tokenizer.codebook[tokenizer.quantize(z / scale)].permute(0, 3, 1, 2) * scale  # (B, d, h, w)
-
-
-def _manifest(folder: Path, shape: tuple[int, ...], key: dict, classes: list[str]) -> dict:
-    """What all shards hold together."""
-    shards, bad = [], 0
-    sums, squares = torch.zeros(2, shape[1], dtype=torch.float64)
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        about = _metadata(path)
-        bad += int(about["bad"])
-        with safe_open(path, "pt") as file:
-            count = file.get_slice("labels").get_shape()[0]
-            sums, squares = sums + file.get_tensor("sums"), squares + file.get_tensor("squares")
-        if count:
-            shards.append({"file": path.name, "count": count, "bytes": path.stat().st_size, "sha256": about["sha256"]})
-    count = sum(shard["count"] for shard in shards)
-    if not count:
-        raise UserError(f"{folder}: no image of the training split decodes")
-    per_channel = count * shape[0] * shape[2] * shape[3]
-    mean, square = sums / per_channel, squares / per_channel
-    return {
-        "key": key,
-        "count": count,
-        "bad_images": bad,
-        "shape": shape,
-        "dtype": "float16",
-        "mean": mean.tolist(),
-        "std": (square - mean.square()).clamp(min=0).sqrt().tolist(),
-        "overall_std": (square.mean() - mean.mean().square()).clamp(min=0).sqrt().item(),
-        "classes": classes,
-        "shards": shards,
-    }
+    how = {"batch_size": BATCH_IMAGES, "workers": workers, "crops": key["crops"]}
+    return len(order), ((name, batches_in_order(images, part, data.image_size, **how)) for name, part in mine)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -20,8 +20,7 @@ from nsvq.tokenizer.vqmodel import QuantizerVQModel
 def latent_statistics(encoder: nn.Module, batches: Iterable[Tensor], accelerator: Accelerator) -> tuple[Tensor, float]:
     """(per-channel mean [d], one standard deviation around it) of the latents of images [B, 3, H, W], over all ranks.
 
-    Sums are float64.
-    """
+    Sums are float64."""
     count, total, squares = 0, 0, 0
     for images in batches:
         z = encoder(images.to(accelerator.device)).double()
@@ -42,16 +41,12 @@ def to_vqmodel(
 
     The shift by `mean` [d] sits in `quant_conv`, the codebook and `post_quant_conv`; the scale is isotropic, since
     one per channel would change which code is nearest. A table with more than d columns widens the latents by zeros.
-    Without a table the project's class keeps the quantizer, which takes the shift back itself.
-    """
+    Without a table the project's class keeps the quantizer, which takes the shift back itself."""
     quantizer = decoder.quantizer
     table = quantizer.export_table()
-    arguments = vqmodel_arguments(config) | {
-        "sample_size": image_size,
-        "num_vq_embeddings": quantizer.codebook_size,
-        "vq_embed_dim": quantizer.dim if table is None else table.shape[1],
-        "scaling_factor": 1 / std,
-    }
+    arguments = vqmodel_arguments(config) | {"sample_size": image_size, "scaling_factor": 1 / std}
+    arguments["num_vq_embeddings"] = quantizer.codebook_size
+    arguments["vq_embed_dim"] = quantizer.dim if table is None else table.shape[1]
     if table is None:
         model = QuantizerVQModel(quantizer=quantizer.config.model_dump(mode="json"), **arguments)
         model.quantize.quantizer.load_state_dict(quantizer.state_dict())

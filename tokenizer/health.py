@@ -4,6 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from nsvq.common.metrics import RankSums
 from nsvq.tokenizer.codebook import nearest_neighbor_distance, nonstationary_loss
 from nsvq.tokenizer.quantizers import Quantizer
 
@@ -13,11 +14,7 @@ def usage(counts: Tensor) -> dict[str, float]:
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(p, p).sum()
     hit = int((counts > 0).sum())
-    return {
-        "utilization": hit / len(counts),
-        "perplexity": float(entropy.exp()),
-        "dead_codes": len(counts) - hit,
-    }
+    return {"utilization": hit / len(counts), "perplexity": float(entropy.exp()), "dead_codes": len(counts) - hit}
 
 
 @torch.no_grad()
@@ -30,61 +27,45 @@ def near_duplicates(codebook: Tensor) -> int:
 def alarms(values: dict[str, float], codebook_size: int) -> list[str]:
     """What a line of metrics says about a codebook that collapses or a GAN that diverges (see docs/watching.md)."""
     found = []
-    if values.get("utilization", 1.0) < 0.25:
-        found.append(f"the codebook collapses: {values['utilization']:.1%} of {codebook_size} codes were used in the "
-                     f"epoch, perplexity {values['perplexity']:.1f}")  # fmt: skip
+    if (used := values.get("utilization", 1.0)) < 0.25:
+        what = f"{used:.1%} of {codebook_size} codes were used in the epoch, perplexity {values['perplexity']:.1f}"
+        found.append(f"the codebook collapses: {what}")
     if "discriminator" in values:
         loss, real, fake = (values[name] for name in ("discriminator", "real_logits", "fake_logits"))
         if loss < 0.05 or max(abs(real), abs(fake)) > 20:
-            found.append(f"the GAN diverges: discriminator loss {loss:.3f} (1 is a draw), mean logits {real:.2f} on "
-                         f"real and {fake:.2f} on reconstructed images")  # fmt: skip
+            logits = f"mean logits {real:.2f} on real and {fake:.2f} on reconstructed images"
+            found.append(f"the GAN diverges: discriminator loss {loss:.3f} (1 is a draw), {logits}")
     return found
 
 
-class EpochUsage:
+class EpochUsage(RankSums):
     """Counts and summed squared error of each code, and the mean raw commitment loss, over an epoch and all ranks."""
 
-    _PARTS = ("counts", "errors", "commitment")
-
     def __init__(self, codebook_size: int, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=accelerator.device)
-        self.errors = torch.zeros(codebook_size, dtype=torch.float64, device=accelerator.device)
-        self.commitment = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # sum, images
+        super().__init__(accelerator)
+        self.codebook_size = codebook_size
+        self.reset()
 
     def update(self, indices: Tensor | None, errors: Tensor | None, commitment: Tensor, images: int) -> None:
         """indices [B, h, w] of one micro-batch (None where there are no codes yet), the squared errors [B, h, w] of its
         tokens (None where nobody asks for them), its mean commitment loss, and B."""
         if indices is not None:
-            indices, size = indices.flatten(), len(self.counts)
-            self.counts += torch.bincount(indices, minlength=size)
+            indices = indices.flatten()
+            self.add_to("counts", torch.bincount(indices, minlength=self.codebook_size))
             if errors is not None:
-                self.errors += torch.bincount(indices, errors.flatten().double(), minlength=size)
-        self.commitment += torch.stack([commitment.detach().double() * images, commitment.new_tensor(images)])
+                errors = errors.flatten().double()
+                self.add_to("errors", torch.bincount(indices, errors, minlength=self.codebook_size))
+        self.add_to("commitment", torch.stack([commitment.detach().double() * images, commitment.new_tensor(images)]))
 
     def total(self) -> tuple[Tensor, Tensor, float]:
         """(counts [K], squared errors [K], mean commitment) over all ranks so far."""
-        sums = self._sums()
+        sums = {name: self.accelerator.reduce(value, "sum") for name, value in self.sums.items()}
         total, images = sums["commitment"].tolist()
         return sums["counts"], sums["errors"], total / max(images, 1)
 
     def reset(self) -> None:
-        for name in self._PARTS:
-            getattr(self, name).zero_()
-
-    def _sums(self) -> dict[str, Tensor]:
-        return {name: self.accelerator.reduce(getattr(self, name), "sum") for name in self._PARTS}
-
-    def state_dict(self) -> dict:
-        """The sums over all ranks; a collective call."""
-        return {name: total.cpu() for name, total in self._sums().items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """The first rank takes up the sums, the others start from nothing, so that the total is right."""
-        self.reset()
-        if self.accelerator.is_main_process:
-            for name in self._PARTS:
-                getattr(self, name).copy_(state[name])
+        counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=self.accelerator.device)
+        self.sums = {"counts": counts, "errors": counts.double(), "commitment": counts.new_zeros(2).double()}
 
 
 class DriftProbe:

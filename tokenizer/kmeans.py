@@ -28,8 +28,7 @@ def kmeans(
     Starts from `start`, else by k-means++ on the first points of rank 0, their squared distances clipped at the 90th
     percentile (VP-VAE's code). Ends when no iteration is left or the centroids move by less than `tolerance` in all
     (Frobenius norm). A centroid without points goes beside one of the fullest. Raises `ValueError` for fewer points
-    than centroids.
-    """
+    than centroids."""
     generator = torch.Generator().manual_seed(seed)
     centroids = _seed(batches, k, generator) if start is None else start
     for _ in range(iterations):

@@ -4,9 +4,9 @@
 <cache>/manifest.json         what it is a cache of, its shards, classes and statistics; written last
 
 Shards are read through memory maps. View 0 is the image's centre crop; crops follow each other, and with flips each one
-is followed by its mirror image.
-"""
+is followed by its mirror image."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,8 +28,7 @@ class LatentCache:
     """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
 
     `classes`: names; `shape`: (C, H, W); `views`: how many latents there are of each image; `mean`, `std`: per channel,
-    over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more.
-    """
+    over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -46,10 +46,8 @@ class LatentCache:
             raise UserError(f"{self.folder} has lost {', '.join(gone[:3])}: delete that folder to encode it again")
         sizes = [shard["bytes"] for shard in self.manifest["shards"]]
         if cut := [path.name for path, size in zip(self._files, sizes, strict=True) if path.stat().st_size != size]:
-            raise UserError(
-                f"{self.folder}: {', '.join(cut[:3])} not of the size that was written: delete "
-                "manifest.json and these shards, and start again"
-            )
+            what = f"{', '.join(cut[:3])} not of the size that was written"
+            raise UserError(f"{self.folder}: {what}: delete manifest.json and these shards, and start again")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -69,14 +67,10 @@ class LatentCache:
         reads all of them."""
         found = []
         for path, shard in list(zip(self._files, self.manifest["shards"], strict=True))[rank::world_size]:
-            try:
-                with safe_open(path, "pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except SafetensorError:
-                found.append(path.name)
-                continue
-            if shard_hash(tensors) != shard["sha256"]:
-                found.append(path.name)
+            with contextlib.suppress(SafetensorError):
+                if shard_hash(load_file(path)) == shard["sha256"]:
+                    continue
+            found.append(path.name)
         return found
 
     def __getstate__(self) -> dict:  # loading processes open their own maps
@@ -107,19 +101,14 @@ def train_batches(
 
     Position p of the sequence holds image permutation(seed, p // n)[p % n]; its view and its draws come from (seed, p).
     So neither the number of ranks, nor of micro-batches, nor of workers changes a sample. Micro-batch m on rank r holds
-    the positions start + (m * world_size + r) * batch_size + [0, batch_size).
-    """
+    the positions start + (m * world_size + r) * batch_size + [0, batch_size)."""
 
     def batches_from(done: int) -> Iterator[dict]:
         first = start + done * batch_size * world_size
         places = shuffled_positions(len(cache), batch_size, seed, first, rank, world_size)
-        return batches_of(make_loader(_Batches(cache, seed), workers, batch_sampler=places, collate_fn=_same))
+        return batches_of(make_loader(_Batches(cache, seed), workers, batch_sampler=places, collate_fn=dict))
 
     return restarting(batches_from)
-
-
-def _same(batch: dict) -> dict:
-    return batch
 
 
 class _Batches(Dataset):

@@ -27,16 +27,12 @@ class LossConfig(Config):
 
     pixel: Literal["l1", "mse"] = Field("l1", description="Reconstruction loss over pixels.")
     perceptual: Literal["vgg", "squeeze", "none"] = Field("vgg", description="Backbone of LPIPS.")
-    perceptual_weights: Path | None = Field(
-        None, description="Backbone weights (.pth or .safetensors, torchvision's names); null downloads them."
-    )
+    perceptual_weights: Path | None = Field(None, description="torchvision's weights as a file; null downloads them.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of LPIPS.")
     adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
     discriminator_channels: int = Field(64, ge=1, description="Base width of the PatchGAN discriminator.")
     discriminator_layers: int = Field(3, ge=1, description="Layers of the PatchGAN discriminator.")
-    codebook_weight: float = Field(
-        1.0, ge=0, description="Weight of the codebook loss. VQGAN's code has beta here and 1 on the commitment."
-    )
+    codebook_weight: float = Field(1.0, ge=0, description="Weight of the codebook loss (VQGAN's code: beta).")
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
 
 
@@ -46,8 +42,7 @@ def phase_weights(
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
 
     "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
-    the quantizer trains with, the codebook loss alone goes on when the encoder is frozen.
-    """
+    the quantizer trains with, the codebook loss alone goes on when the encoder is frozen."""
     weights: dict[str, float] = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight
@@ -96,17 +91,15 @@ def load_lpips(net: str, weights: Path | None) -> nn.Module:
     """LPIPS (arXiv 1801.03924) as a frozen module: two images in [-1, 1] [B, 3, H, W] -> distances [B].
 
     `net` is vgg, squeeze or alex. The backbone comes from `weights`, else from torchvision's download. Raises
-    `UserError` where neither works.
-    """
+    `UserError` where neither works."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the package asks torchvision in an old form
             metric = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
     except (URLError, OSError) as error:
-        raise UserError(
-            f"the {net} weights of LPIPS cannot be downloaded ({error}); give a file of torchvision's weights "
-            "(--loss.perceptual_weights FILE), or choose --loss.perceptual squeeze or none"
-        ) from None
+        advice = "give a file of torchvision's weights (--loss.perceptual_weights FILE)"
+        other = "or choose --loss.perceptual squeeze or none"
+        raise UserError(f"the {net} weights of LPIPS cannot be downloaded ({error}); {advice}, {other}") from None
     if weights is not None:
         _load_backbone(metric.net, weights)
     return _Distance(metric).eval().requires_grad_(False)
@@ -129,9 +122,8 @@ def _load_backbone(backbone: nn.Module, path: Path) -> None:
         wanted = {name: "features." + name.split(".", 1)[1] for name in backbone.state_dict()}
         backbone.load_state_dict({name: state[source] for name, source in wanted.items()})
     except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} does not hold the backbone's weights in torchvision's names: {type(error).__name__} {error}"
-        ) from None
+        what = "does not hold the backbone's weights in torchvision's names"
+        raise UserError(f"{path} {what}: {type(error).__name__} {error}") from None
 
 
 def generator_adversarial(fake_logits: Tensor) -> Tensor:

@@ -65,10 +65,8 @@ def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
         clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_vision_model")
         model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"no vision encoder at {name} ({str(error).splitlines()[0]}): give --encoder FOLDER, or your "
-            "own features with --features FILE"
-        ) from None
+        advice = "give --encoder FOLDER, or your own features with --features FILE"
+        raise UserError(f"no vision encoder at {name} ({str(error).splitlines()[0]}): {advice}") from None
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
@@ -90,9 +88,8 @@ def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> 
     if (parts / "encoded").exists():
         return
     encode = load_encoder(config.encoder, device)
-    batches = eval_batches(
-        config.data, "train", batch_size=BATCH_IMAGES, rank=0, world_size=1, workers=config.workers, limit=config.images
-    )
+    how = {"batch_size": BATCH_IMAGES, "workers": config.workers, "limit": config.images}
+    batches = eval_batches(config.data, "train", **how)
     progress = tqdm(desc="encode", unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
     for number in itertools.count():
         path = parts / f"shard-{number:06d}.safetensors"
@@ -131,14 +128,9 @@ def cluster(batches: Callable[[], Iterator[Tensor]], codes: int, config: Codeboo
         _write(state, {"centroids": centroids.contiguous(), "iterations": torch.tensor(done)})
 
     try:
-        return kmeans(
-            lambda: (points.float() for points in batches() if len(points)),
-            codes,
-            seed=config.seed,
-            start=saved.get("centroids"),
-            iterations=config.iterations - done,
-            on_iteration=keep,
-        )
+        points = lambda: (part.float() for part in batches() if len(part))  # noqa: E731
+        how = {"seed": config.seed, "start": saved.get("centroids"), "iterations": config.iterations - done}
+        return kmeans(points, codes, on_iteration=keep, **how)
     except ValueError as error:
         raise UserError(f"{error}; give more --images or fewer --codes") from None
 
@@ -174,9 +166,8 @@ def main() -> None:
     wanted = configs.to_dict(config) | {"output": None, "workers": None}
     key = parts / "config.json"
     if key.exists() and (changed := configs.differences(json.loads(key.read_text()), wanted)):
-        raise UserError(
-            f"{parts} was begun with other options ({'; '.join(changed)}): delete it, or give another --output"
-        )
+        what = f"was begun with other options ({'; '.join(changed)})"
+        raise UserError(f"{parts} {what}: delete it, or give another --output")
     key.write_text(json.dumps(wanted))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _write(config.output, {"features": make(config, parts, device).cpu()})

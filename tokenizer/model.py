@@ -1,7 +1,6 @@
 """The tokenizer as two modules, because they train at different times: an encoder, and a quantizer with its decoder.
 
-images [B, 3, H, W] -> Encoder -> z [B, d, h, w] -> QuantizedDecoder -> images [B, 3, H, W]
-"""
+images [B, 3, H, W] -> Encoder -> z [B, d, h, w] -> QuantizedDecoder -> images [B, 3, H, W]"""
 
 from typing import Any
 
@@ -18,16 +17,10 @@ class ModelConfig(Config):
     """VQGAN's encoder and decoder, as diffusers builds them."""
 
     channels: int = Field(128, ge=1, description="Base width; every level has a multiple of it.")
-    channel_multipliers: list[int] = Field(
-        [1, 2, 2, 4], min_length=1, description="Width of each level; each level but the last halves the image."
-    )
+    channel_multipliers: list[int] = Field([1, 2, 2, 4], min_length=1, description="Widths of levels, halved between.")
     layers_per_block: int = Field(2, ge=1, description="Residual blocks per level (the decoder has one more).")
-    latent_channels: int = Field(
-        128,
-        ge=1,
-        description="d, the width of latents and codes. VQGAN's 1x1 projections before and after the "
-        "quantizer are part of the 3x3 convolutions beside them: for factorized codes this is their d.",
-    )
+    # VQGAN's 1x1 projections around the quantizer are part of the 3x3 convolutions beside them.
+    latent_channels: int = Field(128, ge=1, description="d, the width of latents and (factorized) codes.")
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
 
@@ -57,8 +50,7 @@ def _initialize(network: nn.Module) -> nn.Module:
     """Convolutions keep the variance of their input, and residual branches start at zero.
 
     PyTorch's default start shrinks the signal at each of the trunk's convolutions; the colour of an image then has to
-    be learned through a long plateau (16 dB in place of 21 dB after 200 steps of configs/quickstart/nsvq.yaml).
-    """
+    be learned through a long plateau (16 dB in place of 21 dB after 200 steps of configs/quickstart/nsvq.yaml)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

@@ -3,8 +3,7 @@
 pull     losing codes are pulled to the latents near them: the NS loss (codebook.py)
 revive   a code that wins nothing starts again at a latent of the step, until replacement sets in (quantizers/ema.py)
 replace  a code that an epoch did not use becomes a copy of one that it did (replacement.py)
-freeze   the encoder stops once its commitment loss has settled; codes and decoder go on (schedule.py)
-"""
+freeze   the encoder stops once its commitment loss has settled; codes and decoder go on (schedule.py)"""
 
 from typing import Any, Literal
 
@@ -26,9 +25,7 @@ class ReplaceConfig(Config):
 
     after: int = Field(5, ge=0, description="Epochs at the start without replacement.")
     noise: float = Field(0.001, ge=0, description="Standard deviation of the noise on a replaced code.")
-    weights: Literal["usage", "error"] = Field(
-        "usage", description="Codes are copied in proportion to their usage, or to the squared error that they leave."
-    )
+    weights: Literal["usage", "error"] = Field("usage", description="Copies are drawn by usage, or by squared error.")
     reset_adam: bool = Field(True, description="Clear Adam's moments of a replaced code.")
 
 
@@ -47,9 +44,7 @@ class NSVQConfig(Config):
     """The parts of NSVQ, each null where it is off. Defaults are the paper's (appendix D), which revives no codes."""
 
     pull: PullConfig | None = Field(PullConfig(), description="The NS loss, a pull on losing codes.")
-    revive: float | None = Field(
-        None, gt=0, description="Tokens that the mean code wins before a code without any moves onto a random latent."
-    )
+    revive: float | None = Field(None, gt=0, description="Tokens of the mean code before an unused one moves.")
     replace: ReplaceConfig | None = Field(ReplaceConfig(), description="Replace codes that an epoch did not use.")
     freeze: FreezeConfig | None = Field(FreezeConfig(), description="Freeze the encoder; null: it trains to the end.")
 

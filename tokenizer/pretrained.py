@@ -2,8 +2,7 @@
 
 tokenizer = Tokenizer.from_pretrained("runs/nsvq/tokenizer")
 codes = tokenizer.encode(images)      # [B, 3, H, W] in [-1, 1] -> [B, h, w]
-images = tokenizer.decode(codes)
-"""
+images = tokenizer.decode(codes)"""
 
 import json
 from pathlib import Path
@@ -48,10 +47,8 @@ class Tokenizer(nn.Module):
                 raise UserError(f"{folder} holds a {found}, not a VQModel")
             return cls(VQ_MODELS[found].from_pretrained(folder, use_safetensors=True))
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"no tokenizer at {folder}: give the <out>/tokenizer folder of a finished tokenizer run, "
-                f"or a diffusers VQModel ({str(error).splitlines()[0]})"
-            ) from None
+            what = "the <out>/tokenizer folder of a finished tokenizer run, or a diffusers VQModel"
+            raise UserError(f"no tokenizer at {folder}: give {what} ({str(error).splitlines()[0]})") from None
 
     @property
     def codebook(self) -> Tensor:
@@ -71,8 +68,7 @@ class Tokenizer(nn.Module):
     def latents(self, images: Tensor) -> Tensor:
         """Continuous latents before quantisation, as a diffusion model sees them (times `scaling_factor`).
 
-        images [B, 3, H, W] in [-1, 1] -> [B, d, h, w]. Raises `ValueError` where H or W is no multiple of f.
-        """
+        images [B, 3, H, W] in [-1, 1] -> [B, d, h, w]. Raises `ValueError` where H or W is no multiple of f."""
         f = self.downsampling
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
             raise ValueError(f"expected images [B, 3, H, W] with H and W multiples of {f}, got {tuple(images.shape)}")
@@ -87,10 +83,8 @@ class Tokenizer(nn.Module):
     def quantize(self, z: Tensor) -> Tensor:
         """Latents before `scaling_factor` [B, d, h, w] -> code indices [B, h, w] int64."""
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B h w, d)
-        if isinstance(self.model, QuantizerVQModel):
-            indices = self.model.quantize.lookup(flat)
-        else:
-            indices = nearest_code(flat, self.codebook)
+        ours = isinstance(self.model, QuantizerVQModel)
+        indices = self.model.quantize.lookup(flat) if ours else nearest_code(flat, self.codebook)
         return indices.view(z.shape[0], *z.shape[2:])
 
     @torch.no_grad()

@@ -4,24 +4,18 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 @torch.no_grad()
 def replace_dead_codes(
-    table: Tensor,
-    counts: Tensor,
-    *,
-    weights: Tensor | None = None,
-    noise: float,
-    seed: int,
-    **followers,
+    table: Tensor, counts: Tensor, *, weights: Tensor | None = None, noise: float, seed: int, **followers
 ) -> Tensor:
     """c_j <- c_s(j) + N(0, noise^2) for each code j with usage below 1; s(j) is an active code drawn by `weights` [K],
     the usage where none are given.
 
     table [K, d]; counts [K], summed over all ranks; `followers` as in `write_rows`. Draws depend on `seed` alone, so
-    that all ranks end with the same table. Returns the rows that were replaced.
-    """
+    that all ranks end with the same table. Returns the rows that were replaced."""
     dead = torch.nonzero(counts < 1).flatten()
     active = torch.nonzero(counts >= 1).flatten()
     if len(dead) == 0 or len(active) == 0:
@@ -38,12 +32,7 @@ def replace_dead_codes(
 
 @torch.no_grad()
 def write_rows(
-    table: Tensor,
-    rows: Tensor,
-    values: Tensor,
-    *,
-    averages: Iterable[Tensor] = (),
-    optimizer: torch.optim.Optimizer | None = None,
+    table: Tensor, rows: Tensor, values: Tensor, *, averages: Iterable[Tensor] = (), optimizer: Optimizer | None = None
 ) -> None:
     """table[rows] = values, in `averages` (EMA copies of the table) too; the `optimizer`'s moments of these rows are
     cleared, because they belong to the place that the rows left."""

@@ -2,8 +2,7 @@
 
 stage1   everything trains; NS loss and code replacement on
 warmup   encoder frozen; reconstruction, perceptual and codebook losses alone
-stage2   encoder still frozen; the GAN comes back, its weight ramped from 0 to 1
-"""
+stage2   encoder still frozen; the GAN comes back, its weight ramped from 0 to 1"""
 
 from typing import Literal
 

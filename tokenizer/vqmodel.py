@@ -1,12 +1,10 @@
 """diffusers' `VQModel` with a quantizer of this project, for methods whose code is not the nearest row of a table.
 
 It saves and loads as the stock class does, and a stock `DiffusionPipeline` runs it; both need this project installed,
-and the folder's config.json names this module's class.
-"""
+and the folder's config.json names this module's class."""
 
 import torch
 from diffusers import ModelMixin, VQModel
-from diffusers.configuration_utils import register_to_config
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -19,49 +17,15 @@ __all__ = ["ModelMixin", "QuantizerVQModel"]
 class QuantizerVQModel(VQModel):
     """`quantizer`: the method and its options, as the section of a training config; the rest is `VQModel`'s."""
 
-    @register_to_config
-    def __init__(
-        self,
-        quantizer: dict,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
-        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
-        block_out_channels: tuple[int, ...] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 3,
-        sample_size: int = 32,
-        num_vq_embeddings: int = 256,
-        norm_num_groups: int = 32,
-        vq_embed_dim: int | None = None,
-        scaling_factor: float = 0.18215,
-        norm_type: str = "group",
-        mid_block_add_attention: bool = True,
-        lookup_from_codebook: bool = False,
-        force_upcast: bool = False,
-    ):
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            sample_size=sample_size,
-            num_vq_embeddings=1,  # a table that the next line drops
-            norm_num_groups=norm_num_groups,
-            vq_embed_dim=vq_embed_dim,
-            scaling_factor=scaling_factor,
-            norm_type=norm_type,
-            mid_block_add_attention=mid_block_add_attention,
-            lookup_from_codebook=lookup_from_codebook,
-            force_upcast=force_upcast,
-        )
-        self.register_to_config(num_vq_embeddings=num_vq_embeddings)
-        self.quantize = _Shifted(quantizer, latent_channels)
+    def __init__(self, quantizer: dict, num_vq_embeddings: int = 256, **stock):
+        super().__init__(num_vq_embeddings=1, **stock)  # a table that the last line drops
+        self.register_to_config(quantizer=quantizer, num_vq_embeddings=num_vq_embeddings)
+        self.quantize = _Shifted(quantizer, self.config.latent_channels)
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """Which keys of config.json the constructor takes."""
+        return VQModel._get_init_keys(VQModel) | {"quantizer"}
 
 
 class _Shifted(nn.Module):

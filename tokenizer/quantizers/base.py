@@ -29,9 +29,7 @@ class CodebookConfig(QuantizerOptions):
 class NearestConfig(QuantizerOptions):
     """Options of a method whose code is the nearest one."""
 
-    gradient: Literal["straight-through", "rotation"] = Field(
-        "straight-through", description="How the decoder's gradient reaches a latent: as it is, or turned and scaled "
-        "as the latent is to its code (the rotation trick).")  # fmt: skip
+    gradient: Literal["straight-through", "rotation"] = Field("straight-through", description="From decoder to latent.")
 
 
 class Quantized(NamedTuple):
@@ -39,8 +37,7 @@ class Quantized(NamedTuple):
 
     Every method's losses hold "commitment", the mean squared quantization error; which of "codebook" and "commitment"
     it trains with is in `terms`. Its own terms are there in training only: they may look at all ranks, and evaluation
-    may run on one alone.
-    """
+    may run on one alone."""
 
     z_q: Tensor
     indices: Tensor | None
@@ -49,10 +46,9 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Base class. A method defines `quantize`, `lookup` and `codes`; the rest has defaults.
+    """Base class. A method defines `quantize`, and `codebook` or `codes`; the rest has defaults.
 
-    Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes.
-    """
+    Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes."""
 
     config: Any  # an instance of `Config`
     Config: ClassVar[type[QuantizerOptions]]
@@ -65,6 +61,7 @@ class Quantizer(nn.Module):
     revive_after: float | None = None  # `Schedule.revive_after`, before each step
     dim: int
     codebook_size: int
+    weight: Tensor  # where there is a table
 
     def __init__(self, config: QuantizerOptions, dim: int):
         super().__init__()
@@ -97,19 +94,20 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def lookup(self, z: Tensor) -> Tensor:
         """Latents [N, d] as the encoder gives them -> indices [N] int64."""
-        raise NotImplementedError
+        return nearest_code(self.prepare(z), self.codebook())
 
     def codes(self, indices: Tensor) -> Tensor:
         """Indices [...] -> codes [..., d] float32, as the decoder sees them."""
-        raise NotImplementedError
+        return self.codebook()[indices]
 
     def codebook(self) -> Tensor:
         """All codes [K, d] float32, as used for lookup, with their gradient where they have one."""
-        return self.codes(torch.arange(self.codebook_size, device=_device(self)))
+        device = next(iter([*self.parameters(), *self.buffers()])).device
+        return self.codes(torch.arange(self.codebook_size, device=device))
 
     def table(self) -> Tensor | None:
         """The parameter or buffer [K, d] whose rows are the codes and may be written; None without `free_table`."""
-        return None
+        return self.weight if self.free_table else None
 
     def rows_written(self, rows: Tensor) -> None:
         """Rows [n] of `table` were replaced from outside: what belongs to them starts again."""
@@ -176,16 +174,6 @@ class NearestQuantizer(Quantizer):
             return nearest_code(z, codebook), None
         return search_with_nonstationary_loss(z, codebook, temperature)
 
-    @torch.no_grad()
-    def lookup(self, z: Tensor) -> Tensor:
-        return nearest_code(self.prepare(z), self.codebook())
-
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.codebook()[indices]
-
-    def codebook(self) -> Tensor:
-        raise NotImplementedError
-
 
 def straight_through(z: Tensor, value: Tensor) -> Tensor:
     """`value`, with the gradient of z."""
@@ -197,8 +185,7 @@ def rotated(z: Tensor, value: Tensor) -> Tensor:
     of z and `value` that brings one's direction to the other's, s = |value| / |z|, and both count as constants.
 
     R = 1 - 2 r r^T + 2 v u^T with the unit vectors u of z, v of `value`, r of u + v. Where z or `value` is 0 and there
-    is no direction, the gradient passes straight through.
-    """
+    is no direction, the gradient passes straight through."""
     with torch.no_grad():
         length, goal = z.norm(dim=1, keepdim=True), value.norm(dim=1, keepdim=True)
         u, v = F.normalize(z, dim=1), F.normalize(value, dim=1)
@@ -211,11 +198,4 @@ def rotated(z: Tensor, value: Tensor) -> Tensor:
 
 def vq_losses(z: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """The two losses of VQ-VAE (arXiv 1711.00937, eq. 3), each with a gradient to one side."""
-    return {
-        "codebook": (z.detach() - codes).square().mean(),
-        "commitment": (z - codes.detach()).square().mean(),
-    }
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(iter([*module.parameters(), *module.buffers()])).device
+    return {"codebook": (z.detach() - codes).square().mean(), "commitment": (z - codes.detach()).square().mean()}

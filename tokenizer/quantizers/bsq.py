@@ -1,8 +1,7 @@
 """BSQ (arXiv 2406.07548): the signs of a latent on the unit sphere, as a point of the sphere.
 
 v = z / |z|, code = sign(v) / sqrt(d), K = 2^d. Entropy loss as in LFQ with P(c_i > 0) = sigmoid(4 v_i / (sqrt(d) tau)),
-but H(E[p]) is approximated by the sum of the channels' own entropies of E[p_i], as in the authors' code.
-"""
+but H(E[p]) is approximated by the sum of the channels' own entropies of E[p_i], as in the authors' code."""
 
 from typing import Literal
 

@@ -1,8 +1,7 @@
 """Factorized codes with l2 normalisation (ViT-VQGAN, arXiv 2110.04627; LlamaGen, arXiv 2406.06525).
 
 Latents and codes lie on the unit sphere, where the nearest code is that of the largest cosine. Since codes have
-length 1, the nearest one to a latent is the same before and after its normalisation: stock lookup is exact.
-"""
+length 1, the nearest one to a latent is the same before and after its normalisation: stock lookup is exact."""
 
 from typing import Literal
 

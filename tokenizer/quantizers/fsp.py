@@ -3,8 +3,7 @@ and training adds uniform noise as wide as a bin, or rounds to the bin's centre.
 
 z = g(a);  code: c = (floor(L z) + 1/2) / L;  noise: u ~ U(-eta/2L, eta/2L), kept where z + u stays in [0, 1]
 The decoder sees (c - 1/2) sqrt(12), of variance 1 - 1/L^2. Regulariser: mean and variance of a match those of which g
-is (nearly) the CDF, so that the bins fill evenly. The draws are per element, as in the authors' code.
-"""
+is (nearly) the CDF, so that the bins fill evenly. The draws are per element, as in the authors' code."""
 
 import math
 from typing import Literal
@@ -24,7 +23,6 @@ ACTIVATIONS = {  # g, and the variance of the distribution that it belongs to
     "sigmoid": (torch.sigmoid, math.pi**2 / 3),
     "laplace": (lambda a: (1 + a.sign() * (1 - torch.exp(-a.abs()))) / 2, 2.0),
 }
-
 _EDGE = math.sqrt(3)  # of the range that the decoder sees
 
 
@@ -32,9 +30,7 @@ class FSPConfig(GridConfig):
     """Finite scalar perturbation."""
 
     name: Literal["fsp"] = Field(description="fsp: bounded channels, perturbed in training and rounded after.")
-    activation: Literal["tanh", "normal", "sigmoid", "laplace"] = Field(
-        "normal", description="g. The paper's default is tanh; its normal has better PSNR, SSIM and LPIPS at K = 1024."
-    )
+    activation: Literal["tanh", "normal", "sigmoid", "laplace"] = Field("normal", description="g; the paper's is tanh.")
     quantize_rate: float = Field(0.5, ge=0, le=1, description="Share of elements that training rounds.")
     noise: float = Field(1.0, gt=0, description="eta, the width of the noise in bins.")
     mean_weight: float = Field(0.1, ge=0, description="Weight of the squared mean of a.")

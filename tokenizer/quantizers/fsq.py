@@ -3,7 +3,7 @@ codebook. Nothing is learned but the encoder, and no loss is added.
 
 b = tanh(z + s) h - o,  h = (L - 1)(1 + 1e-3)/2,  o = 1/2 for even L, else 0,  s = atanh(o / h)
 code = round(b) / (L // 2)
-"""
+The papers use 8 6 5, 8 5 5 5, 7 5 5 5 5, 8 8 8 6 5, 8 8 8 5 5 5 for K near 2^8, 2^10, 2^12, 2^14, 2^16."""
 
 import math
 from typing import Literal
@@ -18,15 +18,11 @@ from nsvq.tokenizer.quantizers.base import Quantizer, QuantizerOptions, straight
 class GridConfig(QuantizerOptions):
     """Options of a method whose codes are a grid."""
 
-    levels: list[int] = Field(
-        [8, 8, 8, 6, 5], min_length=1, description="Levels of each channel; K is their product. The papers use 8 6 5, "
-        "8 5 5 5, 7 5 5 5 5, 8 8 8 6 5, 8 8 8 5 5 5 for K near 2^8, 2^10, 2^12, 2^14, 2^16.")  # fmt: skip
+    levels: list[int] = Field([8, 8, 8, 6, 5], min_length=1, description="Levels of each channel; K is their product.")
 
     def check_dim(self, dim: int) -> None:
-        if dim != len(self.levels):
-            raise ValueError(
-                f"model.latent_channels = {dim} must be the number of quantizer.levels, {len(self.levels)}"
-            )
+        if dim != (count := len(self.levels)):
+            raise ValueError(f"model.latent_channels = {dim} must be the number of quantizer.levels, {count}")
         if min(self.levels) < 2 or math.prod(self.levels) > 2**20:
             raise ValueError("quantizer.levels must each be 2 or more, and their product at most 2^20")
 

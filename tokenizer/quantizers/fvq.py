@@ -4,8 +4,7 @@ compress  the table C [K, d] in T = K / p groups of p codes: [T, p d] -> linear 
 process   pre-norm transformer blocks over the T groups, without positions
 recover   layer norm -> linear, weight and bias from zero -> [K, d]; there is no residual from C
 All codes are zero at the start: usage is near 0 for some tens of steps. The paper anneals the learning rate of
-generator and discriminator (optim.lr_decay).
-"""
+generator and discriminator (optim.lr_decay)."""
 
 from typing import Literal
 
@@ -21,9 +20,7 @@ class FVQConfig(CodebookConfig, NearestConfig):
     """VQBridge over a free table."""
 
     name: Literal["fvq"] = Field(description="fvq: a free table through VQBridge.")
-    group: int | None = Field(
-        None, ge=1, description="Codes p in a group, which must divide K; null is K/1024, at least 1."
-    )
+    group: int | None = Field(None, ge=1, description="Codes p in a group, which divides K; null: K/1024, at least 1.")
     width: int = Field(256, ge=1, description="Width of the bridge.")
     depth: int = Field(2, ge=1, description="Transformer blocks of the bridge.")
     heads: int = Field(4, ge=1, description="Attention heads; must divide the width.")

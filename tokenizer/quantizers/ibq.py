@@ -7,8 +7,7 @@ The paper: a = 0.25, b = 1 (loss.codebook_weight, loss.commitment_weight), c = 0
 scores several times; here they live in tiles, and are computed again for the gradients.
 
 The largest inner product is the nearest code in one more dimension, with M the longest code:
-|(z, 0) - (c, sqrt(M^2 - |c|^2))|^2 = |z|^2 + M^2 - 2 z.c. This makes the export a stock nearest-neighbour table.
-"""
+|(z, 0) - (c, sqrt(M^2 - |c|^2))|^2 = |z|^2 + M^2 - 2 z.c. This makes the export a stock nearest-neighbour table."""
 
 from typing import Literal
 
@@ -60,13 +59,7 @@ class IBQ(Quantizer):
     def lookup(self, z: Tensor) -> Tensor:
         return torch.cat([(tile @ self.weight.T).argmax(1) for tile in _tiles(z, self.weight)])
 
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.weight[indices]
-
     def codebook(self) -> Tensor:
-        return self.weight
-
-    def table(self) -> Tensor:
         return self.weight
 
     @torch.no_grad()

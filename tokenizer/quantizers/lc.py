@@ -1,8 +1,7 @@
 """VQGAN-LC (arXiv 2406.11837): a frozen codebook of a vision encoder's clustered features, and a trained projector.
 
 tokenizer/make_codebook.py makes the features. Codes are P b + bias for a row b of them; P has no other input, so that a
-step moves every code at once.
-"""
+step moves every code at once."""
 
 from pathlib import Path
 from typing import Literal
@@ -27,8 +26,7 @@ class LC(NearestQuantizer):
     """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code.
 
     Features are centered and brought to a mean square length of 1, so that codes of any encoder start as those of SimVQ
-    do, at N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there.
-    """
+    do, at N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there."""
 
     Config = LCConfig
 
@@ -50,8 +48,8 @@ def load_features(path: Path) -> Tensor:
     try:
         features = load_file(path)["features"].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is no file of features ({type(error).__name__} {error}): make one with "
-                        "tokenizer/make_codebook.py, and give it as --quantizer.features") from None  # fmt: skip
+        advice = "make one with tokenizer/make_codebook.py, and give it as --quantizer.features"
+        raise UserError(f"{path} is no file of features ({type(error).__name__} {error}): {advice}") from None
     if features.dim() != 2 or len(features) < 2 or not features.isfinite().all():
         raise UserError(f"{path}: features must be finite and [K, D] with K >= 2, not {tuple(features.shape)}")
     if not (features != features[0]).any():

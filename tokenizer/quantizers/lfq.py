@@ -3,8 +3,7 @@
 K = 2^d codes in {-1, 1}^d. Entropy loss E[H(p)] - H(E[p]) of p = softmax over all codes of 2 z.c / tau. That softmax is
 a product over channels, P(c_i = 1) = sigmoid(4 z_i / tau): H(p) is a sum over channels, and E[p] [K] is one matrix
 product of the tokens' distributions over the first and over the second half of the channels. Both are exact, without
-N x K numbers.
-"""
+N x K numbers."""
 
 from typing import Literal
 

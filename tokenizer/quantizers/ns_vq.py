@@ -3,8 +3,7 @@ weights that grow with K, at a temperature that falls from epoch to epoch.
 
 w_nj = min(1, lambda K p_nj) for the losers j, p = softmax(-D / tau), tau = tau0 rho^epoch (at least 1e-8)
 L = mean |sg[z] - c_q|^2 + 1/(N d) sum_n sum_{j != q_n} sg[w_nj] D_nj, D_nj = |sg[z_n] - c_j|^2 summed over d
-The second term takes the place of the NS loss: nsvq.pull.weight is its weight, nsvq.pull.temperature is tau0.
-"""
+The second term takes the place of the NS loss: nsvq.pull.weight is its weight, nsvq.pull.temperature is tau0."""
 
 from typing import Literal
 

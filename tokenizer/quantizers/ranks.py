@@ -1,7 +1,6 @@
 """Sums, rows and random numbers over all ranks, so that R ranks with N tokens each behave as one with R N.
 
-Tokens are numbered over all ranks: rank r holds r N to (r + 1) N - 1.
-"""
+Tokens are numbered over all ranks: rank r holds r N to (r + 1) N - 1."""
 
 import torch
 import torch.distributed as dist
@@ -53,13 +52,10 @@ class Draws(nn.Module):
 
     def uniform(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """U[0, 1) of [N, *shape] for the N tokens `like` of this rank."""
-        return self._mine(torch.rand, generator, like, shape)
+        rank, ranks = world()
+        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device)
 
     def normal(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """N(0, 1), the same."""
-        return self._mine(torch.randn, generator, like, shape)
-
-    def _mine(self, draw, generator: torch.Generator, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         rank, ranks = world()
-        every = draw(ranks, len(like), *shape, generator=generator)
-        return every[rank].to(like.device)
+        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device)

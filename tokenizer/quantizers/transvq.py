@@ -2,8 +2,7 @@
 
 X = C0 W_in + P;  X += LinAttn(LN X);  X += FFN(LN X);  C = LN(X) W_out
 LinAttn(X) = W_o [phi(Q) (phi(K)^T V) / (phi(Q) . sum phi(K) + 1e-6)],  phi(u) = elu(u) + 1, one head, no biases
-The cost is linear in K. Every lookup uses the whole C: a code depends on all others.
-"""
+The cost is linear in K. Every lookup uses the whole C: a code depends on all others."""
 
 from typing import Literal
 

@@ -6,8 +6,7 @@ radius R(z) = eta D_M(z), density ~ D_k(z)^-d, proposal z' uniform in the d-ball
 log alpha = d [ln D_k(z) + ln D_M(z) - ln D_k(z') - ln D_M(z')]; accepted where ln U < log alpha and |z' - z| <= R(z')
 (eq. 3-8). A rejected token passes as it is. The regulariser holds each channel at mean 0 and variance 1 (eq. 10-11).
 
-Before `fit`, evaluation perturbs as training does: its PSNR stands for that of K codes, and there are no indices.
-"""
+Before `fit`, evaluation perturbs as training does: its PSNR stands for that of K codes, and there are no indices."""
 
 from typing import Literal
 
@@ -16,7 +15,6 @@ from pydantic import Field
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from nsvq.tokenizer.codebook import nearest_code
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, straight_through
@@ -36,8 +34,8 @@ class VPConfig(CodebookConfig):
 
     def check_dim(self, dim: int) -> None:
         if dim > 16:
-            raise ValueError(f"vp estimates densities by neighbours, for at most 16 channels (3 to 5 in its paper); "
-                             f"model.latent_channels = {dim}")  # fmt: skip
+            limit = "at most 16 channels (3 to 5 in its paper)"
+            raise ValueError(f"vp estimates densities by neighbours, for {limit}; model.latent_channels = {dim}")
 
 
 class VP(Quantizer):
@@ -98,8 +96,7 @@ class VP(Quantizer):
         if self._tree is None:
             self._tree = cKDTree(self.searched.cpu().numpy())
         found, _ = self._tree.query(x.cpu().numpy(), k=[self.config.neighbors, self.mass], workers=-1)
-        density, radius = torch.from_numpy(found).to(x).clamp(min=1e-12).unbind(1)
-        return density, radius
+        return torch.from_numpy(found).to(x).clamp(min=1e-12).unbind(1)
 
     @torch.no_grad()
     def end_step(self, stepped: bool) -> None:
@@ -129,13 +126,6 @@ class VP(Quantizer):
         self.weight.copy_(kmeans(lambda: [latents], self.codebook_size, seed=0))
         self.fitted.fill_(True)
 
-    @torch.no_grad()
-    def lookup(self, z: Tensor) -> Tensor:
-        return nearest_code(z, self.codebook())
-
-    def codes(self, indices: Tensor) -> Tensor:
-        return self.codebook()[indices]
-
     def codebook(self) -> Tensor:
         if not self.fitted:
             raise RuntimeError("vp has no codes before `fit`")
@@ -150,7 +140,4 @@ def moment_losses(z: Tensor, variance: float) -> dict[str, Tensor]:
     offset, square = ranks.mean(shifted.mean(0)), ranks.mean(shifted.square().mean(0))
     count = len(z) * ranks.world()[1]
     found = (square - offset.square()) * count / (count - 1)
-    return {
-        "latent_mean": (center + offset).square().mean(),
-        "latent_variance": (found - variance).square().mean(),
-    }
+    return {"latent_mean": (center + offset).square().mean(), "latent_variance": (found - variance).square().mean()}

@@ -1,8 +1,7 @@
 """Plain vector quantization with a trainable table (VQ-VAE, arXiv 1711.00937; VQGAN, arXiv 2012.09841).
 
 NSVQ (arXiv 2606.11363) uses this same table: what makes it NSVQ composes with other quantizers too (nsvq_config.py).
-Factorized codes (VQGAN-FC) are this table at a small d.
-"""
+Factorized codes (VQGAN-FC) are this table at a small d."""
 
 from typing import Literal
 
@@ -16,29 +15,22 @@ from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, Neares
 class TableConfig(CodebookConfig, NearestConfig):
     """Options of a method with a free table of codes."""
 
-    init: Literal["latents", "uniform"] = Field(
-        "latents", description="Start of the codes: encoder outputs, or uniform in +-1/K."
-    )
+    init: Literal["latents", "uniform"] = Field("latents", description="Start: encoder outputs, or uniform in +-1/K.")
 
 
 class TableQuantizer(NearestQuantizer):
     """K codes of width d as the rows of `weight`, a parameter or a buffer; `initialize` starts them from latents."""
 
     free_table = can_consolidate = True
-    weight: Tensor
 
     def __init__(self, config: TableConfig, dim: int):
         super().__init__(config, dim)
         self.codebook_size = config.codebook_size
 
     def _start(self) -> Tensor:
-        k = self.codebook_size
-        return torch.empty(k, self.dim).uniform_(-1 / k, 1 / k)
+        return torch.empty(self.codebook_size, self.dim).uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
 
     def codebook(self) -> Tensor:
-        return self.weight
-
-    def table(self) -> Tensor:
         return self.weight
 
     def initial_latents(self) -> int:
