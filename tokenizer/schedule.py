@@ -58,9 +58,10 @@ class Schedule:
         return self.phase != before
 
     def replaces_codes(self) -> bool:
-        """Whether dead codes are replaced at the end of the epoch that was just closed (a.3)."""
-        replace = self.nsvq.replace
-        return replace is not None and self.phase == "stage1" and self.epoch > replace.after
+        """Whether dead codes are replaced at the end of the epoch that was just closed (a.3): not without an epoch left
+        in which they train."""
+        replace, left = self.nsvq.replace, self.config.epochs - self.epoch
+        return replace is not None and self.phase == "stage1" and self.epoch > replace.after and left >= 1
 
     def revive_after(self) -> float | None:
         """Tokens that the mean code wins before one without any is revived; None once replacement or the freeze has set

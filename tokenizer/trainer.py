@@ -157,7 +157,7 @@ class TokenizerTrainer(Trainer):
             self.accelerator.backward(terms["discriminator"])
         errors = None
         if config.nsvq.replace and config.nsvq.replace.weights == "error":
-            errors = (z.detach().float() - quantized.z_q.detach()).square().sum(1)  # (B, h, w)
+            errors = self.quantizer.squared_errors(z, quantized.z_q)
         terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
         self.tokens.append((quantized.indices, errors, terms["commitment"]))
         return terms
@@ -184,9 +184,7 @@ class TokenizerTrainer(Trainer):
             values["adversarial_weight"] = self.weights.get("adversarial", 0.0)
             values["bad_images"] = self.bad_images.check()
         if self.schedule.epoch_ended(self.run.samples_seen):
-            values |= self.end_epoch()
-            if self.schedule.epoch % self.config.validation.every == 0 and not last:
-                values |= self.validate()
+            values |= self.end_epoch(last)
         if last:
             self.upkeep.fit(self._averaged_latents)
             values |= self.validate()
@@ -200,17 +198,18 @@ class TokenizerTrainer(Trainer):
         for alarm in alarms(values, self.quantizer.codebook_size):
             self.run.warn(f"step {self.run.step}: {alarm}")
 
-    def end_epoch(self) -> dict[str, float]:
-        """Usage of the epoch, the schedule's decision, replacement: all of it from numbers summed over ranks."""
+    def end_epoch(self, last: bool) -> dict[str, float]:
+        """Usage of the epoch, the schedule's decision, validation, and then replacement, whose codes have not trained
+        yet: all of it from numbers summed over ranks."""
         counts, errors, commitment = self.epoch_usage.total()
-        values = {"epoch_commitment": commitment, "replaced_codes": 0}
-        values |= usage(counts) if self.quantizer.has_codes else {}
+        values = {"epoch_commitment": commitment} | (usage(counts) if self.quantizer.has_codes else {})
         if self.schedule.end_epoch(commitment):
             self.freeze_encoder()
             if self.phase == "stage1":
                 self.upkeep.consolidate(self._training_latents)
-        else:
-            values["replaced_codes"] = self.upkeep.replace(counts, errors)
+        if self.schedule.epoch % self.config.validation.every == 0 and not last:
+            values |= self.validate()
+        values["replaced_codes"] = self.upkeep.replace(counts, errors)
         self.epoch_usage.reset()
         self.quantizer.end_epoch()
         if self.quantizer.learns_codes:

@@ -346,3 +346,14 @@ def test_two_ranks_behave_as_one(tmp_path):
             assert torch.equal(first[name]["state"][key], second[name]["state"][key]), (name, key)
             torch.testing.assert_close(first[name]["state"][key], value, **close)
     torch.testing.assert_close(first["kmeans"], one["kmeans"])
+
+
+@pytest.mark.parametrize("name", ["vq", "fc_l2", "simvq"])
+def test_a_tokens_squared_error_is_measured_where_it_is_compared_with_codes(make, name):
+    quantizer = make(name)
+    z = 5 * torch.randn(2, 6, 3, 4)
+    output = quantizer(z)
+    flat = quantizer.prepare(z.permute(0, 2, 3, 1).reshape(-1, 6)).double()
+    nearest = torch.cdist(flat, quantizer.codebook().double()).square().amin(1)
+    errors = quantizer.squared_errors(z, output.z_q)
+    torch.testing.assert_close(errors.double(), nearest.view(2, 3, 4), rtol=1e-4, atol=1e-4)

@@ -83,6 +83,15 @@ def test_replacement_starts_after_its_delay_and_ends_with_stage1():
     assert replaced == [6, 7, 8]
 
 
+def test_no_code_is_replaced_without_an_epoch_left_to_train_it():
+    schedule = make_schedule(freeze=None, replace={"after": 0})
+    last = 0
+    while schedule.epoch < schedule.config.epochs:
+        schedule.end_epoch(0.1)
+        last = schedule.epoch if schedule.replaces_codes() else last
+    assert last == schedule.config.epochs - 1
+
+
 def test_codes_are_revived_until_an_epochs_end_first_replaces_them():
     for after in (0, 2):
         schedule = make_schedule(freeze=None, replace={"after": after}, revive=5)

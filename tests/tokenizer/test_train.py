@@ -27,6 +27,8 @@ from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.quantizers.ema import EMAQuantizer
 from nsvq.tokenizer.train import main
+from nsvq.tokenizer.trainer import TokenizerTrainer
+from nsvq.tokenizer.upkeep import CodebookUpkeep
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -222,6 +224,23 @@ def test_a_run_whose_launcher_is_stopped_writes_a_checkpoint_and_goes_on(run_scr
     run_script(main, "--config", tiny, "--out", out)
     assert equal(exported(whole), exported(out))
     assert clean(whole) == clean(out)
+
+
+def test_each_epoch_is_validated_before_codes_are_replaced_and_the_last_replaces_none(
+    run_script, tiny, tmp_path, monkeypatch
+):
+    events = []
+    for owner, name in ((TokenizerTrainer, "validate"), (CodebookUpkeep, "replace")):
+        real = getattr(owner, name)
+        recorded = lambda self, *a, real=real, name=name: (result := real(self, *a), events.append((name, result)))[0]  # noqa: E731
+        monkeypatch.setattr(owner, name, recorded)
+    arguments = ["--nsvq.freeze", "null", "--nsvq.replace.after", 0, "--validation.every", 1, "--schedule.epochs", 4]
+    arguments += ["--quantizer.codebook_size", 256]
+    run_script(main, "--config", tiny, "--out", tmp_path / "out", *arguments)
+    assert [name for name, _ in events] == ["validate", "replace"] * 3 + ["replace", "validate"]
+    replaced = [count for name, count in events if name == "replace"]
+    assert sum(replaced) > 0
+    assert replaced[-1] == 0
 
 
 def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_back(

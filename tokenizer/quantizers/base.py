@@ -92,6 +92,12 @@ class Quantizer(nn.Module):
         return z
 
     @torch.no_grad()
+    def squared_errors(self, z: Tensor, z_q: Tensor) -> Tensor:
+        """What each token's code leaves of it where they are compared, [B, h, w]: z and z_q [B, d, h, w]."""
+        flat = self.prepare(z.float().permute(0, 2, 3, 1).flatten(0, 2))
+        return (flat.view(z_q.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) - z_q).square().sum(1)
+
+    @torch.no_grad()
     def lookup(self, z: Tensor) -> Tensor:
         """Latents [N, d] as the encoder gives them -> indices [N] int64."""
         return nearest_code(self.prepare(z), self.codebook())

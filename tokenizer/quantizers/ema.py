@@ -1,8 +1,9 @@
 """Vector quantization with a codebook of exponential moving averages (VQ-VAE, arXiv 1711.00937, appendix A.1).
 
 With n_k tokens of code k in a step of N over all ranks, and m_k their sum:
-N_k <- g N_k + (1 - g) n_k    M_k <- g M_k + (1 - g) m_k    c_k = M_k / N~_k,    N~_k = (N_k + eps) / (n + K eps) n
-with n = sum of N_k. Only the commitment loss trains, and only the encoder. Nothing moves in evaluation.
+N_k <- g N_k + (1 - g) n_k    M_k <- g M_k + (1 - g) m_k    c_k = M_k / N_k
+A code that wins nothing stays where it is, since both fade alike; below N_k = eps it is no average any more. Only the
+commitment loss trains, and only the encoder. Nothing moves in evaluation.
 
 The NS loss (NSVQ, arXiv 2606.11363, eq. 8-11) is minimised in closed form here: its weights w_ij of losing codes add
 alpha sum_i w_ij to n_j and alpha sum_i w_ij z_i to m_j, and codes come to rest where the gradient of both losses is 0.
@@ -24,7 +25,7 @@ class EMAConfig(TableConfig):
 
     name: Literal["ema"] = Field(description="ema: codes are moving averages of their latents.")
     decay: float = Field(0.99, ge=0, lt=1, description="Decay g of counts and sums at each step.")
-    eps: float = Field(1e-5, gt=0, description="Laplace smoothing of the counts.")
+    eps: float = Field(1e-5, gt=0, description="Averaged count below which a code stays where it is.")
 
 
 class EMAQuantizer(TableQuantizer):
@@ -77,9 +78,8 @@ class EMAQuantizer(TableQuantizer):
                 average.lerp_(ranks.total(step), 1 - self.config.decay)
             step.zero_()
         if stepped:
-            n, k = self.counts.sum(), self.codebook_size
-            smoothed = (self.counts + self.config.eps) / (n + k * self.config.eps) * n
-            self.weight.copy_(self.sums / smoothed[:, None])
+            counts = self.counts[:, None]
+            self.weight.copy_(torch.where(counts >= self.config.eps, self.sums / counts, self.weight))
             if self.revive_after is not None:
                 self._revive(ranks.total(self.step_wins))
         self.step_wins.zero_()
