@@ -84,8 +84,9 @@ class DiffusionTrainer(Trainer):
 
     def resume(self) -> None:
         if self.run.step > self.total_steps:
-            raise UsageError(f"{self.config.out} has been trained for {self.run.step} steps: --steps "
-                             f"{self.total_steps} is too few")  # fmt: skip
+            raise UsageError(
+                f"{self.config.out} has been trained for {self.run.step} steps: --steps {self.total_steps} is too few"
+            )
 
     def rate_factor(self) -> float:
         return min(1.0, (self.run.step + 1) / max(1, self.config.optim.warmup_steps))

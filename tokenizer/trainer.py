@@ -85,20 +85,14 @@ class TokenizerTrainer(Trainer):
         )
         self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
-        self.upkeep = CodebookUpkeep(
-            self.quantizer,
-            config.nsvq,
-            self.schedule,
-            optimizers[0].optimizer,
-            averages=self._averages_of,
-            seed=config.run.seed,
-        )
+        adam, seed = optimizers[0].optimizer, config.run.seed
+        self.upkeep = CodebookUpkeep(self.quantizer, config.nsvq, self.schedule, adam, self._averages_of, seed)
         self.epoch_usage = EpochUsage(self.quantizer.codebook_size, accelerator)
         self.temperature = Temperature(pull, self.quantizer.dim)
         fixed = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))
         self.probe = DriftProbe(fixed["image"].to(self.device))
-        self.stateful |= {"schedule": self.schedule, "epoch_usage": self.epoch_usage, "probe": self.probe,
-                          "bad_images": self.bad_images, "temperature": self.temperature}  # fmt: skip
+        kept = ("schedule", "epoch_usage", "probe", "bad_images", "temperature")
+        self.stateful |= {name: getattr(self, name) for name in kept}
 
     def batches(self, start: int) -> Iterator[dict]:
         return train_batches(self.config.data, seed=self.config.run.seed, start=start, **self.loading)
@@ -263,10 +257,9 @@ class TokenizerTrainer(Trainer):
             return
         encoder, decoder = self.live_encoder.cpu(), self.live_decoder.cpu()
         model = to_vqmodel(config.model, config.data.image_size, encoder, decoder, mean.cpu(), std)
-        about = {"nsvq": code_version(), "step": self.run.step, "samples_seen": self.run.samples_seen,
-                 "config": configs.to_dict(config), "data": self.images.fingerprint,
-                 "classes": self.images.classes}  # fmt: skip
-        save(model, config.out / "tokenizer", about)
+        trained = {"nsvq": code_version(), "step": self.run.step, "samples_seen": self.run.samples_seen}
+        about = {"config": configs.to_dict(config), "data": self.images.fingerprint, "classes": self.images.classes}
+        save(model, config.out / "tokenizer", trained | about)
         print(f"tokenizer: {config.out / 'tokenizer'}")
 
     def _reconstruct(self, images: Tensor) -> tuple:

@@ -76,8 +76,15 @@ def make(out, **run):
         state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
     GradientState._reset_state()
     torch.set_num_threads(1)
-    settings = {"batch_size": BATCH, "mixed_precision": "no", "trackers": [], "log_every": 4, "sample_every": 5,
-                "checkpoint_every": 2, "keep_checkpoints": 9} | run  # fmt: skip
+    settings = {
+        "batch_size": BATCH,
+        "mixed_precision": "no",
+        "trackers": [],
+        "log_every": 4,
+        "sample_every": 5,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 9,
+    } | run
     config = ToyConfig(out=out, run=RunConfig(**settings))
     return Toy(config, make_accelerator(config.run, config.out))
 
