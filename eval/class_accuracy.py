@@ -77,14 +77,13 @@ class ClassAccuracy:
 
     def __init__(self, classifier: Classifier):
         self.classifier = classifier
-        self.rows: dict[str, list[Tensor]] = {"index": [], "label": [], "right": []}
+        self.rows: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
     def add(self, images: Tensor, index: Tensor, labels: Tensor) -> None:
         """Samples uint8 [B, 3, H, W] with their numbers [B] and the classes [B] that were asked for."""
         right = self.classifier(images).argmax(1).cpu() == labels
-        for name, values in {"index": index, "label": labels, "right": right}.items():
-            self.rows[name].append(values)
+        self.rows.append({"index": index, "label": labels, "right": right})
 
     def total(self, names: list[str], accelerator: Accelerator) -> tuple[float, dict[str, float]] | None:
         """(accuracy, accuracy of each class by its name) over all ranks; None but on the main process. A collective

@@ -18,8 +18,6 @@ class Drift:
     """From the tokenizer `before` to `now`, image by image. Raises `UsageError` where one has no codebook, or their
     latents are not of one shape."""
 
-    rows = ("drift", "square", "churn")
-
     def __init__(self, now: Tokenizer, before: Tokenizer, now_folder: str, before_folder: str):
         self.now, self.before = now, before
         if 0 in (now.codebook_size, before.codebook_size):
