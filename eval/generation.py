@@ -11,6 +11,7 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 
 import itertools
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def _run(
     names: list[str],
     extractors: dict[str, Extractor],
     real: dict[str, FeatureSet],
-    classifier: class_accuracy.Classifier | None,
+    classifier: Callable | None,
     config: GenerationConfig,
     accelerator: Accelerator,
 ) -> dict | None:

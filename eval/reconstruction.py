@@ -22,10 +22,9 @@ from nsvq.data.bad_images import BadImages
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
-from nsvq.eval.autoencoders import open_tokenizer, reconstruct
+from nsvq.eval.autoencoders import Drift, open_tokenizer, reconstruct
 from nsvq.eval.config import ReconstructionConfig
 from nsvq.eval.distributed import gather_by_index, in_groups
-from nsvq.eval.drift import Drift
 from nsvq.eval.features import Collector, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
