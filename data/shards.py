@@ -102,13 +102,7 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
                 return {name: file[name] for name in _ARRAYS}
     except Exception:  # there is none yet, or it is damaged in one of many ways
         pass
-    keys, labels, places = [], [], []
-    for key, fields in _samples(shard, label_field):
-        keys.append(key.encode(errors="surrogateescape"))
-        labels.append(fields.get(label_field, b""))
-        places.append(fields.get(image_field, (0, -1)))
-    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    arrays = dict(zip(_ARRAYS, (np.array(keys, "S"), np.array(labels, "S"), offsets, sizes), strict=True))
+    arrays = _scan(shard, image_field, label_field)
     try:
         # Ranks may index the same shard at once.
         with atomic_file(kept, shared=True) as part, open(part, "wb") as file:
@@ -116,6 +110,16 @@ def _index(shard: str, image_field: str, label_field: str | None) -> dict[str, n
     except OSError as error:
         note(f"the index of the shards is not kept in {CACHE} ({error.strerror}), and made again at each start")
     return arrays
+
+
+def _scan(shard: str, image_field: str, label_field: str | None) -> dict[str, np.ndarray]:
+    keys, labels, places = [], [], []
+    for key, fields in _samples(shard, label_field):
+        keys.append(key.encode(errors="surrogateescape"))
+        labels.append(fields.get(label_field, b""))
+        places.append(fields.get(image_field, (0, -1)))
+    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    return dict(zip(_ARRAYS, (np.array(keys, "S"), np.array(labels, "S"), offsets, sizes), strict=True))
 
 
 def _samples(shard: str, label_field: str | None = None) -> Iterator[tuple[str, dict]]:

@@ -36,41 +36,37 @@ def in_groups(network: Callable[..., Any], *batches: Tensor) -> Any:
 
     A convolution rounds differently in batches of other shapes, and an 8-bit pixel or a code may then fall on the other
     side of its border. In groups of one shape, an image's result depends on no batch size and no number of ranks.
-    `network` returns a tensor, or a tuple or dict of tensors, with the rows of its arguments."""
+    `network` returns a tensor, or a dict of tensors, with the rows of its arguments."""
     count, size = len(batches[0]), 4 if batches[0].device.type == "cpu" else 16  # four stay in a processor's cache
     outputs = []
     for start in range(0, count, size):
         rows = torch.arange(start, start + size).clamp(max=count - 1)
         outputs.append(network(*(batch[rows.to(batch.device)] for batch in batches)))
-    first = outputs[0]
-    if torch.is_tensor(first):
+    if torch.is_tensor(outputs[0]):
         return torch.cat(outputs)[:count]
-    if isinstance(first, dict):
-        return {name: torch.cat([output[name] for output in outputs])[:count] for name in first}
-    return tuple(torch.cat(parts)[:count] for parts in zip(*outputs, strict=True))
+    return {name: torch.cat([output[name] for output in outputs])[:count] for name in outputs[0]}
 
 
-def gather_by_index(accelerator: Accelerator, rows: dict[str, list[Tensor]]) -> dict[str, Tensor] | None:
+def gather_by_index(accelerator: Accelerator, batches: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     """Bring the per-image rows of all ranks together, in the order of the images.
 
-    rows: {name: batches [B, ...] of this rank}, the same names on every rank, with the images' numbers in
-    `rows["index"]`. A rank may have no batch. Returns {name: [N, ...]} on the CPU of the main process, None on the
-    others. A collective call.
-    Raises `RuntimeError` where an image was counted twice."""
-    gathered = {name: _gather(accelerator, batches) for name, batches in rows.items()}
+    batches: {name: rows [B, ...]} of this rank, on which there may be none, with the images' numbers as "index".
+    Returns {name: [N, ...]} on the CPU of the main process, {} where there is no batch at all, None on the others. A
+    collective call. Raises `RuntimeError` where an image was counted twice."""
+    parts = [{name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}] if batches else []
+    if accelerator.num_processes > 1:
+        mine, parts = parts[0] if parts else {}, []
+        for start in range(0, max(gather_object([len(mine.get("index", ()))])), _GATHER_ROWS):
+            # A copy, since a view would be sent with all that is behind it.
+            chunk = {name: rows[start : start + _GATHER_ROWS].clone() for name, rows in mine.items()}
+            found = [part for part in gather_object([chunk]) if part]
+            parts += found if accelerator.is_main_process else []
     if not accelerator.is_main_process:
         return None
-    index, order = gathered["index"].sort(stable=True)
+    joined = {name: torch.cat([part[name] for part in parts]) for part in parts[:1] for name in part}
+    if not joined:
+        return {}
+    index, order = joined["index"].sort(stable=True)
     if (index.diff() == 0).any():
         raise RuntimeError("an image was counted twice")
-    return {name: values[order] for name, values in gathered.items()}
-
-
-def _gather(accelerator: Accelerator, batches: list[Tensor]) -> Tensor:
-    mine = torch.cat(batches).cpu() if batches else torch.empty(0)
-    parts = []
-    for start in range(0, max(gather_object([len(mine)])), _GATHER_ROWS):
-        chunks = gather_object([mine[start : start + _GATHER_ROWS].clone()])  # a view would be sent with all behind it
-        if accelerator.is_main_process:
-            parts += [chunk for chunk in chunks if len(chunk)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    return {name: rows[order] for name, rows in joined.items()}

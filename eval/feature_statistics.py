@@ -35,11 +35,13 @@ class FeatureSet:
     """What is known of the features of a set of images.
 
     `count`: images, None where a file does not say. `gaussians`: {layer: Gaussian}. `rows`: {layer: [N, D] float32}, in
-    the order of the images, for the metrics that need single features; on the main process only."""
+    the order of the images, for the metrics that need single features; on the main process only. `inception_score`:
+    (mean, standard deviation) over its splits, None where there are too few images."""
 
     count: int | None
     gaussians: dict[str, Gaussian]
     rows: dict[str, Tensor] = field(default_factory=dict)
+    inception_score: tuple[float, float] | None = None
 
 
 class Moments:

@@ -27,7 +27,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.distributed import build_in_turn, gather_by_index, in_groups
-from nsvq.eval.feature_statistics import FeatureSet, Moments
+from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, Moments
 from nsvq.files import file_hash, state_hash
 
 INCEPTION = "inception-v3-compat"
@@ -92,14 +92,15 @@ class Collector:
     """Statistics of the images of one set, gathered image by image on each rank, and brought together at the end.
 
     `metrics` says what will be computed, and so what has to be kept: rows for "kid" and "prc" alone. `keep` [N] bool,
-    where given, chooses by image number whose rows to keep; `score` gathers the Inception Score."""
+    where given, chooses by image number whose rows to keep; `splits` [N] are those of the Inception Score."""
 
-    def __init__(self, extractor: Extractor, metrics: Sequence[str], keep: Tensor | None = None, score=None):
-        self.extractor, self.keep, self.score = extractor, keep, score
+    def __init__(self, extractor: Extractor, metrics: Sequence[str], keep: Tensor | None = None, splits=None):
+        self.extractor, self.keep = extractor, keep
         layers = {metric: layer for metric, layer in extractor.layers.items() if metric in metrics}
         self.moments = {layers[metric]: Moments() for metric in ("fid", "sfid") if metric in layers}
-        kept = sorted({layers[metric] for metric in ("kid", "prc") if metric in layers})
-        self.rows: dict[str, list[Tensor]] = {name: [] for name in (["index", *kept] if kept else [])}
+        self.score = InceptionScore(splits) if "isc" in layers and splits is not None else None
+        self.kept = sorted({layers[metric] for metric in ("kid", "prc") if metric in layers})
+        self.rows: list[dict[str, Tensor]] = []
 
     def add(self, images: Tensor, index: Tensor) -> None:
         """Images [B, 3, H, W] as the extractor takes them, with their numbers [B]. Raises `UserError` where a feature
@@ -111,18 +112,20 @@ class Collector:
             moments.add(features[layer])
         if self.score is not None:
             self.score.add(features[self.extractor.layers["isc"]].cpu(), index)
-        if self.rows:
+        if self.kept:
             chosen = torch.ones(len(index), dtype=torch.bool) if self.keep is None else self.keep[index]
-            for name, rows in self.rows.items():
-                rows.append(index[chosen] if name == "index" else features[name].cpu()[chosen])
+            rows = {name: features[name].cpu()[chosen] for name in self.kept}
+            self.rows.append({"index": index[chosen], **rows})
 
     def total(self, accelerator: Accelerator) -> FeatureSet:
         """The set over all ranks. A collective call."""
         totals = {layer: moments.total(accelerator) for layer, moments in self.moments.items()}
         counts = [count for count, _ in totals.values()] or [0]
-        rows = gather_by_index(accelerator, self.rows) if self.rows else None
+        rows = gather_by_index(accelerator, self.rows) if self.kept else None
         gaussians = {layer: gaussian for layer, (_, gaussian) in totals.items() if gaussian is not None}
-        return FeatureSet(counts[0], gaussians, {n: r for n, r in (rows or {}).items() if n != "index"})
+        rows = {name: values for name, values in (rows or {}).items() if name != "index"}
+        score = None if self.score is None else self.score.total(accelerator)
+        return FeatureSet(counts[0], gaussians, rows, score)
 
 
 def resolve(features: str) -> str:

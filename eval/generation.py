@@ -11,6 +11,7 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 
 import itertools
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
 from nsvq.eval.config import IMAGENET, GenerationConfig
 from nsvq.eval.distributed import build_in_turn
-from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, isc_splits
+from nsvq.eval.feature_statistics import FeatureSet, isc_splits
 from nsvq.eval.features import Collector, Extractor, resolve
 from nsvq.eval.generation_metrics import add_metrics, best_setting, names_of
 from nsvq.eval.pictures import Grid
@@ -193,17 +194,13 @@ def _run(
     names: list[str],
     extractors: dict[str, Extractor],
     real: dict[str, FeatureSet],
-    classifier: class_accuracy.Classifier | None,
+    classifier: Callable | None,
     config: GenerationConfig,
     accelerator: Accelerator,
 ) -> dict | None:
     """Draw and measure the samples of one setting; returns its part of the result on the main process."""
     splits = isc_splits(config.samples, adm=config.protocol == "adm")
-    collectors = {}
-    for name, extractor in extractors.items():
-        scored = "isc" in config.metrics and "isc" in extractor.layers and splits is not None
-        score = InceptionScore(splits) if scored else None
-        collectors[name] = Collector(extractor, config.metrics, score=score)
+    collectors = {name: Collector(extractor, config.metrics, None, splits) for name, extractor in extractors.items()}
     folder = _sample_folder(pipeline, how, config, accelerator)
     grid = Grid(config.samples, names, how.label)
     judged = class_accuracy.ClassAccuracy(classifier) if classifier else None
@@ -222,7 +219,6 @@ def _run(
             judged.add(images, index, torch.tensor([how.label(sample) for sample in wanted]))
         grid.add(images, index)
     made = {name: collector.total(accelerator) for name, collector in collectors.items()}
-    scores = {n: c.score.total(accelerator) for n, c in collectors.items() if c.score is not None}
     accuracy = judged.total(names, accelerator) if judged else None
     sweep = len(config.guidance_scale) * len(config.steps) > 1
     about_grid = grid.save(_beside(config.output, how, ".png", sweep), accelerator)
@@ -232,7 +228,7 @@ def _run(
     setting = {"guidance_scale": how.guidance_scale, "steps": how.steps}
     result: dict[str, Any] = {"setting": setting, **report.no_numbers()}
     for name, extractor in extractors.items():
-        add_metrics(result, made[name], real[name], scores.get(name), extractor, config.metrics, config.protocol)
+        add_metrics(result, made[name], real[name], extractor, config.metrics, config.protocol)
     if accuracy:
         mean, result["class_accuracy_by_class"] = accuracy
         report.add(result, {"class_accuracy": mean}, class_accuracy.MEANINGS)

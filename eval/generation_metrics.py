@@ -35,27 +35,20 @@ def names_of(metrics: Sequence[str], extractor: str) -> list[str]:
 
 
 def add_metrics(
-    result: dict,
-    made: FeatureSet,
-    real: FeatureSet,
-    score: tuple[float, float] | None,
-    extractor: Extractor,
-    metrics: Sequence[str],
-    protocol: str,
+    result: dict, made: FeatureSet, real: FeatureSet, extractor: Extractor, metrics: Sequence[str], protocol: str
 ) -> None:
-    """Add the numbers of one extractor, or why they are skipped, and warnings. `score`: (mean, standard deviation) of
-    the Inception Score, None of too few samples."""
+    """Add the numbers of one extractor, or why they are skipped, and warnings."""
     meanings = _MEANINGS | ({"is": "Inception Score, mean of blocks of 5,000 samples"} if protocol == "adm" else {})
     for metric in metrics:
         layer = extractor.layers.get(metric)
-        why = _why_not(metric, made, real, score, layer)
+        why = _why_not(metric, made, real, layer)
         if layer is None:
             why = f"the extractor {extractor.name} has no outputs for it"
         if why is not None:
             result["skipped"] |= dict.fromkeys(names_of([metric], extractor.name), why)
             continue
         if metric == "isc":
-            numbers = dict(zip(("is", "is_std"), score, strict=True))
+            numbers = dict(zip(("is", "is_std"), made.inception_score, strict=True))
         elif metric in _OF_ROWS:
             numbers = _OF_ROWS[metric][0](made.rows[layer], real.rows[layer])
         else:
@@ -70,10 +63,10 @@ def add_metrics(
             result["meanings"][honest] = f"{meanings[name]}; features of {extractor.name}"
 
 
-def _why_not(metric: str, made: FeatureSet, real: FeatureSet, score: tuple | None, layer: str | None) -> str | None:
+def _why_not(metric: str, made: FeatureSet, real: FeatureSet, layer: str | None) -> str | None:
     """Why the two sets do not allow a metric, None where they do."""
     if metric == "isc":
-        return None if score else f"needs at least {ISC_SPLITS} samples"
+        return None if made.inception_score else f"needs at least {ISC_SPLITS} samples"
     if metric not in _OF_ROWS:
         if layer not in made.gaussians:
             return f"needs at least 2 samples, there are {made.count}"

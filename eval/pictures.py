@@ -18,19 +18,19 @@ class Examples:
     """The images with the highest scores of a rank, as pairs of original and reconstruction."""
 
     def __init__(self):
-        self.rows: dict[str, list[Tensor]] = {"index": [], "score": [], "pair": []}
+        self.rows: list[dict[str, Tensor]] = []
 
     def add(self, scores: Tensor, index: Tensor, pairs: Tensor) -> None:
         """Scores [B], image numbers [B] and pairs [B, 2, 3, H, W] uint8."""
-        values = {"index": index, "score": scores.cpu(), "pair": pairs}
-        joined = {name: torch.cat([*self.rows[name], value]) for name, value in values.items()}
+        batches = [*self.rows, {"index": index, "score": scores.cpu(), "pair": pairs}]
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         best = joined["score"].argsort(descending=True, stable=True)[:_PAIRS]
-        self.rows = {name: [value[best]] for name, value in joined.items()}
+        self.rows = [{name: values[best] for name, values in joined.items()}]
 
     def save(self, path: Path, accelerator: Accelerator) -> None:
         """One picture of the best over all ranks, originals above reconstructions. A collective call."""
         rows = gather_by_index(accelerator, self.rows)
-        if rows is not None and len(rows["index"]):
+        if rows:
             best = rows["score"].argsort(descending=True, stable=True)[:_PAIRS]
             pairs = rows["pair"][best].float() / 255
             save_image(torch.cat([pairs[:, 0], pairs[:, 1]]), path, nrow=len(best))
@@ -52,13 +52,12 @@ class Grid:
             if all(len(row) == _GRID_SAMPLES for row in self.of_class.values()):
                 break
         self.wanted = torch.tensor(sorted(sample for row in self.of_class.values() for sample in row))
-        self.rows: dict[str, list[Tensor]] = {"index": [], "image": []}
+        self.rows: list[dict[str, Tensor]] = []
 
     def add(self, images: Tensor, index: Tensor) -> None:
         """Samples uint8 [B, 3, H, W] with their numbers [B], of which it keeps those that it shows."""
         chosen = torch.isin(index, self.wanted)
-        self.rows["index"].append(index[chosen])
-        self.rows["image"].append(images.cpu()[chosen])
+        self.rows.append({"index": index[chosen], "image": images.cpu()[chosen]})
 
     def save(self, path: Path, accelerator: Accelerator) -> dict | None:
         """Write the picture of all ranks' samples; returns what the result says of it, None but on the main process. A

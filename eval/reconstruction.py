@@ -9,7 +9,6 @@ unless --data.image_size is given. The protocols are written down in docs/evalua
 """
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,10 +22,9 @@ from nsvq.data.bad_images import BadImages
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
-from nsvq.eval.autoencoders import open_tokenizer, reconstruct
+from nsvq.eval.autoencoders import Drift, open_tokenizer, reconstruct
 from nsvq.eval.config import ReconstructionConfig
 from nsvq.eval.distributed import gather_by_index, in_groups
-from nsvq.eval.drift import Drift
 from nsvq.eval.features import Collector, PytorchFidInception, metric_name
 from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
@@ -52,21 +50,8 @@ class Measurement:
         """The row that tells the worst and the best images."""
         return f"lpips_{next(iter(self.lpips))}" if self.lpips else "mse"
 
-    def run(self, batches: Iterable[dict], bad: BadImages) -> dict[str, list[Tensor]]:
-        """Measure `batches` of `data.batches.eval_batches`; returns one row an image, for `gather_by_index`."""
-        names = ["index", "mse", "ssim", *(f"lpips_{net}" for net in self.lpips)]
-        names += [] if self.tokenizer.codebook_size == 0 else ["error"]
-        names += self.drift.rows if self.drift else []
-        rows: dict[str, list[Tensor]] = {name: [] for name in names}  # the same on every rank, images or not
-        for batch in batches:
-            bad.update(batch)
-            if len(batch["image"]):
-                pixels = to_uint8(batch["image"].to(self.tokenizer.device))
-                for name, value in self._measure(pixels, batch["index"]).items():
-                    rows[name].append(value.cpu())
-        return rows
-
-    def _measure(self, real: Tensor, index: Tensor) -> dict[str, Tensor]:
+    def add(self, real: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Measure images uint8 [B, 3, H, W] with their numbers [B]; returns rows [B], for `gather_by_index`."""
         inputs = from_uint8(real)
         output = in_groups(lambda images: reconstruct(self.tokenizer, images), inputs)
         made = to_uint8(output["image"])
@@ -92,7 +77,7 @@ class Measurement:
         shuffled = (index * 2_654_435_761 % 2**32).double()  # looks random, and is the same in every run
         for name, score in {"worst": worse, "best": -worse, "random": shuffled}.items():
             self.examples[name].add(score, index, pairs)
-        return values
+        return {name: value.cpu() for name, value in values.items()}
 
 
 def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | None:
@@ -125,12 +110,14 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         references[name] = cache.find(keys[name], {extractor.layers["fid"]}, set())
         if references[name] is None:
             measurement.real[name] = Collector(extractor, ("fid",))
-    bad = BadImages(data.max_bad_fraction, accelerator)
-    batches = real_batches(data, config.split, config.limit, accelerator, "reconstruct", **config.loading)
-    rows = measurement.run(batches, bad)
+    bad, batches = BadImages(data.max_bad_fraction, accelerator), []
+    for batch in real_batches(data, config.split, config.limit, accelerator, "reconstruct", **config.loading):
+        bad.update(batch)
+        if len(batch["image"]):
+            batches.append(measurement.add(to_uint8(batch["image"].to(accelerator.device)), batch["index"]))
     unreadable = bad_images(accelerator, bad)
     counts = accelerator.reduce(measurement.counts, "sum").cpu()
-    rows = gather_by_index(accelerator, rows)
+    rows = gather_by_index(accelerator, batches)
     pictures = {name: config.output.with_name(f"{config.output.stem}-{name}.png") for name in measurement.examples}
     for name, examples in measurement.examples.items():
         examples.save(pictures[name], accelerator)
@@ -140,7 +127,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         cache.keep(keys[name], references[name][0], {})
     if rows is None:
         return None
-    if len(rows["index"]) == 0:
+    if not rows:
         raise UserError(f"the {config.split} split of {data.source} holds no image that decodes")
     add_image_metrics(result, rows, config.protocol)
     for name, extractor in extractors.items():

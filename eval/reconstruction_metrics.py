@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nsvq.common.image_metrics import decibels
-from nsvq.eval import drift
 from nsvq.eval.feature_statistics import FeatureSet, frechet_distance
 from nsvq.eval.features import Extractor, PytorchFidInception, metric_name
 from nsvq.eval.report import add, rank_warnings
@@ -29,7 +28,9 @@ MEANINGS = {
     "bits_per_token": "log2 K",
     "tokens_per_image": "h w",
     "bits_per_pixel": "h w log2 K / (H W)",
-    **drift.MEANINGS,
+    "drift_rms": "root mean square of how far the encoder's outputs moved since the compared tokenizer (NSVQ, eq. 7)",
+    "drift_relative": "the same / root mean square of the encoder's output now",
+    "churn": "share of tokens whose code is another than in the compared tokenizer (NSVQ, eq. 19)",
 }
 
 

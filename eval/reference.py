@@ -128,7 +128,7 @@ def real_sets(
         keys[name] = key_of(data, split, limit, extractor, "8-bit")
         keys[name] |= {"single features": ADM_ROWS if only_adm_rows else "all"}
         collector = Collector(extractor, metrics, keep)
-        earlier = cache.find(keys[name], set(collector.moments), set(collector.rows) - {"index"})
+        earlier = cache.find(keys[name], set(collector.moments), set(collector.kept))
         if earlier is None:
             collectors[name] = collector
         else:

@@ -41,24 +41,25 @@ def random_images(n, seed, contrast=1.0, size=16):
 
 def collect(extractor, images, accelerator, batch_size=103):
     splits = isc_splits(len(images))
-    collector = Collector(extractor, ("fid", "sfid", "kid", "prc"), score=InceptionScore(splits))
+    collector = Collector(extractor, ("fid", "sfid", "kid", "prc", "isc"), splits=splits)
     for index in torch.arange(len(images)).split(batch_size):
         collector.add(images[index], index)
-    return collector.total(accelerator), collector.score.total(accelerator)
+    return collector.total(accelerator)
 
 
 @pytest.mark.slow
 def test_all_metrics_equal_torch_fidelity_on_the_same_images(tiny, accelerator):
     real, made = random_images(1200, 0), random_images(1030, 1, contrast=0.8)
-    real_set, _ = collect(tiny, real, accelerator)
-    made_set, score = collect(tiny, made, accelerator, batch_size=64)
+    real_set = collect(tiny, real, accelerator)
+    made_set = collect(tiny, made, accelerator, batch_size=64)
     shared = {"input1": Images(made), "input2": Images(real), "feature_extractor": "tiny", "fid": True, "cuda": False,
               "save_cpu_ram": True, "batch_size": 103, "verbose": False}  # fmt: skip
     theirs = torch_fidelity.calculate_metrics(**shared, isc=True, kid=True, prc=True)
     spatial = torch_fidelity.calculate_metrics(**shared, feature_layer_fid="spatial")
     ours = {"fid": frechet_distance(made_set.gaussians["6"], real_set.gaussians["6"])}
     ours |= {"sfid": frechet_distance(made_set.gaussians["spatial"], real_set.gaussians["spatial"])}
-    ours |= {"is": score[0], "is_std": score[1], **kid(made_set.rows["6"], real_set.rows["6"])}
+    mean, deviation = made_set.inception_score
+    ours |= {"is": mean, "is_std": deviation, **kid(made_set.rows["6"], real_set.rows["6"])}
     ours |= precision_recall(made_set.rows["6"], real_set.rows["6"])
     assert ours == pytest.approx(
         {
@@ -181,9 +182,9 @@ def test_degradations_order_as_they_should(tiny, accelerator):
 
     def distance(degrade):
         images = torch.stack([torch.tensor(np.array(degrade(p))).permute(2, 0, 1) for p in pictures])
-        return frechet_distance(collect(tiny, images, accelerator)[0].gaussians["6"], real)
+        return frechet_distance(collect(tiny, images, accelerator).gaussians["6"], real)
 
-    real = collect(tiny, random_images(300, 3, size=32), accelerator)[0].gaussians["6"]
+    real = collect(tiny, random_images(300, 3, size=32), accelerator).gaussians["6"]
     assert abs(distance(lambda p: p)) < 1e-4
     blurred = [distance(lambda p, r=r: p.filter(ImageFilter.GaussianBlur(r))) for r in (1, 2, 4)]
     smaller = [distance(lambda p, s=s: p.resize((s, s), Image.Resampling.BOX).resize((32, 32))) for s in (8, 4, 2)]

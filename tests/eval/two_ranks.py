@@ -21,7 +21,7 @@ def run(which, options, accelerator):
 
 def count_twice(accelerator):
     try:
-        return str(gather_by_index(accelerator, {"index": [torch.tensor([7])]}))
+        return str(gather_by_index(accelerator, [{"index": torch.tensor([7])}]))
     except RuntimeError as error:
         return str(error)
 

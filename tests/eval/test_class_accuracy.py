@@ -6,7 +6,7 @@ from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UserError
-from nsvq.eval.classifier import train_classifier
+from nsvq.eval.class_accuracy import train_classifier
 
 CONFIG = DataConfig(source="synthetic", image_size=48)
 
