@@ -27,8 +27,8 @@ class FVQConfig(CodebookConfig, NearestConfig):
 
     @model_validator(mode="after")
     def _divides(self) -> "FVQConfig":
-        if self.codebook_size % self.codes_in_group():
-            raise ValueError(f"group = {self.codes_in_group()} must divide codebook_size = {self.codebook_size}")
+        if self.codebook_size % (group := self.codes_in_group()):
+            raise ValueError(f"group = {group} must divide codebook_size = {self.codebook_size}")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
         return self

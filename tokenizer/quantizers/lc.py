@@ -23,10 +23,9 @@ class LCConfig(NearestConfig):
 
 
 class LC(NearestQuantizer):
-    """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code.
-
-    Features are centered and brought to a mean square length of 1, so that codes of any encoder start as those of SimVQ
-    do, at N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there."""
+    """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code. Features are
+    centered and brought to a mean square length of 1, so that codes of any encoder start as those of SimVQ do, at
+    N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there."""
 
     Config = LCConfig
 
