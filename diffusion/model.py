@@ -35,8 +35,6 @@ class _NetworkConfig(Config):
 
 
 class DiTConfig(_NetworkConfig):
-    """The DiT."""
-
     variant: Literal["dit", "modern"] = Field("dit", description="dit: as in stock diffusers; modern: as LightningDiT.")
     size: Literal["tiny", "S", "B", "L", "XL"] = Field("B", description="Depth, width and heads together.")
     depth: int | None = Field(None, ge=1, description="Blocks; null is the size's.")

@@ -71,10 +71,11 @@ class TrainConfig(Config):
         "schedule.replace_resets_adam": "nsvq.replace.reset_adam",
         "schedule.freeze": "nsvq.freeze (null for false)",
         "schedule.latest_freeze": "nsvq.freeze.latest",
-        **{
-            f"schedule.{key}": f"nsvq.freeze.{key}"
-            for key in ("patience", "warmup", "ramp", "consolidate", "consolidate_images")
-        },
+        "schedule.patience": "nsvq.freeze.patience",
+        "schedule.warmup": "nsvq.freeze.warmup",
+        "schedule.ramp": "nsvq.freeze.ramp",
+        "schedule.consolidate": "nsvq.freeze.consolidate",
+        "schedule.consolidate_images": "nsvq.freeze.consolidate_images",
     }
 
     out: Path = Field(Path("runs/imagenet128-nsvq"), description="Folder of the run; holds the tokenizer at the end.")

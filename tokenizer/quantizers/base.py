@@ -65,6 +65,8 @@ class Quantizer(nn.Module):
     def __init__(self, config: QuantizerOptions, dim: int):
         super().__init__()
         self.config, self.dim = config, dim
+        if isinstance(config, CodebookConfig):
+            self.codebook_size = config.codebook_size
 
     @property
     def has_codes(self) -> bool:

@@ -16,8 +16,6 @@ from nsvq.tokenizer.quantizers.base import NearestConfig, NearestQuantizer
 
 
 class LCConfig(NearestConfig):
-    """A trained projection of frozen features."""
-
     name: Literal["lc"] = Field(description="lc: a trained projection of clustered features of a vision encoder.")
     features: Path = Field(description="File of features [K, D] from tokenizer/make_codebook.py; K codes.")
 
