@@ -26,9 +26,8 @@ class Damaged(Exception):
 
 
 def write(target: Path, weights: dict[str, dict[str, Tensor]], state: dict, about: dict) -> None:
-    """Write the folder `target`, which appears under its name only when all of it is on the disk.
-
-    `weights`: state dicts by module. Raises `OSError` where that fails, and leaves nothing of it then."""
+    """Write the folder `target`, which appears under its name only when all of it is on the disk. `weights`: state
+    dicts by module. Raises `OSError` where that fails, and leaves nothing of it then."""
     try:
         with atomic_folder(target) as part:
             for name, tensors in weights.items():
@@ -78,10 +77,9 @@ def step(folder: Path) -> int:
 
 
 def newest_good(root: Path) -> tuple[Path, dict, list[str]] | None:
-    """The newest undamaged checkpoint, its manifest, and a line on each newer one, which is renamed to damaged-N.
-
-    None where there is no checkpoint. Raises `UserError` where none of them is undamaged, and where one lies elsewhere
-    and is only linked here."""
+    """The newest undamaged checkpoint, its manifest, and a line on each newer one, which is renamed to damaged-N. None
+    where there is no checkpoint. Raises `UserError` where none of them is undamaged, and where one lies elsewhere and
+    is only linked here."""
     damaged: dict[Path, str] = {}
     for folder in reversed(found := complete(root)):
         if folder.resolve() != root.resolve() / folder.name:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -43,10 +44,9 @@ _Loader.add_implicit_resolver(
 
 
 def parse(schema: type[C], argv: list[str], default_file: Path | None = None) -> C:
-    """Build a config from `--config FILE` (else `default_file`, if any) and `--any.key value` overrides.
-
-    `--help` prints every key with its type, default and meaning, and exits. Raises `UsageError` with the key,
-    the value, what is allowed and the nearest valid key."""
+    """Build a config from `--config FILE` (else `default_file`, if any) and `--any.key value` overrides. `--help`
+    prints every key with its type, default and meaning, and exits. Raises `UsageError` with the key, the value, what is
+    allowed and the nearest valid key."""
     if "-h" in argv or "--help" in argv:
         print(describe(schema, default_file))
         sys.exit(0)
@@ -81,7 +81,6 @@ def read_yaml(path: str | Path) -> dict:
 
 def read_config(path: str | Path) -> dict:
     """The keys of a config over those of the file that it names as its `base`, relative to itself, and so on down.
-
     Raises `UsageError` as `read_yaml` does, and where files are each other's base."""
     files, layers = [Path(path)], [read_yaml(path)]
     while (base := layers[-1].pop("base", None)) is not None:
@@ -97,7 +96,6 @@ def read_config(path: str | Path) -> dict:
 def merged(base: dict, changes: dict) -> dict:
     """`base` with `changes`, section by section. What is no section, lists too, takes the place of what there was; so
     does a section that chooses another method, network or objective by its `name` or `variant`: their options differ.
-
     Raises `UsageError` where a section meets its short form, of which only the schema knows what it is short for."""
     result = base | changes
     for key, new in changes.items():
@@ -152,15 +150,14 @@ def _describe(schema: type[Config], prefix: str) -> list[str]:
     return lines
 
 
-def _leaves(schema: type[Config], prefix: str = "") -> dict:
+def _leaves(schema: type[Config], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
-        if sections := _sections(field.annotation):
-            leaves |= {prefix + name: field} if field.description else {}
-            for section in sections:
-                leaves = _leaves(section, f"{prefix}{name}.") | leaves
-        else:
+        sections = _sections(field.annotation)
+        if field.description or not sections:
             leaves[prefix + name] = field
+        for section in sections:
+            leaves = _leaves(section, f"{prefix}{name}.") | leaves
     return leaves
 
 
@@ -234,7 +231,7 @@ def _set(values: dict, schema: type[Config], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _hint(schema: type[Config], key: str, valid: Any) -> str:
+def _hint(schema: type[Config], key: str, valid: Iterable[str]) -> str:
     """What to write in place of a key that there is not."""
     if key in schema.renamed:
         return f": it is now {schema.renamed[key]}"

@@ -31,9 +31,8 @@ def squared_error(images: Tensor, references: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio 10 log10(255^2 / MSE) in dB, the MSE over all pixels and channels of one image.
-
-    Two uint8 batches [B, 3, H, W] -> [B] float64; infinite where the two images are equal."""
+    """Peak signal-to-noise ratio 10 log10(255^2 / MSE) in dB, the MSE over all pixels and channels of one image. Two
+    uint8 batches [B, 3, H, W] -> [B] float64; infinite where the two images are equal."""
     return decibels(squared_error(images, references))
 
 

@@ -40,10 +40,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def check_launcher() -> None:
-    """Raises `UsageError` where several CPU processes were asked for and each would train alone.
-
-    `accelerate launch --cpu --num_processes N` starts one, and says nothing. The processes of torchrun do not look for
-    each other on a machine without an accelerator, unless accelerate is told to use the CPU."""
+    """Raises `UsageError` where several CPU processes were asked for and each would train alone. `accelerate launch
+    --cpu --num_processes N` starts one, and says nothing. The processes of torchrun do not look for each other on a
+    machine without an accelerator, unless accelerate is told to use the CPU."""
     started = any(name in os.environ for name in _RANKS)
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         alone = "MASTER_ADDR" in os.environ and not started  # an address is set for more than one process only

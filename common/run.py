@@ -60,9 +60,8 @@ _FREE_KEYS += ("run.keep_every", "run.workers", "run.skip_limit", "run.trackers"
 
 
 def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -> Accelerator:
-    """The accelerator of a run, its seed set alike on every rank (so that weights start equal).
-
-    Raises `UsageError` where it was launched with FSDP and the trainer cannot shard its networks, or with FSDP1."""
+    """The accelerator of a run, its seed set alike on every rank (so that weights start equal). Raises `UsageError`
+    where it was launched with FSDP and the trainer cannot shard its networks, or with FSDP1."""
     # Its successor, forward_sync_buffers, is newer than the oldest torch that the project runs on.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
@@ -155,9 +154,8 @@ class Run:
 
     def save(self, state: dict) -> None:
         """Write `checkpoints/step-N`: modules, optimizers, and `state` (tensors and plain values; equal on all ranks,
-        or split over them).
-
-        A failed write leaves the older checkpoints and the run as they were; the next try is due soon."""
+        or split over them). A failed write leaves the older checkpoints and the run as they were; the next try is due
+        soon."""
         failure: list[Any] = [None]
         contents = self._contents(state)
         if self.accelerator.is_main_process:
@@ -269,13 +267,8 @@ class Run:
     def save_picture(self, images: torch.Tensor, per_row: int) -> None:
         """samples/step-N.png of images [B, 3, H, W] in [-1, 1], `per_row` in a row."""
         path = self.out / "samples" / f"step-{self.step}.png"
-        with surviving(f"samples/{path.name}"):
-            path.parent.mkdir(exist_ok=True)
-            try:
-                save_image(images, path, nrow=per_row, normalize=True, value_range=(-1, 1))
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
+        with surviving(f"samples/{path.name}"), atomic_file(path) as part:
+            save_image(images, part, "png", nrow=per_row, normalize=True, value_range=(-1, 1))
 
     def warn(self, text: str) -> None:
         """A warning, from the main process."""

@@ -29,8 +29,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.norm_q = nn.RMSNorm(width // heads, eps=EPS) if modern else None
-        self.norm_k = nn.RMSNorm(width // heads, eps=EPS) if modern else None
+        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=EPS) if modern else None for _ in range(2))
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """x (B, N, D), rotation (2, N, D/H/2) -> (B, N, D)."""
@@ -104,9 +103,8 @@ def make_norm(width: int, modern: bool) -> nn.Module:
 
 class DiT(ModelMixin, ConfigMixin):
     """Prediction (velocity, noise, ...) from noisy latents. Labels are 0..num_classes-1, and `null_class` = num_classes
-    for "no class".
-
-    `sample_size` is the side of the latents, `in_channels` their channels; `out_channels` are as many unless given."""
+    for "no class". `sample_size` is the side of the latents, `in_channels` their channels; `out_channels` are as many
+    unless given."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
@@ -160,9 +158,8 @@ class DiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
 
     def condition(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """What time [B] and class [B] say to all layers: (B, 6 depth + 2, D), in the weights' type.
-
-        It does not depend on the latents, and `forward` takes it, so that sampling can compute it once."""
+        """What time [B] and class [B] say to all layers: (B, 6 depth + 2, D), in the weights' type. It does not depend
+        on the latents, and `forward` takes it, so that sampling can compute it once."""
         with torch.autocast(timestep.device.type, enabled=False):
             time = self.time_embed(self.time_sinusoids(timestep).to(self.class_embed.weight.dtype))  # (B, D)
             condition = F.silu(time + self.class_embed(class_labels))
@@ -172,7 +169,6 @@ class DiT(ModelMixin, ConfigMixin):
         self, latents: Tensor, timestep: Tensor, class_labels: Tensor, condition: Tensor | None = None
     ) -> Tensor:
         """latents [B, C, H, W], timestep [B] in 0..1000, class_labels [B] int64 -> prediction [B, C, H, W].
-
         `condition`: of the same times and classes, where it is known. Under autocast, embeddings, residual stream and
         output layer stay float32."""
         if condition is None:

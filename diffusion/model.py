@@ -35,8 +35,6 @@ class _NetworkConfig(Config):
 
 
 class DiTConfig(_NetworkConfig):
-    """The DiT."""
-
     variant: Literal["dit", "modern"] = Field("dit", description="dit: as in stock diffusers; modern: as LightningDiT.")
     size: Literal["tiny", "S", "B", "L", "XL"] = Field("B", description="Depth, width and heads together.")
     depth: int | None = Field(None, ge=1, description="Blocks; null is the size's.")
@@ -72,10 +70,9 @@ ModelConfig = DiTConfig | UNetConfig
 
 
 def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, int, int], num_classes: int) -> DiT | UNet:
-    """The configured network for latents of `latent_shape` (C, H, W).
-
-    Raises `ValueError` where the latents are not square or do not divide as the network needs, or have more channels
-    than it is wide: a narrower one cannot carry them (Zheng et al., arXiv 2510.11690)."""
+    """The configured network for latents of `latent_shape` (C, H, W). Raises `ValueError` where the latents are not
+    square or do not divide as the network needs, or have more channels than it is wide: a narrower one cannot carry
+    them (Zheng et al., arXiv 2510.11690)."""
     channels, height, side = latent_shape
     classes = num_classes if config.conditional else 0
     if height != side:

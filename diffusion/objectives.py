@@ -65,9 +65,8 @@ class Objective:
         raise NotImplementedError
 
     def losses(self, predict: Callable, latents: Tensor, noise: Tensor, level: Tensor, labels: Tensor) -> Tensor:
-        """Squared error for each sample, mean over its values.
-
-        `predict(x, timestep, labels)`; latents and noise [B, C, H, W], level [B], labels [B] -> [B] float32."""
+        """Squared error for each sample, mean over its values. `predict(x, timestep, labels)`; latents and noise
+        [B, C, H, W], level [B], labels [B] -> [B] float32."""
         x, target = self.noised(latents.float(), noise.float(), level.float())
         return (predict(x, timestep(level), labels).float() - target).square().flatten(1).mean(1)
 

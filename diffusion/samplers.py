@@ -23,10 +23,9 @@ _BETAS = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_b
 
 
 def timestep(level: Tensor) -> Tensor:
-    """What the network is told of a time in [0, 1]: floor(1000 level), at most 999.
-
-    diffusers' multistep schedulers cut their timesteps to integers. A network trained on the exact 1000 sigma would be
-    told too small a time at every step of sampling, by 0.5 on average; so it is trained on what it will be told."""
+    """What the network is told of a time in [0, 1]: floor(1000 level), at most 999. diffusers' multistep schedulers cut
+    their timesteps to integers. A network trained on the exact 1000 sigma would be told too small a time at every step
+    of sampling, by 0.5 on average; so it is trained on what it will be told."""
     return _whole(TIMESTEPS * level)
 
 
@@ -62,9 +61,8 @@ def ddpm_scheduler(prediction_type: str, noise_schedule: Mapping, sampler: str =
 
 
 def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The sampler of that name for the model that `scheduler` belongs to.
-
-    Raises `ValueError` where there is none of that name, or none for models of this kind."""
+    """The sampler of that name for the model that `scheduler` belongs to. Raises `ValueError` where there is none of
+    that name, or none for models of this kind."""
     config = scheduler.config
     flow = config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch")
     names = _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
@@ -79,9 +77,8 @@ def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def set_steps(scheduler: SchedulerMixin, steps: int) -> Tensor:
     """Prepare `scheduler` for sampling in that many steps; returns the timesteps at which the network is evaluated (one
-    a step; Heun's method takes two, but in the last step).
-
-    Raises `ValueError` for numbers of steps with which DDIM and DDPM would leave out a part of the noise."""
+    a step; Heun's method takes two, but in the last step). Raises `ValueError` for numbers of steps with which DDIM and
+    DDPM would leave out a part of the noise."""
     if isinstance(scheduler, DDIMScheduler | DDPMScheduler) and scheduler.config.num_train_timesteps % steps:
         count = scheduler.config.num_train_timesteps
         divisors = [n for n in range(1, count + 1) if count % n == 0]

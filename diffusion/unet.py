@@ -23,7 +23,6 @@ def make_unet(
     latent_shape: tuple[int, int, int], num_classes: int, width: int, multipliers: tuple[int, ...], layers: int
 ) -> UNet:
     """A U-Net for latents of `latent_shape` (C, H, W), with attention at all levels. `num_classes` 0 is unconditional.
-
     Raises `ValueError` where the latents cannot be halved often enough."""
     channels, side, _ = latent_shape
     levels = len(multipliers)

@@ -16,9 +16,8 @@ from nsvq.tokenizer import codebook_tiles
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code by Euclidean distance, ties to the lower index.
-
-    z [N, d], codebook [K, d] (any float dtype) -> indices [N] int64. Raises `ValueError` on other shapes."""
+    """Index of the nearest code by Euclidean distance, ties to the lower index. z [N, d], codebook [K, d]
+    (any float dtype) -> indices [N] int64. Raises `ValueError` on other shapes."""
     _check(z, codebook)
     return torch.ops.nsvq.nearest_code(z.detach(), codebook.detach(), False)
 

@@ -66,10 +66,9 @@ def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperatur
 
 
 def _add_all(sums, keys, queries, latents, winners, buffer) -> tuple[Tensor, Tensor]:
-    """Add the sums of n latents with their softmax, without the winner, over all codes.
-
-    Keys (K', d + 2) and queries (n, d + 2) make the exponents, latents (d + 2, n) the sums (d + 2, K'). -> the winners'
-    weights [n] and all weights' sums [n], both relative to the nearest code's."""
+    """Add the sums of n latents with their softmax, without the winner, over all codes. Keys (K', d + 2) and queries
+    (n, d + 2) make the exponents, latents (d + 2, n) the sums (d + 2, K'). -> the winners' weights [n] and all weights'
+    sums [n], both relative to the nearest code's."""
     weights = buffer[: len(keys) * len(queries)].view(len(keys), len(queries))
     total = queries.new_zeros(len(queries))
     for codes, part in zip(keys.split(_CODES), weights.split(_CODES), strict=True):

@@ -104,8 +104,8 @@ def _check_codes(tokenizer: Tokenizer) -> None:
 
 
 def _refuse_stale(folder: Path, key: dict) -> None:
-    if (folder / "manifest.json").exists():
-        found = [json.loads((folder / "manifest.json").read_text())["key"]]
+    if (manifest := folder / "manifest.json").exists():
+        found = [json.loads(manifest.read_text())["key"]]
     else:
         found = [json.loads(_metadata(path)["key"]) for path in folder.glob("shard-*.safetensors")]
     for other in found:
@@ -228,12 +228,8 @@ class _Encoding:
             raise UserError(f"{self.folder}: no image of the training split decodes")
         per_channel = count * self.shape[0] * self.shape[2] * self.shape[3]
         mean, square = sums / per_channel, squares / per_channel
-        return {
-            "key": self.key,
-            "count": count,
-            "bad_images": bad,
-            "shape": self.shape,
-            "dtype": "float16",
+        counted: dict = {"key": self.key, "count": count, "bad_images": bad, "shape": self.shape, "dtype": "float16"}
+        return counted | {
             "mean": mean.tolist(),
             "std": (square - mean.square()).clamp(min=0).sqrt().tolist(),
             "overall_std": (square.mean() - mean.mean().square()).clamp(min=0).sqrt().item(),

@@ -19,7 +19,6 @@ from nsvq.tokenizer.vqmodel import QuantizerVQModel
 @torch.no_grad()
 def latent_statistics(encoder: nn.Module, batches: Iterable[Tensor], accelerator: Accelerator) -> tuple[Tensor, float]:
     """(per-channel mean [d], one standard deviation around it) of the latents of images [B, 3, H, W], over all ranks.
-
     Sums are float64."""
     count, total, squares = 0, 0, 0
     for images in batches:

@@ -26,7 +26,6 @@ from nsvq.errors import UserError
 
 class LatentCache:
     """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
-
     `classes`: names; `shape`: (C, H, W); `views`: how many latents there are of each image; `mean`, `std`: per channel,
     over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more."""
 
@@ -44,8 +43,8 @@ class LatentCache:
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
         if gone := [path.name for path in self._files if not path.exists()]:
             raise UserError(f"{self.folder} has lost {', '.join(gone[:3])}: delete that folder to encode it again")
-        sizes = [shard["bytes"] for shard in self.manifest["shards"]]
-        if cut := [path.name for path, size in zip(self._files, sizes, strict=True) if path.stat().st_size != size]:
+        shards = zip(self._files, self.manifest["shards"], strict=True)
+        if cut := [path.name for path, shard in shards if path.stat().st_size != shard["bytes"]]:
             what = f"{', '.join(cut[:3])} not of the size that was written"
             raise UserError(f"{self.folder}: {what}: delete manifest.json and these shards, and start again")
 

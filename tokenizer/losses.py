@@ -40,7 +40,6 @@ def phase_weights(
     config: LossConfig, pull: PullConfig | None, phase: Phase, adversarial_factor: float, quantizer: Quantizer
 ) -> dict[str, float]:
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
-
     "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
     the quantizer trains with, the codebook loss alone goes on when the encoder is frozen."""
     weights: dict[str, float] = {config.pixel: 1.0}
@@ -88,10 +87,9 @@ class Temperature:
 
 
 def load_lpips(net: str, weights: Path | None) -> nn.Module:
-    """LPIPS (arXiv 1801.03924) as a frozen module: two images in [-1, 1] [B, 3, H, W] -> distances [B].
-
-    `net` is vgg, squeeze or alex. The backbone comes from `weights`, else from torchvision's download. Raises
-    `UserError` where neither works."""
+    """LPIPS (arXiv 1801.03924) as a frozen module: two images in [-1, 1] [B, 3, H, W] -> distances [B]. `net` is vgg,
+    squeeze or alex. The backbone comes from `weights`, else from torchvision's download. Raises `UserError` where
+    neither works."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the package asks torchvision in an old form

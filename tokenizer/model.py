@@ -47,10 +47,9 @@ def make_encoder(config: ModelConfig) -> nn.Module:
 
 
 def _initialize(network: nn.Module) -> nn.Module:
-    """Convolutions keep the variance of their input, and residual branches start at zero.
-
-    PyTorch's default start shrinks the signal at each of the trunk's convolutions; the colour of an image then has to
-    be learned through a long plateau (16 dB in place of 21 dB after 200 steps of configs/quickstart/nsvq.yaml)."""
+    """Convolutions keep the variance of their input, and residual branches start at zero. PyTorch's default start
+    shrinks the signal at each of the trunk's convolutions; the colour of an image then has to be learned through a long
+    plateau (16 dB in place of 21 dB after 200 steps of configs/quickstart/nsvq.yaml)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

@@ -27,16 +27,14 @@ def read_training(folder: str | Path) -> dict | None:
 
 
 class Tokenizer(nn.Module):
-    """A frozen tokenizer in eval mode around a `VQModel`, attribute `model`.
-
-    `codebook` holds what the decoder sees of each code [K, d]; `downsampling` is the factor f between image and tokens.
-    """
+    """A frozen tokenizer in eval mode around a `VQModel`, attribute `model`. `codebook` holds what the decoder sees of
+    each code [K, d]; `downsampling` is the factor f between image and tokens."""
 
     def __init__(self, model: VQModel):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)
-        self.image_size = model.config.sample_size
+        self.image_size, self.codebook_size = model.config.sample_size, model.config.num_vq_embeddings
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -57,18 +55,13 @@ class Tokenizer(nn.Module):
         return self.model.quantize.embedding.weight
 
     @property
-    def codebook_size(self) -> int:
-        return self.model.config.num_vq_embeddings
-
-    @property
     def device(self) -> torch.device:
         return self.model.device
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Continuous latents before quantisation, as a diffusion model sees them (times `scaling_factor`).
-
-        images [B, 3, H, W] in [-1, 1] -> [B, d, h, w]. Raises `ValueError` where H or W is no multiple of f."""
+        """Continuous latents before quantisation, as a diffusion model sees them (times `scaling_factor`). images
+        [B, 3, H, W] in [-1, 1] -> [B, d, h, w]. Raises `ValueError` where H or W is no multiple of f."""
         f = self.downsampling
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
             raise ValueError(f"expected images [B, 3, H, W] with H and W multiples of {f}, got {tuple(images.shape)}")

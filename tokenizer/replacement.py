@@ -12,10 +12,8 @@ def replace_dead_codes(
     table: Tensor, counts: Tensor, *, weights: Tensor | None = None, noise: float, seed: int, **followers
 ) -> Tensor:
     """c_j <- c_s(j) + N(0, noise^2) for each code j with usage below 1; s(j) is an active code drawn by `weights` [K],
-    the usage where none are given.
-
-    table [K, d]; counts [K], summed over all ranks; `followers` as in `write_rows`. Draws depend on `seed` alone, so
-    that all ranks end with the same table. Returns the rows that were replaced."""
+    the usage where none are given. table [K, d]; counts [K], summed over all ranks; `followers` as in `write_rows`.
+    Draws depend on `seed` alone, so that all ranks end with the same table. Returns the rows that were replaced."""
     dead = torch.nonzero(counts < 1).flatten()
     active = torch.nonzero(counts >= 1).flatten()
     if len(dead) == 0 or len(active) == 0:

@@ -21,9 +21,7 @@ from nsvq.tokenizer.quantizers.vp import VP
 from nsvq.tokenizer.quantizers.vq import VQ
 
 _METHODS = (VQ, EMAQuantizer, NormalizedVQ, SimVQ, NSVQPrecursor, TransVQ, LC, FVQ, FSQ, LFQ, BSQ, IBQ, VP, FSP)
-QUANTIZERS: dict[str, type[Quantizer]] = {
-    name: method for method in _METHODS for name in get_args(method.Config.model_fields["name"].annotation)
-}
+QUANTIZERS: dict[str, type[Quantizer]] = {get_args(m.Config.model_fields["name"].annotation)[0]: m for m in _METHODS}
 # The options of one method or of another, told apart by `name`.
 if TYPE_CHECKING:
     QuantizerConfig = QuantizerOptions

@@ -46,9 +46,8 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Base class. A method defines `quantize`, and `codebook` or `codes`; the rest has defaults.
-
-    Inside, latents are tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes."""
+    """Base class. A method defines `quantize`, and `codebook` or `codes`; the rest has defaults. Inside, latents are
+    tokens [N, d] float32, N = B h w. `prepare` takes them to where they are compared with codes."""
 
     config: Any  # an instance of `Config`
     Config: ClassVar[type[QuantizerOptions]]
@@ -66,6 +65,8 @@ class Quantizer(nn.Module):
     def __init__(self, config: QuantizerOptions, dim: int):
         super().__init__()
         self.config, self.dim = config, dim
+        if isinstance(config, CodebookConfig):
+            self.codebook_size = config.codebook_size
 
     @property
     def has_codes(self) -> bool:

@@ -21,8 +21,6 @@ from nsvq.tokenizer.quantizers.vq import TableConfig, TableQuantizer
 
 
 class EMAConfig(TableConfig):
-    """Moving averages instead of gradients."""
-
     name: Literal["ema"] = Field(description="ema: codes are moving averages of their latents.")
     decay: float = Field(0.99, ge=0, lt=1, description="Decay g of counts and sums at each step.")
     eps: float = Field(1e-5, gt=0, description="Averaged count below which a code stays where it is.")

@@ -14,8 +14,6 @@ from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
 
 
 class NormalizedConfig(VQConfig):
-    """A free table of directions."""
-
     name: Literal["fc_l2"] = Field(description="fc_l2: factorized codes on the unit sphere.")  # type: ignore[assignment]
 
 

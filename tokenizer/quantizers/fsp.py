@@ -27,8 +27,6 @@ _EDGE = math.sqrt(3)  # of the range that the decoder sees
 
 
 class FSPConfig(GridConfig):
-    """Finite scalar perturbation."""
-
     name: Literal["fsp"] = Field(description="fsp: bounded channels, perturbed in training and rounded after.")
     activation: Literal["tanh", "normal", "sigmoid", "laplace"] = Field("normal", description="g; the paper's is tanh.")
     quantize_rate: float = Field(0.5, ge=0, le=1, description="Share of elements that training rounds.")

@@ -50,8 +50,6 @@ class GridQuantizer(Quantizer):
 
 
 class FSQConfig(GridConfig):
-    """Finite scalar quantization."""
-
     name: Literal["fsq"] = Field(description="fsq: bounded channels, rounded.")
 
 

@@ -17,8 +17,6 @@ from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, Neares
 
 
 class FVQConfig(CodebookConfig, NearestConfig):
-    """VQBridge over a free table."""
-
     name: Literal["fvq"] = Field(description="fvq: a free table through VQBridge.")
     group: int | None = Field(None, ge=1, description="Codes p in a group, which divides K; null: K/1024, at least 1.")
     width: int = Field(256, ge=1, description="Width of the bridge.")
@@ -27,8 +25,8 @@ class FVQConfig(CodebookConfig, NearestConfig):
 
     @model_validator(mode="after")
     def _divides(self) -> "FVQConfig":
-        if self.codebook_size % self.codes_in_group():
-            raise ValueError(f"group = {self.codes_in_group()} must divide codebook_size = {self.codebook_size}")
+        if self.codebook_size % (group := self.codes_in_group()):
+            raise ValueError(f"group = {group} must divide codebook_size = {self.codebook_size}")
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} must divide width = {self.width}")
         return self
@@ -46,7 +44,7 @@ class FVQ(NearestQuantizer):
     def __init__(self, config: FVQConfig, dim: int):
         super().__init__(config, dim)
         k, p, width = config.codebook_size, config.codes_in_group(), config.width
-        self.codebook_size, self.group = k, p
+        self.group = p
         self.weight = nn.Parameter(torch.empty(k, dim).uniform_(-1 / k, 1 / k))
         self.compress = nn.Linear(p * dim, width)
         self.blocks = nn.Sequential(*(_Block(width, config.heads) for _ in range(config.depth)))

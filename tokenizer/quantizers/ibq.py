@@ -22,8 +22,6 @@ _TILE_ELEMENTS = 2**22
 
 
 class IBQConfig(CodebookConfig):
-    """Index backpropagation."""
-
     name: Literal["ibq"] = Field(description="ibq: largest inner product, gradient to all codes.")
     joint_weight: float = Field(1.0, ge=0, description="Weight of |z_q - z|^2, through the softmax.")
     entropy_weight: float = Field(0.05, gt=0, description="Weight of the entropy loss.")
@@ -39,7 +37,6 @@ class IBQ(Quantizer):
 
     def __init__(self, config: IBQConfig, dim: int):
         super().__init__(config, dim)
-        self.codebook_size = config.codebook_size
         self.weight = nn.Parameter(torch.randn(config.codebook_size, dim))
 
     def loss_weights(self) -> dict[str, float]:

@@ -16,17 +16,14 @@ from nsvq.tokenizer.quantizers.base import NearestConfig, NearestQuantizer
 
 
 class LCConfig(NearestConfig):
-    """A trained projection of frozen features."""
-
     name: Literal["lc"] = Field(description="lc: a trained projection of clustered features of a vision encoder.")
     features: Path = Field(description="File of features [K, D] from tokenizer/make_codebook.py; K codes.")
 
 
 class LC(NearestQuantizer):
-    """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code.
-
-    Features are centered and brought to a mean square length of 1, so that codes of any encoder start as those of SimVQ
-    do, at N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there."""
+    """`features` [K, D] is a buffer; the projector D -> d starts at N(0, 1/d), as in the authors' code. Features are
+    centered and brought to a mean square length of 1, so that codes of any encoder start as those of SimVQ do, at
+    N(0, 1/d): with features as large as MobileNetV2's, all latents fall to one code and stay there."""
 
     Config = LCConfig
 

@@ -63,16 +63,12 @@ class BitQuantizer(Quantizer):
 
 
 class LFQConfig(BitsConfig):
-    """Lookup-free quantization."""
-
     name: Literal["lfq"] = Field(description="lfq: one bit a channel, K = 2^model.latent_channels.")
     entropy_weight: float = Field(0.1, ge=0, description="Weight of the entropy loss.")
     temperature: float = Field(0.01, gt=0, description="tau of the entropy loss.")
 
 
 class LFQ(BitQuantizer):
-    """The state is empty."""
-
     Config = LFQConfig
     terms = ("commitment",)
 

@@ -18,8 +18,6 @@ _TILE_ELEMENTS = 2**22
 
 
 class PrecursorConfig(VQConfig):
-    """A free table with the precursor's pull on losing codes."""
-
     name: Literal["ns-vq"] = Field(description="ns-vq: NSVQ's precursor.")  # type: ignore[assignment]
     pull: float = Field(0.01, gt=0, description="lambda, the pull on losing codes, which also grows with K.")
     cooling: float = Field(0.5, gt=0, le=1, description="rho, the factor on the temperature at each epoch's end.")

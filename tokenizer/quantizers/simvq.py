@@ -10,8 +10,6 @@ from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, Neares
 
 
 class SimVQConfig(CodebookConfig, NearestConfig):
-    """One linear map of a frozen base."""
-
     name: Literal["simvq"] = Field(description="simvq: a linear map of frozen Gaussian codes.")
 
 
@@ -22,7 +20,6 @@ class SimVQ(NearestQuantizer):
 
     def __init__(self, config: SimVQConfig, dim: int):
         super().__init__(config, dim)
-        self.codebook_size = config.codebook_size
         self.register_buffer("base", torch.randn(config.codebook_size, dim) * dim**-0.5)
         self.linear = nn.Linear(dim, dim)
 

@@ -15,8 +15,6 @@ from nsvq.tokenizer.quantizers.base import CodebookConfig, NearestConfig, Neares
 
 
 class TransVQConfig(CodebookConfig, NearestConfig):
-    """One attention block over a frozen base."""
-
     name: Literal["transvq"] = Field(description="transvq: frozen Gaussian codes through a linear-attention block.")
     width: int = Field(256, ge=1, description="Width of the block; its feed-forward layer is twice as wide.")
 
@@ -28,9 +26,9 @@ class TransVQ(NearestQuantizer):
 
     def __init__(self, config: TransVQConfig, dim: int):
         super().__init__(config, dim)
-        self.codebook_size, width = config.codebook_size, config.width
-        self.register_buffer("base", torch.randn(config.codebook_size, dim) * dim**-0.5)
-        self.positions = nn.Parameter(0.02 * torch.randn(config.codebook_size, width))
+        k, width = config.codebook_size, config.width
+        self.register_buffer("base", torch.randn(k, dim) * dim**-0.5)
+        self.positions = nn.Parameter(0.02 * torch.randn(k, width))
         self.project_in, self.project_out = nn.Linear(dim, width, bias=False), nn.Linear(width, dim, bias=False)
         self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.norm_attention, self.norm_feedforward, self.norm_out = (nn.LayerNorm(width) for _ in range(3))

@@ -21,8 +21,6 @@ from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, straight_t
 
 
 class VPConfig(CodebookConfig):
-    """Vector perturbation."""
-
     name: Literal["vp"] = Field(description="vp: perturbation in training, k-means codes after it.")
     neighbors: int = Field(8, ge=1, description="k of the density estimate.")
     rate: float = Field(16, gt=0, description="M / d, the saved latents per code and channel: Q = K round(rate d).")
@@ -45,7 +43,6 @@ class VP(Quantizer):
 
     def __init__(self, config: VPConfig, dim: int):
         super().__init__(config, dim)
-        self.codebook_size = config.codebook_size
         self.mass = max(config.neighbors, round(config.rate * dim))  # M
         self.register_buffer("queue", torch.randn(config.codebook_size * self.mass, dim))
         self.register_buffer("searched", self.queue.clone())

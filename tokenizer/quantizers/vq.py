@@ -23,10 +23,6 @@ class TableQuantizer(NearestQuantizer):
 
     free_table = can_consolidate = True
 
-    def __init__(self, config: TableConfig, dim: int):
-        super().__init__(config, dim)
-        self.codebook_size = config.codebook_size
-
     def _start(self) -> Tensor:
         return torch.empty(self.codebook_size, self.dim).uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
 
@@ -43,8 +39,6 @@ class TableQuantizer(NearestQuantizer):
 
 
 class VQConfig(TableConfig):
-    """A free table."""
-
     name: Literal["vq"] = Field("vq", description="vq: a trained table.")
 
 
