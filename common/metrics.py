@@ -57,9 +57,11 @@ class Means(RankSums):
 
     def take(self) -> dict[str, float]:
         """The means over all ranks, without names that counted nothing; starts anew."""
-        pairs = {name: pair.tolist() for name, pair in self.state_dict().items()}
+        if not (names := sorted(self.sums)):
+            return {}
+        pairs = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum").tolist()
         self.sums = {}
-        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
+        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count > 0}
 
 
 class MetricsLog:
