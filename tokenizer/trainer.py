@@ -15,7 +15,7 @@ from nsvq.common.run import code_version
 from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, train_batches
-from nsvq.data.sources import open_split
+from nsvq.data.understood import announce
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
@@ -41,8 +41,7 @@ class TokenizerTrainer(Trainer):
         optim, loss, pull = config.optim, config.loss, config.nsvq.pull
 
         # Data
-        with accelerator.main_process_first():
-            self.images, _ = open_split(config.data, "train"), open_split(config.data, "test")
+        self.images = announce(config.data, accelerator)
         self.bad_images = BadImages(config.data.max_bad_fraction, accelerator)
 
         # Networks
