@@ -14,7 +14,7 @@ from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
 from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
-from nsvq.data.batches import eval_batches, train_batches
+from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
@@ -94,8 +94,7 @@ class TokenizerTrainer(Trainer):
         )
         self.epoch_usage = EpochUsage(self.quantizer.codebook_size, accelerator)
         self.temperature = Temperature(pull, self.quantizer.dim)
-        fixed = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))
-        self.probe = DriftProbe(fixed["image"].to(self.device))
+        self.probe = DriftProbe(fixed_images(config.data, "test", config.validation.probe_images).to(self.device))
         self.stateful |= {"schedule": self.schedule, "epoch_usage": self.epoch_usage, "probe": self.probe,
                           "bad_images": self.bad_images, "temperature": self.temperature}  # fmt: skip
 
@@ -241,6 +240,9 @@ class TokenizerTrainer(Trainer):
                 if quantized.indices is not None:
                     counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
         decibels, l1, error, images = self.accelerator.reduce(sums, "sum").tolist()
+        if not images:
+            self.run.warn("no image of the test split that is measured on decodes")
+            return {}
         values = {"psnr": decibels / images, "l1": l1 / images, "quantization_error": error / images}
         used = usage(self.accelerator.reduce(counts, "sum")) if self.quantizer.has_codes else {}
         return {f"val_{name}": value for name, value in (values | used).items()}
