@@ -24,6 +24,7 @@ from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, several_crops, to_tensor, training_crop
 from nsvq.data.loading import batches_of, make_loader, restarting
 from nsvq.data.sources import Split, open_split
+from nsvq.errors import UserError
 
 _ATTEMPTS = 20  # images tried for one place before the run ends
 _ORDER, _AUGMENT, _REPLACE = range(3)  # independent random sequences of one seed
@@ -65,6 +66,15 @@ def eval_batches(
     if limit is not None and limit < len(order):
         order = np.random.default_rng(0).permutation(len(data))[:limit]
     return batches_in_order(data, order[rank::world_size], config.image_size, batch_size=batch_size, workers=workers)
+
+
+def fixed_images(config: DataConfig, split: str, count: int) -> torch.Tensor:
+    """Some images [B, 3, S, S] of `split`, B at most `count`, always the same. Raises `UserError` where none decodes,
+    and what `open_split` raises."""
+    batches = eval_batches(config, split, batch_size=count)
+    if (found := next((batch["image"] for batch in batches if len(batch["image"])), None)) is None:
+        raise UserError(f"{config.source}: none of the images to {split} on decodes: look with python -m nsvq.data")
+    return found
 
 
 def batches_in_order(

@@ -21,6 +21,8 @@ from torch import Tensor
 _PYTHONS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError)
 _DECODE_ERRORS = (*_PYTHONS, struct.error, zlib.error, Image.DecompressionBombError)
 _LEAST_FRACTION = 0.8  # of the short side, in a random crop
+_MOST_PIXELS = 2**27  # of a file: 400 MB as RGB
+_LONGEST = 16  # long side over short side; of what is longer the middle is taken, or resizing it would take gigabytes
 
 
 class BadImage(Exception):
@@ -32,15 +34,20 @@ class BadImage(Exception):
 
 
 def decode(data: bytes, id: str) -> Image.Image:
-    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame. Raises `BadImage(id)`
-    where the bytes are damaged, truncated, or in a pixel format without a defined RGB meaning."""
+    """Encoded image bytes -> upright RGB (8 bits a channel); of an animation the first frame.
+
+    Raises `BadImage(id)` where the bytes are damaged, truncated, in a pixel format without a defined RGB meaning, or of
+    more than 2^27 pixels. Of an image longer than 16 times its short side the middle is taken.
+    """
     try:
         # Pillow warns about odd EXIF blocks and large images, once for each of them.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {_MOST_PIXELS}")
             image.load()
-            return to_rgb(image)
+            return to_rgb(_middle(image))
     except _DECODE_ERRORS as error:
         raise BadImage(id, str(error)) from None
 
@@ -53,7 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image).astype(np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("32-bit pixels are not supported")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -63,6 +70,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    most = _LONGEST * min(image.size)
+    if max(image.size) <= most:
+        return image
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    return image.crop((left, top, left + min(image.width, most), top + min(image.height, most)))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

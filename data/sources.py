@@ -1,12 +1,14 @@
 """From a data config to images: which split, which columns, which classes.
 
 Images stay undecoded until one is loaded, so that a damaged one is a `BadImage` with a name instead of a crash. How
-tables come about (Hub, class folders, parquet) is in data/tables.py, webdataset shards are in data/shards.py.
+tables come about (Hub, class folders, parquet) is in data/tables.py, webdataset shards are in data/shards.py, and
+what is said of a source before training is in data/understood.py.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,24 +19,31 @@ from PIL import Image
 
 from nsvq.data import synthetic, tables
 from nsvq.data.config import DataConfig
+from nsvq.data.folders import classes_of_paths, is_image, split_of
 from nsvq.data.images import BadImage, decode
-from nsvq.data.shards import Shards, first_fields
-from nsvq.data.tables import IMAGE_SUFFIXES, Rows
+from nsvq.data.label_tables import LABEL_NAMES, imagenet_synsets, names_of_synsets
+from nsvq.data.shards import Fields, Shards, look
+from nsvq.data.tables import Found, Rows
 from nsvq.errors import UsageError, UserError
 
-LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _TEST_SPLITS = ("validation", "val", "valid", "test")  # in this order: ImageNet-1k's test split has no labels
 _MAX_CLASSES = 100_000
+_MOST_FIELDS = 8  # that hold images, in a sample of a shard
 
 
 class Images:
     """Images with random access: a split of a table or of shards; `rows` chooses and orders its rows.
 
     `classes`: names in label order, [] without labels. `fingerprint`: stands for split, count, labels and a sample of
-    the contents, and is the same in every process and on every machine."""
+    the contents, and is the same in every process and on every machine. `split`: the source's name of it; `found`: how
+    the source was understood.
+    """
 
-    def __init__(self, encoded: Rows | Shards, labels: np.ndarray, classes: list[str], rows: np.ndarray, name: str):
-        self._encoded, self._labels, self._rows, self.classes = encoded, labels, rows, classes
+    def __init__(
+        self, encoded: Rows | Shards, labels: np.ndarray, classes: list[str], rows: np.ndarray, name: str, found: Found
+    ):
+        self._encoded, self._labels, self._rows = encoded, labels, rows
+        self.classes, self.split, self.found = classes, name, found
         digest = hashlib.sha256(json.dumps([name, len(rows), classes]).encode() + labels[rows].tobytes())
         for i in np.linspace(0, len(rows) - 1, min(len(rows), 32)).astype(int):
             try:
@@ -55,6 +64,14 @@ class Images:
         row = int(self._rows[i])
         return decode(*self._encoded.read(row)), int(self._labels[row])
 
+    def encoded(self, i: int) -> bytes:
+        """The file of image i. Raises `BadImage` without it."""
+        return self._encoded.read(int(self._rows[i]))[0]
+
+    def sizes(self, chosen: np.ndarray) -> np.ndarray:
+        """Bytes of the files of these images (-1: no file)."""
+        return self._encoded.sizes(self._rows[chosen])
+
     def id(self, i: int) -> str:
         """What names image i: split[row], or shard:key."""
         return self._encoded.id(int(self._rows[i]))
@@ -63,12 +80,13 @@ class Images:
 class SyntheticImages:
     """The built-in data set (data/synthetic.py), with the attributes and methods of `Images`."""
 
-    classes = synthetic.CLASSES
-
     def __init__(self, split: str, size: int):
         self._split, self._size = split, size
-        what = json.dumps(["synthetic", synthetic.VERSION, split, len(self)])
-        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
+        self.split, self.found = split, Found("synthetic", splits=dict(synthetic.LENGTHS))
+        self.classes = list(synthetic.CLASSES)
+        self.fingerprint = hashlib.sha256(
+            json.dumps(["synthetic", synthetic.VERSION, split, len(self)]).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return synthetic.LENGTHS[self._split]
@@ -87,8 +105,10 @@ Split = Images | SyntheticImages
 
 
 def open_split(config: DataConfig, split: str) -> Split:
-    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process. Raises
-    `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty."""
+    """The "train" or "test" images of `config`, with `.classes` and `.fingerprint`; opened once a process.
+
+    Raises `UserError` or `UsageError` where the data can't be had, has no such split or column, or is empty.
+    """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     return _open(type(config), config.model_dump_json(exclude={"flip", "max_bad_fraction"}), split)
@@ -99,14 +119,16 @@ def _open(schema: type, text: str, split: str) -> Split:
     config = schema(**json.loads(text))
     if config.source == "synthetic":
         return SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size)
-    files = tables.local_files(config.source)
-    if files and files[0].endswith(".tar"):
-        return _open_shards(config, split, tables.by_split(files))
-    if files:
-        return _open_table(config, split, tables.from_parquet(tables.by_split(files)))
-    if files is None:
-        return _open_table(config, split, tables.from_hub(config.source, config.subset))
-    return _open_table(config, split, tables.from_class_folders(Path(config.source).expanduser()))
+    found, root = tables.find(config.source), Path(config.source).expanduser()
+    if found.kind == "tar":
+        return _open_shards(config, split, found)
+    read = {
+        "hub": lambda: tables.from_hub(config.source, config.subset),
+        "saved": lambda: tables.from_saved(root),
+        "folders": lambda: tables.from_folders(root, found),
+        "parquet": lambda: tables.from_parquet(tables.by_split(found.files)),
+    }
+    return _open_table(config, split, read[found.kind](), found)
 
 
 def _choose(config: DataConfig, split: str, names: list[str]) -> tuple[str, bool]:
@@ -122,59 +144,79 @@ def _choose(config: DataConfig, split: str, names: list[str]) -> tuple[str, bool
     return wanted, test is None
 
 
-def _open_table(config: DataConfig, split: str, found: dict[str, datasets.Dataset]) -> Images:
-    found = {name: table for name, table in found.items() if len(table)}
-    if not found:
+def _open_table(config: DataConfig, split: str, parts: dict[str, datasets.Dataset], found: Found) -> Images:
+    parts = {name: table for name, table in parts.items() if len(table)}
+    if not parts:
         raise UserError(f"{config.source} is empty")
-    chosen = _choose(config, split, list(found))
-    table = found[chosen[0]]
-    image, label = _columns(config, table.features)
-    return _part(config, split, chosen, Rows(table, image, chosen[0]), *_labels(config, label, found, chosen[0]))
+    found.splits = {name: len(table) for name, table in parts.items()}
+    name, shared = _choose(config, split, list(parts))
+    table = parts[name]
+    encoded = Rows(table, _image_column(config, table.features), name)
+    classes, labels = _labels(config, _label_column(config, parts, name), parts, name)
+    return Images(encoded, labels, classes, _rows(config, split, len(table), shared), name, found)
 
 
-def _open_shards(config: DataConfig, split: str, files: dict[str, list[str]]) -> Images:
-    name, _ = chosen = _choose(config, split, list(files))
-    image, label = _fields(config, first_fields(files[name]), files[name][0])
-    # The classes are those of all splits, unless they are named.
-    wanted = files if label is not None and config.class_names is None else [name]
-    found = {part: Shards(files[part], image, label) for part in wanted}
-    classes, labels = ([], np.full(len(found[name]), -1)) if label is None else _shard_labels(config, found, name)
-    return _part(config, split, chosen, found[name], classes, labels)
+def _open_shards(config: DataConfig, split: str, found: Found) -> Images:
+    files = tables.by_split(found.files)
+    name, shared = _choose(config, split, list(files))
+    fields = _fields(config, files)
+    parts = {part: Shards(files[part], fields) for part in files}
+    found.splits = {part: len(shards) for part, shards in parts.items()}
+    members, hidden = np.sum([shards.members for shards in parts.values()], 0).tolist()
+    found.skipped["hidden or the system's"] += hidden
+    found.skipped["labels and other fields"] += members - hidden - sum(map(_images_in, parts.values()))
+    by_name = fields.label is None and _label_by_name(config, parts, found)
+    classes: list[str] = []
+    labels = np.full(len(parts[name]), -1)
+    if fields.label is not None or by_name:
+        classes, labels = _shard_labels(config, parts, name)
+    return Images(parts[name], labels, classes, _rows(config, split, len(labels), shared), name, found)
 
 
-def _part(
-    config: DataConfig, split: str, chosen: tuple[str, bool], encoded: Rows | Shards, classes: list, labels: np.ndarray
-) -> Images:
-    """The images that belong to "train" or "test": all, or a fixed random share where they share a split."""
-    n, wrong = len(labels), np.flatnonzero((labels < -1) | (labels >= len(classes)))
-    if len(wrong):
-        place = f"label {labels[wrong[0]]} of {encoded.id(wrong[0])}"
-        raise UserError(f"{config.source}: {place} is outside the classes 0..{len(classes) - 1}")
-    rows, count = np.arange(n), round(n * config.holdout)
-    if chosen[1]:
-        if not 0 < count < n:
-            raise UserError(f"{config.source}: of {n} images, data.holdout = {config.holdout} leaves none on one side")
-        order = np.random.default_rng(0).permutation(n)
-        rows = np.sort(order[:count] if split == "test" else order[count:])
-    return Images(encoded, labels, classes, rows, chosen[0])
+def _images_in(shards: Shards) -> int:
+    return int((shards.sizes(np.arange(len(shards))) >= 0).sum())
 
 
-def _columns(config: DataConfig, features: datasets.Features) -> tuple[str, str | None]:
-    """The columns of a table that hold the image and the label."""
-    for key in ("image_column", "label_column"):
-        name = getattr(config, key)
-        if name is not None and name not in features:
-            raise UsageError(f"{config.source} has no column data.{key} = {name!r}: it has {', '.join(features)}")
+def _rows(config: DataConfig, split: str, n: int, shared: bool) -> np.ndarray:
+    """Rows of a split that belong to "train" or "test": all, or a fixed random share where both are in one."""
+    if not shared:
+        return np.arange(n)
+    count = round(n * config.holdout)
+    if not 0 < count < n:
+        raise UserError(f"{config.source}: of {n} images, data.holdout = {config.holdout} leaves none on one side")
+    order = np.random.default_rng(0).permutation(n)
+    return np.sort(order[:count] if split == "test" else order[count:])
+
+
+# Columns
+
+
+def _image_column(config: DataConfig, features: datasets.Features) -> str:
+    if config.image_column is not None:
+        return _existing(config, "image_column", features)
     found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     found = found or [name for name, kind in features.items() if _holds_bytes(kind)]
-    if config.image_column is None and len(found) != 1:
+    if len(found) != 1:
         what = f"several image columns ({', '.join(found)})" if found else "no image column"
         raise UsageError(f"{config.source} has {what}: set data.image_column to one of {', '.join(features)}")
-    usual = {name: features[name] for name in LABEL_NAMES if name in features}
-    labels = [name for name, kind in usual.items() if _is_int(kind) or _is_text(kind)]
+    return found[0]
+
+
+def _label_column(config: DataConfig, parts: dict[str, datasets.Dataset], name: str) -> str | None:
+    if config.label_column is not None:
+        return _existing(config, "label_column", parts[name].features)
+    features = {column: kind for table in [*parts.values(), parts[name]] for column, kind in table.features.items()}
+    holds = {column.lower(): column for column, kind in features.items() if _is_number(kind) or _is_text(kind)}
+    usual = [holds[name] for name in LABEL_NAMES if name in holds]
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    labels += typed if len(typed) == 1 else []
-    return config.image_column or found[0], config.label_column or next(iter(labels), None)
+    return usual[0] if usual else typed[0] if len(typed) == 1 else None
+
+
+def _existing(config: DataConfig, key: str, features: datasets.Features) -> str:
+    name = getattr(config, key)
+    if name not in features:
+        raise UsageError(f"{config.source} has no column data.{key} = {name!r}: it has {', '.join(features)}")
+    return name
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -182,59 +224,110 @@ def _holds_bytes(kind: Any) -> bool:
     return getattr(kind, "dtype", "") == "binary" or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
 
 
-def _is_int(kind: Any) -> bool:
-    return isinstance(kind, datasets.ClassLabel) or re.fullmatch(r"u?int\d+", getattr(kind, "dtype", "")) is not None
+def _is_number(kind: Any) -> bool:
+    number = r"u?int\d+|float\d+|bool"
+    return isinstance(kind, datasets.ClassLabel) or re.fullmatch(number, getattr(kind, "dtype", "")) is not None
 
 
 def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", "") in ("string", "large_string")
 
 
-def _labels(config: DataConfig, column: str | None, found: dict, split: str) -> tuple[list[str], np.ndarray]:
+def _labels(config: DataConfig, column: str | None, parts: dict, split: str) -> tuple[list[str], np.ndarray]:
     """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
     if column is None:
-        return [], np.full(len(found[split]), -1)
-    kind = found[split].features[column]
-    alike = {name: table for name, table in found.items() if table.features.get(column) == kind}
-    values = {name: table.select_columns([column]).with_format("arrow")[:].column(0) for name, table in alike.items()}
+        return [], np.full(len(parts[split]), -1)
+    kinds = {name: table.features[column] for name, table in parts.items() if column in table.features}
+    kind = kinds.get(split, next(iter(kinds.values())))
+    values = {
+        name: _values(config, column, parts[name].select_columns([column]).with_format("arrow")[:].column(0))
+        for name in kinds
+        if _is_text(kinds[name]) == _is_text(kind)
+    }
     if _is_text(kind):
-        names = sorted({text for texts in values.values() for text in texts.unique().to_pylist() if text is not None})
-        ids = {None: -1} | {text: i for i, text in enumerate(names)}
-        labels = np.array([ids[text] for text in values[split].to_pylist()], np.int64)
-    elif _is_int(kind):
-        labels = values[split].fill_null(-1).to_numpy().astype(np.int64)
-        top = max(int(column.fill_null(-1).to_numpy().max()) for column in values.values())
+        texts = sorted({text for part in values.values() for text in part if text is not None})
+        ids = {None: -1} | {text: i for i, text in enumerate(texts)}
+        values = {name: np.array([ids[text] for text in part], np.int64) for name, part in values.items()}
+        names = names_of_synsets(texts)
+    else:
+        top = max(int(part.max()) for part in values.values())
         if top >= _MAX_CLASSES:
             raise UserError(f"{config.source}: column {column!r} goes up to {top}: these are no class ids")
-        names = kind.names if isinstance(kind, datasets.ClassLabel) else [str(i) for i in range(top + 1)]
-    else:
+        is_bool = getattr(kind, "dtype", "") == "bool"
+        names = ["false", "true"] if is_bool else [str(i) for i in range(top + 1)]
+        names = list(kind.names) if isinstance(kind, datasets.ClassLabel) else names
+    names = names if config.class_names is None else read_class_names(config.class_names)
+    labels = values.get(split, np.full(len(parts[split]), -1))
+    _check(config, names, labels, lambda row: f"{split}[{row}]")
+    return names, labels
+
+
+def _values(config: DataConfig, column: str, values: Any) -> Any:
+    """A column of arrow as a list of texts, or as ids [n] int64 (-1: none)."""
+    kind = str(values.type)
+    if kind in ("string", "large_string"):
+        return values.to_pylist()
+    if not re.fullmatch(r"u?int\d+|float|double|bool", kind):
         raise UsageError(f"{config.source}: data.label_column = {column!r} holds {kind}, not class ids or names")
-    return _named(config, names), labels
+    numbers = np.array([-1 if value is None or value != value else value for value in values.to_pylist()], np.float64)
+    if (numbers != numbers.round()).any():
+        raise UsageError(f"{config.source}: {column!r} holds numbers that are no class ids: set data.label_column")
+    return numbers.astype(np.int64)
 
 
-def _named(config: DataConfig, names: list[str]) -> list[str]:
-    """`names` of classes, or those of the file that the config gives. Raises `UserError` where it can't be read."""
-    if config.class_names is None:
-        return list(names)
-    try:
-        lines = Path(config.class_names).expanduser().read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read data.class_names = {config.class_names}: {error}") from None
-    if not any(map(str.strip, lines)):
-        raise UserError(f"data.class_names = {config.class_names} holds no names")
-    return [line.strip() for line in lines if line.strip()]
+def _check(config: DataConfig, names: list[str], labels: np.ndarray, id: Callable[[int], str]) -> None:
+    wrong = np.flatnonzero((labels < -1) | (labels >= len(names)))
+    if len(wrong):
+        place = f"label {labels[wrong[0]]} of {id(wrong[0])}"
+        raise UserError(f"{config.source}: {place} is outside the classes 0..{len(names) - 1}")
 
 
-def _fields(config: DataConfig, fields: list[str], shard: str) -> tuple[str, str | None]:
-    """Which fields of a shard's samples hold the image and the label."""
-    images = [config.image_column] if config.image_column else [f for f in fields if f".{f.lower()}" in IMAGE_SUFFIXES]
-    if len(images) != 1 or images[0] not in fields:
+def _fields(config: DataConfig, files: dict[str, list[str]]) -> Fields:
+    """Which fields of the samples hold the image and the label, seen in some samples of each split."""
+    samples = [sample for shards in files.values() for sample in look(shards)]
+    images = [{field for field in sample if is_image(f".{field}")} for sample in samples]
+    dotted = {field for found in images for field in found if "." in field}
+    # Fields such as left.jpg are few, and in all samples; what varies belongs to the names.
+    varies = any(dotted - found for found in images) and all(len(found) <= 1 for found in images)
+    last_dot = varies or len(dotted) > _MOST_FIELDS
+    if last_dot:
+        samples = [sample for shards in files.values() for sample in look(shards, last_dot=True)]
+        images = [{field for field in sample if is_image(f".{field}")} for sample in samples]
+    fields = list(dict.fromkeys(field for sample in samples for field in sample))
+    shard, image, label = next(iter(files.values()))[0], config.image_column, config.label_column
+    if image not in fields if image else not any(images) or any(len(found) > 1 for found in images):
         raise UsageError(f"{shard}: set data.image_column to the image's field, one of {', '.join(fields)}")
-    label = config.label_column
-    if label is not None and label not in fields:
-        raise UsageError(f"{shard} has no field data.label_column = {label!r}: it has {', '.join(fields)}")
-    usual = [f"{name}{suffix}" for name in LABEL_NAMES for suffix in ("", ".txt")]
-    return images[0], label or next((field for field in usual if field in fields), None)
+    records = [sample.get("json", {}) for sample in samples]
+    inside = {key: f"json:{key}" for record in records for key in record if isinstance(record[key], int | str)}
+    if label is not None:
+        if label not in fields and label not in inside:
+            raise UsageError(f"{shard} has no field data.label_column = {label!r}: it has {', '.join(fields)}")
+        return Fields(image, label if label in fields else inside[label], last_dot)
+    usual = [(name, f"{name}.txt") for name in LABEL_NAMES]
+    plain = next((field for names in usual for field in fields if field.lower() in names), None)
+    in_json = next((inside[key] for name in LABEL_NAMES for key in inside if key.lower() == name), None)
+    return Fields(image, plain or in_json, last_dot)
+
+
+def _label_by_name(config: DataConfig, parts: dict[str, Shards], found: Found) -> bool:
+    """Labels from the folders inside of the tars, or from the tars' names (n01440764.tar), where these tell classes."""
+    folders, stems = ({part: read(shards) for part, shards in parts.items()} for read in (Shards.folders, Shards.stems))
+    placed = classes_of_paths(sorted({f"{folder}/x" for inside in folders.values() for folder in inside if folder}))
+    if len({split for split, _ in placed.values()}) > 1:
+        raise UserError(f"{config.source}: the tars hold folders for splits: unpack them, and give the folder")
+    classes = {path[:-2]: name for path, (_, name) in placed.items() if name}
+    tars = {stem for inside in stems.values() for stem in inside}
+    if len(set(classes.values())) > 1:
+        names = {part: [classes.get(folder, "") for folder in inside] for part, inside in folders.items()}
+        found.said.append("classes are the folders inside of the tars")
+    elif len(tars) > 1 and all(re.fullmatch(r"n\d{8}|[A-Za-z_ -]+", stem) and not split_of(stem) for stem in tars):
+        names = stems
+        found.said.append("classes are the names of the tars")
+    else:
+        return False
+    for part, shards in parts.items():
+        shards.labels = np.array([name.encode() for name in names[part]], "S")
+    return True
 
 
 def _shard_labels(config: DataConfig, found: dict[str, Shards], split: str) -> tuple[list[str], np.ndarray]:
@@ -246,13 +339,41 @@ def _shard_labels(config: DataConfig, found: dict[str, Shards], split: str) -> t
         top = max(ids.values(), default=-1)
         if top >= _MAX_CLASSES:
             raise UserError(f"{config.source}: labels go up to {top}: these are no class ids")
-        names = _named(config, [str(i) for i in range(top + 1)])
+        names = _names_by_keys(found, ids) or [str(i) for i in range(top + 1)]
+        names = names if config.class_names is None else read_class_names(config.class_names)
     else:
-        names = _named(config, sorted(set(texts.values())))
+        names = sorted(set(texts.values())) if config.class_names is None else read_class_names(config.class_names)
         places = {name: i for i, name in enumerate(names)}
+        names = names_of_synsets(names)
         for value in (value for value, text in texts.items() if text not in places):
             id = found[split].id(int(np.argmax(found[split].labels == value)))
             raise UserError(f"{config.source}: label {texts[value]!r} of {id} is none of those in data.class_names")
         ids = {value: places[text] for value, text in texts.items()}
     numbers = np.array([ids.get(value, -1) for value in values[split].tolist()], np.int64)
-    return names, numbers[np.searchsorted(values[split], found[split].labels)]
+    labels = numbers[np.searchsorted(values[split], found[split].labels)]
+    _check(config, names, labels, found[split].id)
+    return names, labels
+
+
+def _names_by_keys(found: dict[str, Shards], ids: dict[bytes, int]) -> list[str]:
+    """ImageNet's names of ids that all of ImageNet-1k's synsets have, as the samples' keys tell (timm's shards)."""
+    synsets = imagenet_synsets()
+    if len(ids.keys() - {b""}) != len(synsets):
+        return []
+    seen: dict[int, set[str]] = {}
+    for shards in found.values():
+        for key, label in zip(shards.keys.tolist(), shards.labels.tolist(), strict=True):
+            if label and (synset := re.search(rb"n\d{8}", key)):
+                seen.setdefault(ids[label], set()).add(synset[0].decode())
+    return names_of_synsets(synsets) if [seen.get(i) for i in range(len(synsets))] == [{s} for s in synsets] else []
+
+
+def read_class_names(path: str) -> list[str]:
+    """Names, one a line. Raises `UserError` where the file can't be read or holds none."""
+    try:
+        names = [line.strip() for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read data.class_names = {path}: {error}") from None
+    if not names:
+        raise UserError(f"data.class_names = {path} holds no names")
+    return names

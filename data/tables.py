@@ -1,7 +1,8 @@
-"""A source's splits as `datasets` tables: from parquet files, class folders or the Hub.
+"""A source's splits as `datasets` tables: from parquet files, folders of images, saved data sets or the Hub.
 
 What this adds to `datasets`' imagefolder: class folders with names like "test" stay classes (there they are splits, and
-the other classes are lost), and a listing that is some 40 times as fast.
+the other classes are lost), layouts and tables of labels as sets are downloaded, and a listing that is some 40 times as
+fast. What a tree of files is understood as is in data/folders.py.
 """
 
 import os
@@ -10,20 +11,23 @@ import ssl
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import lru_cache
 from glob import glob, has_magic
 from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+from nsvq.data.folders import ARCHIVES, files_below, is_hidden, is_image, read_tree, split_of
 from nsvq.data.images import BadImage
-from nsvq.errors import UserError
+from nsvq.data.label_tables import add_labels, names_of_synsets
+from nsvq.errors import UsageError, UserError
 
-_SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing", "eval"), "test")
-_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SAVED = ("dataset_dict.json", "state.json")  # of a folder that `save_to_disk` wrote
 _HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
 
 
@@ -45,6 +49,17 @@ class Rows:
         """What names a row: split[row]."""
         return f"{self._name}[{row}]"
 
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes of these images (-1: no image)."""
+        return np.array([self._size(self._table[int(row)][self._column] or {}) for row in rows])
+
+    @staticmethod
+    def _size(value: dict) -> int:
+        try:
+            return len(value["bytes"]) if value.get("bytes") else os.path.getsize(value["path"])
+        except (OSError, TypeError, KeyError):
+            return -1
+
     def read(self, row: int) -> tuple[bytes, str]:
         """The encoded image of a row, and its id, with its path where it has one. Raises `BadImage` without it."""
         value = self._table[row][self._column] or {}
@@ -58,30 +73,64 @@ class Rows:
             raise BadImage(id, "no bytes") from None
 
 
-def local_files(source: str) -> list[str] | None:
-    """Parquet or tar files that `source` names, sorted; [] for a folder of images; None for a Hub id. Raises
-    `UserError` where a path leads nowhere."""
+@dataclass
+class Found:
+    """What a source turns out to be. `kind`: "hub", "saved", "folders", "parquet", "tar" or "synthetic"; `files`: of a
+    folder all of them, relative to it, else the parquet files or tars; `splits`: the images of each (samples of tars).
+    `skipped` and `said` as in `folders.Tree`."""
+
+    kind: str
+    files: list[str] = field(default_factory=list)
+    splits: dict[str, int] = field(default_factory=dict)
+    skipped: Counter = field(default_factory=Counter)
+    said: list[str] = field(default_factory=list)
+
+
+def find(source: str) -> Found:
+    """Raises `UserError` where a path leads nowhere, and `UsageError` where it is one that has to be unpacked."""
     path = Path(source).expanduser()
     if path.is_dir():
-        for suffix in (".parquet", ".tar"):
-            if found := sorted(str(p) for pattern in ("*", "*/*") for p in path.glob(pattern + suffix)):
-                return found
-        return []
+        return _find_in(path)
+    if source.startswith("pipe:"):
+        raise UsageError(f"data.source = {source}: a command cannot be read at any place; give the URL itself")
     if not source.endswith((".parquet", ".tar")):
+        if path.is_file() or source.lower().endswith(ARCHIVES):
+            what = "unpack it and give the folder" if source.lower().endswith(ARCHIVES) else "give its folder"
+            raise UsageError(f"data.source = {source}: this file cannot be read as it is; {what}")
         if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) and not has_magic(source):
-            return None
-        give = "give an existing folder, *.parquet or *.tar files, a Hugging Face data set id, or synthetic"
-        raise UserError(f"data.source = {source}: there is no such folder ({give})")
+            return Found("hub")
+        raise UserError(
+            f"data.source = {source}: there is no such folder (give an existing folder, *.parquet or *.tar files, "
+            "a Hugging Face data set id, or synthetic)"
+        )
+    kind = "tar" if source.endswith(".tar") else "parquet"
     if "://" in source:
-        if has_magic(source) and source.endswith(".tar"):
-            how = "give remote shards by a brace range, as in train-{000..099}.tar"
-            raise UserError(f"data.source = {source}: {how}")
-        return expand_braces(source)
+        if has_magic(source) and kind == "tar":
+            raise UserError(
+                f"data.source = {source}: give remote shards by a brace range, as in train-{{000..099}}.tar"
+            )
+        return Found(kind, expand_braces(source))
     patterns = expand_braces(str(path))
     found = sorted({f for p in patterns for f in ([p] if os.path.isfile(p) else glob(p, recursive=True) or [p])})
     if missing := [f for f in found if not os.path.isfile(f)]:
         raise UserError(f"data.source = {source}: there is no file {missing[0]}")
-    return found
+    return Found(kind, found)
+
+
+def _find_in(root: Path) -> Found:
+    files = list(files_below(root))
+    if any(name in files for name in _SAVED):
+        return Found("saved", files)
+    seen = [path for path in files if not is_hidden(path)]
+    if any("/" in path and is_image(path) for path in seen):  # tars beside them are what they were unpacked from
+        return Found("folders", files)
+    for kind in ("parquet", "tar"):
+        if found := [path for path in seen if path.endswith(f".{kind}") and not path.endswith("metadata.parquet")]:
+            left = Counter({f"beside the {kind} files": len(files) - len(found)})
+            images = sum(map(is_image, seen))
+            said = [f"{root} holds {kind} files: the {images} images beside them are left out"] if images else []
+            return Found(kind, [str(root / path) for path in found], skipped=left, said=said)
+    return Found("folders", files)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -89,22 +138,24 @@ def expand_braces(pattern: str) -> list[str]:
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
-    parts = found[1].split(",")
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if span:
         low, high = span.groups()
         parts = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
+    else:
+        parts = found[1].split(",")
     return [tail for part in parts for tail in expand_braces(pattern[: found.start()] + part + pattern[found.end() :])]
 
 
 def by_split(files: list[str]) -> dict[str, list[str]]:
     """Files by the split that their name or folder, below the one they share, tells: train-0.parquet, val/0.tar.
 
-    Files that tell none are "train"."""
+    Files that tell none are "train".
+    """
     splits: dict[str, list[str]] = {}
     folder = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath(map(os.path.dirname, files))
     for file in files:
-        words = re.split(r"[^a-z]+", file[len(folder) :].lower())
-        splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), "train"), []).append(file)
+        splits.setdefault(split_of(file[len(folder) :]) or "train", []).append(file)
     return splits
 
 
@@ -117,47 +168,55 @@ def from_parquet(files: dict[str, list[str]]) -> dict[str, datasets.Dataset]:
         raise UserError(f"cannot read {first} and the files beside it: {_line(error.__cause__ or error)}") from None
 
 
-def from_class_folders(root: Path) -> dict[str, datasets.Dataset]:
-    """root/class/**/image or root/split/class/**/image; a folder without class folders holds images without labels.
+def from_saved(root: Path) -> dict[str, datasets.Dataset]:
+    """The splits of a folder that `save_to_disk` of `datasets` wrote. Raises `UserError` where it is damaged."""
+    try:
+        found = datasets.load_from_disk(root)
+    except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the saved data set {root}: {_line(error)}") from None
+    return dict(found) if isinstance(found, dict) else {"train": found}
 
-    Class ids follow the sorted names over all splits. Raises `UserError` where there is no image."""
-    folders = _subfolders(root)
-    splits = {_SPLITS[name.lower()]: root / name for name in folders if name.lower() in _SPLITS}
-    if not splits or not (len(splits) == len(folders) or any(map(_subfolders, splits.values()))):
-        splits = {"train": root}  # "test" and "dev" may be classes
-    classes = sorted({name for folder in splits.values() for name in _subfolders(folder)})
-    label_kind = datasets.ClassLabel(names=classes) if classes else datasets.Value("int64")
-    features = datasets.Features(image=datasets.Image(decode=False), label=label_kind)
+
+def from_folders(root: Path, found: Found) -> dict[str, datasets.Dataset]:
+    """root/class/**/image or root/split/class/**/image, as data/folders.py understands them; what that leaves out and
+    says goes to `found`. A class of -1 is none.
+
+    Class ids follow the sorted names over all splits, and synsets have their names. Raises `UserError` where there is
+    no image.
+    """
+    tree = read_tree(root, found.files)
+    add_labels(root, tree)
+    found.skipped, found.said = tree.skipped, tree.said
+    if not any(tree.splits.values()):
+        packed = [path for path in found.files if path.lower().endswith(ARCHIVES)]
+        advice = f": unpack {packed[0]} and the other archives" if packed else ""
+        raise UserError(f"{root} holds no images in class folders, no *.parquet and no *.tar files{advice}")
+    labels = [label for rows in tree.splits.values() for _, label in rows]
+    names = sorted({label for label in labels if isinstance(label, str)})
+    top = max((label for label in labels if isinstance(label, int)), default=-1)
+    if names and top >= len(names):
+        raise UserError(f"{root}: a table gives class {top}, but there are {len(names)} class folders")
+    ids = {name: i for i, name in enumerate(names)} | {None: -1}
+    kind = datasets.ClassLabel(names=names_of_synsets(names, root)) if names else datasets.Value("int64")
+    features = datasets.Features(image=datasets.Image(decode=False), label=kind)
     tables = {}
-    for split, folder in splits.items():
-        labels = {name: classes.index(name) for name in _subfolders(folder)}
-        loose = _images(folder.glob("*"))
-        if labels and loose:
-            note(f"{folder} has class folders: the {len(loose)} images beside them are left out")
-        rows = [(path, label) for name, label in labels.items() for path in _images((folder / name).rglob("*"))]
-        rows = rows if labels else [(path, -1) for path in loose]
-        columns = {"image": [{"path": path, "bytes": None} for path, _ in rows], "label": [label for _, label in rows]}
-        tables[split] = datasets.Dataset.from_dict(columns, features=features)
-    if not any(map(len, tables.values())):
-        raise UserError(f"{root} holds no images in class folders, no *.parquet and no *.tar files")
+    for split, rows in tree.splits.items():
+        image = [{"path": str(root / path), "bytes": None} for path, _ in rows]
+        label = [label if isinstance(label, int) else ids[label] for _, label in rows]
+        tables[split] = datasets.Dataset.from_dict({"image": image, "label": label}, features=features)
     return tables
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(paths) -> list[str]:
-    return sorted(str(path) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a Hub data set, from the cache where the Hub is out of reach (known within seconds). Raises
-    `UserError` where it is gated, absent, or neither reachable nor cached, with what to do about it."""
+    """The splits of a Hub data set, from the cache where the Hub is out of reach (known within seconds).
+
+    Raises `UserError` where it is gated, absent, or neither reachable nor cached, with what to do about it.
+    """
     how = "give a local copy with --data.source PATH (or use --data.source synthetic)"
     page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{id}"
-    terms = f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does)"
-    access = f"{terms}, log in with `hf auth login`, or {how}"
+    access = (
+        f"accept its terms on {page} if it has any (ILSVRC/imagenet-1k does), log in with `hf auth login`, or {how}"
+    )
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # Out of reach, the library would retry for a long time before it looks into its cache.
@@ -165,11 +224,14 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
         return dict(datasets.load_dataset(id, subset))
     except DatasetNotFoundError:
         raise UserError(f"{id} is no folder here, and no data set on the Hub that you may read: {access}") from None
+    except (ConnectionError, FileNotFoundError) as error:
+        if isinstance(error, DatasetsError):  # found, but with no files that the library reads
+            raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
+        raise UserError(
+            f"data set {id}: there is no such folder, no cached copy, and the Hugging Face Hub is out of reach; "
+            f"with a network, {access}"
+        ) from None
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        # What is of the library's own kind was found, but with no files that it reads.
-        if isinstance(error, ConnectionError | FileNotFoundError) and not isinstance(error, DatasetsError):
-            absent = "there is no such folder, no cached copy, and the Hugging Face Hub is out of reach"
-            raise UserError(f"data set {id}: {absent}; with a network, {access}") from None
         raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
@@ -181,8 +243,10 @@ def _hub_answers() -> bool:
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
     except urllib.error.HTTPError as error:
         return error.code < 500
-    except OSError as error:  # with wrong certificates it answers; the library may know others
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # it answers; the library may know other certificates
+    except OSError:
+        return False
     return True
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import code_version, make_accelerator
+from nsvq.data.understood import announce
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.trainer import DiffusionTrainer
-from nsvq.errors import UserError
+from nsvq.errors import UsageError, UserError
 from nsvq.eval.monitor import FrechetMonitor
 from nsvq.pipelines.export import check_classes, save_pipeline, to_stock
 from nsvq.tokenizer.encode import open_cache
@@ -32,6 +33,13 @@ def main() -> None:
             "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run"
         )
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
+    classes = announce(config.data, accelerator).classes
+    if config.model.conditional:
+        if len(classes) < 2:
+            what = f"one class, {classes[0]!r}" if classes else "no labels"
+            about = "and the model is to learn classes: see the lines above, or set --model.conditional false"
+            raise UsageError(f"{config.data.source} has {what}, {about}")
+        check_classes(len(classes))
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
     cache = open_cache(
         config.cache or config.out / "latents",
@@ -44,8 +52,6 @@ def main() -> None:
         quantized=config.latents == "quantized",
         verify=config.cache_verify,
     )
-    if config.model.conditional:
-        check_classes(len(cache.classes))
     distance = None
     if (sampling := config.sampling).fd_every:
         features = (sampling.fd_features, sampling.fd_features_weights)

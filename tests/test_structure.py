@@ -74,7 +74,7 @@ def test_every_library_that_is_imported_is_declared():
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_module_beside_a_script_hides_one_of_python_or_of_a_library(folder, tmp_path):
     """`accelerate launch eval/generation.py` puts eval/ first on the path."""
-    names = [path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+    names = [path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("__")]
     code = f"import importlib.util as u; print(*(n for n in {names} if u.find_spec(n)))"
     found = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert found.stdout.split() == []

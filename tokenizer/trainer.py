@@ -14,8 +14,8 @@ from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
 from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
-from nsvq.data.batches import eval_batches, train_batches
-from nsvq.data.sources import open_split
+from nsvq.data.batches import eval_batches, fixed_images, train_batches
+from nsvq.data.understood import announce
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
@@ -41,8 +41,7 @@ class TokenizerTrainer(Trainer):
         optim, loss, pull = config.optim, config.loss, config.nsvq.pull
 
         # Data
-        with accelerator.main_process_first():
-            self.images, _ = open_split(config.data, "train"), open_split(config.data, "test")
+        self.images = announce(config.data, accelerator)
         self.bad_images = BadImages(config.data.max_bad_fraction, accelerator)
 
         # Networks
@@ -89,8 +88,7 @@ class TokenizerTrainer(Trainer):
         self.upkeep = CodebookUpkeep(self.quantizer, config.nsvq, self.schedule, adam, self._averages_of, seed)
         self.epoch_usage = EpochUsage(self.quantizer.codebook_size, accelerator)
         self.temperature = Temperature(pull, self.quantizer.dim)
-        fixed = next(iter(eval_batches(config.data, "test", batch_size=config.validation.probe_images)))
-        self.probe = DriftProbe(fixed["image"].to(self.device))
+        self.probe = DriftProbe(fixed_images(config.data, "test", config.validation.probe_images).to(self.device))
         kept = ("schedule", "epoch_usage", "probe", "bad_images", "temperature")
         self.stateful |= {name: getattr(self, name) for name in kept}
 
@@ -235,6 +233,9 @@ class TokenizerTrainer(Trainer):
                 if quantized.indices is not None:
                     counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
         decibels, l1, error, images = self.accelerator.reduce(sums, "sum").tolist()
+        if not images:
+            self.run.warn("no image of the test split that is measured on decodes")
+            return {}
         values = {"psnr": decibels / images, "l1": l1 / images, "quantization_error": error / images}
         used = usage(self.accelerator.reduce(counts, "sum")) if self.quantizer.has_codes else {}
         return {f"val_{name}": value for name, value in (values | used).items()}

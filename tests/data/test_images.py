@@ -113,6 +113,18 @@ def test_random_damage_gives_an_image_or_a_bad_image_and_nothing_else(format):
     assert bad > 20
 
 
+def test_a_thin_image_costs_no_memory_and_a_huge_one_is_bad():
+    """A picture of 65,000 x 1 pixels resized as a whole would take gigabytes."""
+    thin = np.arange(65_000, dtype=np.uint32)[:, None] % 256
+    data = encoded(Image.fromarray(np.repeat(thin[..., None], 3, 2).astype(np.uint8)))
+    image = decode(data, "id")
+    assert image.size == (1, 16)
+    assert np.asarray(image)[:, 0, 0].tolist() == [i % 256 for i in range(32_492, 32_508)]
+    assert training_crop(image, 512, True, np.random.default_rng(0)).size == (512, 512)
+    with pytest.raises(BadImage, match="12000 x 12000 pixels are more than 134217728"):
+        decode(encoded(Image.new("1", (12_000, 12_000))), "id")
+
+
 def smooth(height: int, width: int) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 9 + y / 17), np.cos(x / 1.7), np.sin(y / 2.3)]

@@ -1,0 +1,430 @@
+"""What a source is understood as: folders, tars and tables as people have them, each with its right reading, or with
+the line that is said and its exit code."""
+
+import io
+import json
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from nsvq.data import sources
+from nsvq.data.config import DataConfig
+from nsvq.data.label_tables import imagenet_synsets
+from nsvq.data.sources import open_split
+from nsvq.data.understood import describe
+from nsvq.errors import UserError
+
+
+def encoded(number: int, format: str = "PNG", size=(9, 8)) -> bytes:
+    """A picture whose colour tells its number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (number, 255 - number, 7)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def pack(files: dict) -> bytes:
+    """A tar of these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            data = contents(content, name)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def contents(content, name: str) -> bytes:
+    """Of a file: a number is a picture, a dict is a tar or a record."""
+    if isinstance(content, int):
+        return encoded(content, "JPEG" if name.lower().endswith(("jpg", "jpeg", "jfif")) else "PNG")
+    if isinstance(content, dict):
+        return pack(content) if name.endswith(".tar") else json.dumps(content).encode()
+    return content.encode() if isinstance(content, str) else content
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(files: dict) -> str:
+        root = tmp_path / "source"
+        for name, content in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("/"):
+                path.mkdir(exist_ok=True)
+            elif isinstance(content, datasets.Dataset):
+                content.to_parquet(path)
+            else:
+                path.write_bytes(contents(content, name))
+        return str(root)
+
+    return make
+
+
+def understood(config: DataConfig) -> dict:
+    """Splits, classes, and the class of each picture by its number, none where it has none."""
+    sources._open.cache_clear()
+    found: dict = {"labels": {}}
+    for part in ("train", "test"):
+        images = open_split(config, part)
+        names = [*images.classes, None]
+        for i in range(len(images)):
+            image, label = images.load(i)
+            # JPEG moves colours a little.
+            found["labels"][round(image.getpixel((0, 0))[0] / 5)] = names[label]
+        found |= {"classes": images.classes, "splits": images.found.splits}
+    return found
+
+
+def table(numbers: list[int], image: str = "image", **columns) -> datasets.Dataset:
+    rows = [{"bytes": encoded(5 * i), "path": None} for i in numbers]
+    return datasets.Dataset.from_dict({image: rows, **columns}).cast_column(image, datasets.Image(decode=False))
+
+
+def flat(n: int, suffix: str = "png", first: int = 1) -> dict:
+    return {f"{i}.{suffix}": 5 * i for i in range(first, first + n)}
+
+
+def under(folder: str, files: dict) -> dict:
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+TWO = under("cat", flat(2)) | under("dog", flat(2, first=3))
+TWO_LABELS = {1: "cat", 2: "cat", 3: "dog", 4: "dog"}
+SPLITS = under("train", TWO) | under("val/cat", flat(1, first=5)) | under("val/dog", flat(1, first=6))
+SPLITS_LABELS = TWO_LABELS | {5: "cat", 6: "dog"}
+SHARD = {f"{i}.{k}": v for i in range(1, 5) for k, v in (("png", 5 * i), ("cls", str(i % 2)))}
+SHARD_LABELS = {1: "1", 2: "0", 3: "1", 4: "0"}
+VAL = under("val/images", flat(2, "JPEG", 5))
+
+# name: (files, splits, labels by number, what is said)
+READ = {
+    "class folders": (TWO, {"train": 4}, TWO_LABELS, ""),
+    "splits": (
+        SPLITS,
+        {"train": 4, "validation": 2},
+        SPLITS_LABELS,
+        "trains on 4 images of 'train', measures on the 2",
+    ),
+    "wrapped": (under("a/b", SPLITS), {"train": 4, "validation": 2}, SPLITS_LABELS, ""),
+    "capitals": (
+        {k.replace("train", "Train").replace("val", "VAL"): v for k, v in SPLITS.items()},
+        {"train": 4, "validation": 2},
+        SPLITS_LABELS,
+        "",
+    ),
+    "splits in names": (
+        {k.replace("train", "birds_train").replace("val", "birds_val"): v for k, v in SPLITS.items()},
+        {"train": 4, "validation": 2},
+        SPLITS_LABELS,
+        "",
+    ),
+    "classes named like splits": (
+        under("bullet_train", flat(2)) | under("test tube", flat(2, first=3)),
+        {"train": 4},
+        {1: "bullet_train", 2: "bullet_train", 3: "test tube", 4: "test tube"},
+        "",
+    ),
+    "an empty class folder": (TWO | {"empty/": None}, {"train": 4}, TWO_LABELS, "2 classes ('cat', 'dog')"),
+    "a class that one split lacks": (
+        SPLITS | under("val/eel", flat(1, first=7)),
+        {"train": 4, "validation": 3},
+        SPLITS_LABELS | {7: "eel"},
+        "1 classes are in the test split alone ('eel'): compare data.test_split",
+    ),
+    "images beside class folders": (
+        TWO | flat(1, first=9),
+        {"train": 4},
+        TWO_LABELS,
+        "the 1 images beside them are left out",
+    ),
+    "a folder beside the splits": (
+        SPLITS | under("extra/cat", flat(1, first=9)),
+        {"train": 4, "validation": 2},
+        SPLITS_LABELS,
+        "train, val are splits: the 1 images beside them are left out",
+    ),
+    "one class": (under("cat", flat(4)), {"train": 4}, dict.fromkeys(range(1, 5), "cat"), "there is one class, 'cat'"),
+    "no classes": (flat(4), {"train": 4}, dict.fromkeys(range(1, 5)), "no labels were found: set data.label_column"),
+    "numbers sort as text": (
+        {f"{name}/{i}.png": 5 * i for i, name in enumerate(("2", "10", "1", "2"), 1)},
+        {"train": 4},
+        {1: "2", 2: "10", 3: "1", 4: "2"},
+        "3 classes ('1', '10', '2')",
+    ),
+    "Tiny ImageNet": (
+        {f"train/{wnid}/images/{wnid}_{i}.JPEG": 5 * i for i, wnid in ((1, "n01443537"), (2, "n99999999"))}
+        | {"train/n01443537/n01443537_boxes.txt": "n01443537_1.JPEG\t0\t0\t62\t62\n"}
+        | VAL
+        | under("test/images", flat(2, "JPEG", 8))
+        | {"val/val_annotations.txt": "5.JPEG\tn99999999\t0\t0\t9\t9\n6.JPEG\tn01443537\t0\t0\t9\t9\n"}
+        | {"words.txt": "n01443537\tgoldfish, Carassius auratus\nn99999999\tmonarch\n", "wnids.txt": "n01443537\n"},
+        {"train": 2, "validation": 2, "test": 2},
+        {1: "goldfish, Carassius auratus", 2: "monarch", 5: "monarch", 6: "goldfish, Carassius auratus"},
+        "validation: classes are those in val/val_annotations.txt",
+    ),
+    "dataset.json": (
+        {f"0000{i % 2}/img{i}.png": 5 * i for i in range(1, 5)}
+        | {"dataset.json": {"labels": [[f"0000{i % 2}/img{i}.png", i // 2] for i in range(1, 5)]}},
+        {"train": 4},
+        {1: "0", 2: "1", 3: "1", 4: "2"},
+        "classes are those in dataset.json",
+    ),
+    "dataset.json without labels": (
+        {f"0000{i % 2}/img{i}.png": 5 * i for i in range(1, 5)} | {"dataset.json": {"labels": None}},
+        {"train": 4},
+        dict.fromkeys(range(1, 5)),
+        "no classes, says dataset.json",
+    ),
+    "metadata.csv": (
+        flat(4) | {"metadata.csv": "\ufefffile_name,text,label\n1.png,x,b\n2.png,x,a\n3.png,y,b\n4.png,y,a\n"},
+        {"train": 4},
+        {1: "b", 2: "a", 3: "b", 4: "a"},
+        "classes are those in metadata.csv",
+    ),
+    "Kaggle's csv": (
+        under("train", flat(4))
+        | {
+            "trainLabels.csv": "id,label\n1,frog\n2,cat\n3,frog\n4,cat\n",
+            "sampleSubmission.csv": "id,label\n5,cat\n6,cat\n",
+        }
+        | under("test", flat(2, first=5)),
+        {"train": 4, "test": 2},
+        {1: "frog", 2: "cat", 3: "frog", 4: "cat", 5: None, 6: None},
+        "2 of 2 test images have no label",
+    ),
+    "captions are no classes": (
+        flat(4) | {"metadata.jsonl": "".join(f'{{"file_name": "{i}.png", "text": "t{i}"}}\n' for i in range(1, 5))},
+        {"train": 4},
+        dict.fromkeys(range(1, 5)),
+        "no labels were found",
+    ),
+    "the system's files": (
+        TWO
+        | {name: 200 for name in ("cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png", "cat/.x/1.png")}
+        | {"Thumbs.db": "x"},
+        {"train": 4},
+        TWO_LABELS,
+        "left out: 5 hidden or the system's",
+    ),
+    "rare suffixes and none": (
+        {
+            "cat/1.jfif": 5,
+            "cat/2": 10,
+            "dog/3.bmp": encoded(15, "BMP"),
+            "dog/4.jp2": encoded(20, "JPEG2000"),
+            "dog/5.heic": "x",
+            "dog/LICENSE": "x",
+        },
+        {"train": 4},
+        TWO_LABELS,
+        "left out: 2 no images",
+    ),
+    "what archives were unpacked into": (
+        under("train", TWO) | {"ILSVRC2012_img_train.tar": {"a.tar": {}}},
+        {"train": 4},
+        TWO_LABELS,
+        "left out: 1 no images",
+    ),
+    "test images that train": (
+        SPLITS | {"val/cat/9.png": 5},
+        {"train": 4, "validation": 3},
+        SPLITS_LABELS,
+        "1 of 3 test images are training images",
+    ),
+    # Tars
+    "a shard": ({"a.tar": SHARD}, {"train": 4}, SHARD_LABELS, "left out: 4 labels and other fields"),
+    "deep": ({"x/y/z/train/a.tar": SHARD}, {"train": 4}, SHARD_LABELS, ""),
+    "jpg and png": (
+        {"a.tar": {k.replace("1.png", "1.jpg"): v for k, v in SHARD.items()}},
+        {"train": 4},
+        SHARD_LABELS,
+        "",
+    ),
+    "made on macOS": (
+        {"a.tar": {f"./{d}{k}": v for k, v in SHARD.items() for d in ("._", "")} | {"./.DS_Store": "x"}},
+        {"train": 4},
+        SHARD_LABELS,
+        "9 hidden or the system's",
+    ),
+    "dots in names": (
+        {"a.tar": {f"v1.{i}.{k}": v for i in range(1, 11) for k, v in (("png", 5 * i), ("cls", str(i % 2)))}},
+        {"train": 10},
+        {i: str(i % 2) for i in range(1, 11)},
+        "",
+    ),
+    "labels in a record": (
+        {
+            "a.tar": {
+                f"{i}.{k}": v for i in range(1, 5) for k, v in (("png", 5 * i), ("json", {"w": 9, "label": i % 2}))
+            }
+        },
+        {"train": 4},
+        SHARD_LABELS,
+        "",
+    ),
+    "folders in a tar": ({"a.tar": TWO}, {"train": 4}, TWO_LABELS, "classes are the folders inside of the tars"),
+    "a tar for each class": (
+        {"n02099601.tar": flat(2), "n02099712.tar": flat(2, first=3)},
+        {"train": 4},
+        {1: "golden retriever", 2: "golden retriever", 3: "Labrador retriever", 4: "Labrador retriever"},
+        "classes are the names of the tars",
+    ),
+    # Tables
+    **{
+        f"column {name}": ({"d/e/f/train.parquet": table([1, 2, 3, 4], **{name: values})}, {"train": 4}, labels, "")
+        for name, values, labels in (
+            ("target", [1, 0, 1, 0], SHARD_LABELS),
+            ("Label", [1, 0, 1, 0], SHARD_LABELS),
+            ("class_id", [1.0, 0.0, 1.0, None], SHARD_LABELS | {4: None}),
+            ("category", ["b", "a", "b", "a"], {1: "b", 2: "a", 3: "b", 4: "a"}),
+            ("label", [True, False, True, False], {1: "true", 2: "false", 3: "true", 4: "false"}),
+            (
+                "wnid",
+                ["n02099601"] * 2 + ["n02099712"] * 2,
+                dict.fromkeys((1, 2), "golden retriever") | dict.fromkeys((3, 4), "Labrador retriever"),
+            ),
+        )
+    },
+    "labels from 1": (
+        {"train.parquet": table([1, 2, 3, 4], label=[1, 2, 1, 2]), "test.parquet": table([5, 6], label=[1, 2])},
+        {"train": 4, "test": 2},
+        {1: "1", 2: "2", 3: "1", 4: "2", 5: "1", 6: "2"},
+        "labels start at 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_source_is_read_as_it_was_meant_and_said_in_three_lines(name, write):
+    files, splits, labels, said = READ[name]
+    config = DataConfig(source=write(files), holdout=0.3, image_size=8)
+    found = understood(config)
+    assert found["splits"] == splits
+    assert found["labels"] == labels
+    lines = describe(config)
+    assert [line.partition(":")[0] for line in lines[:3]] == ["data"] * 3
+    assert said in "\n".join(lines)
+
+
+REFUSED = {
+    "a zip by a relative path": ("data/photos.zip", {}, 2, "unpack it and give the folder"),
+    "a folder of archives": (None, {"photos.zip": b"PK"}, 1, "holds no images .*: unpack photos.zip"),
+    "a command": ("pipe:cat a.tar", {}, 2, "give the URL itself"),
+    "a single image": ("{root}/1.png", flat(1), 2, "give its folder"),
+    "a tar of tars": (
+        None,
+        {"ILSVRC2012_img_train.tar": {"n01440764.tar": {"a.jpg": 1}}},
+        1,
+        "a tar of tars: unpack it",
+    ),
+    "splits in a tar": (None, {"a.tar": SPLITS}, 1, "the tars hold folders for splits: unpack them"),
+    "two folders of one split": (None, under("val", TWO) | under("valid", TWO), 1, "are both the split validation"),
+    "a held-out part without images": (None, flat(1), 1, "leaves none on one side"),
+    "one split alone": (None, under("test", TWO), 2, "has no split 'train': set data.train_split to one of test"),
+    "an empty shard": (None, {"train.tar": {}}, 1, "no samples"),
+    "splits of other columns": (
+        None,
+        {"train.parquet": table([1], label=[0]), "test.parquet": table([5])},
+        1,
+        "cannot read",
+    ),
+    "two images a sample": (None, {"a.tar": {"1.left.png": 1, "1.right.png": 2}}, 2, "set data.image_column"),
+    "numbers that are no ids": (None, {"a.parquet": table([1, 2], label=[0.5, 1])}, 2, "set data.label_column"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_ends_in_one_line_that_says_what_to_do(name, write):
+    source, files, code, said = REFUSED[name]
+    root = write(files or flat(1))
+    with pytest.raises(UserError, match=said) as caught:
+        describe(DataConfig(source=(source or root).replace("{root}", root), holdout=0.3))
+    assert caught.value.exit_code == code
+    assert "\n" not in str(caught.value)
+
+
+# ImageNet
+
+WNIDS = imagenet_synsets()
+ORDER = [int(i) for i in np.random.default_rng(0).permutation(1000)]  # classes of the validation images
+PICTURE = encoded(0)
+TRAIN = {f"{wnid}/{wnid}_1.JPEG": PICTURE for wnid in WNIDS}
+FLAT = {f"ILSVRC2012_val_{i:08}.JPEG": PICTURE for i in range(1000)}
+SORTED = {f"{WNIDS[c]}/ILSVRC2012_val_{i:08}.JPEG": PICTURE for i, c in enumerate(ORDER)}
+KAGGLE = {
+    **under("ILSVRC/Data/CLS-LOC/train", TRAIN),
+    **under("ILSVRC/Data/CLS-LOC/val", FLAT),
+    **under("ILSVRC/Data/CLS-LOC/test", {f"ILSVRC2012_test_{i:08}.JPEG": PICTURE for i in range(4)}),
+    "ILSVRC/Annotations/CLS-LOC/val/ILSVRC2012_val_00000000.xml": "<annotation/>",
+    "ILSVRC/ImageSets/CLS-LOC/val.txt": "".join(f"ILSVRC2012_val_{i:08} {i + 1}\n" for i in range(1000)),
+    "LOC_val_solution.csv": "ImageId,PredictionString\n"
+    + "".join(f"ILSVRC2012_val_{i:08},{WNIDS[c]} 1 1 9 9 {WNIDS[c]} 2 2 8 8 \n" for i, c in enumerate(ORDER)),
+    "LOC_sample_submission.csv": "ImageId,PredictionString\nILSVRC2012_test_00000000,n01440764 0 0 9 9\n",
+    "LOC_synset_mapping.txt": "n01440764 tench, Tinca tinca\n",
+}
+
+
+def timm(split: str, count: int) -> dict:
+    order = range(1000) if split == "train" else ORDER
+    samples = [(f"{WNIDS[c]}_{i}", c) for i, c in enumerate(order)]
+    return {
+        f"{key}.{field}": value
+        for key, c in samples[:count]
+        for field, value in (("jpg", PICTURE), ("cls", str(c)), ("json", {"label": c}))
+    }
+
+
+def hub(split: str, names: list[str]) -> datasets.Dataset:
+    labels = list(range(1000)) if split == "train" else ORDER
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
+    rows = [{"bytes": PICTURE, "path": None}] * 1000
+    return datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features)
+
+
+IMAGENET = {
+    **{
+        f"Kaggle's {folder or 'root'}": (KAGGLE, folder)
+        for folder in ("", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC")
+    },
+    "torchvision's": (
+        {**under("train", TRAIN), **under("val", SORTED), "meta.bin": b"x", "ILSVRC2012_devkit_t12.tar.gz": b"x"}
+        | {"ILSVRC2012_img_val.tar": FLAT},
+        "",
+    ),
+    "imagenet_train": (under("imagenet_train", TRAIN) | under("imagenet_val", SORTED), ""),
+    "timm's shards": (
+        {"imagenet-train-0.tar": timm("train", 1000), "imagenet-validation-0.tar": timm("val", 1000)},
+        "",
+    ),
+    "the Hub's": (None, ""),
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_has_its_thousand_classes_in_every_layout(name, write):
+    files, folder = IMAGENET[name]
+    lines = (sources.Path(sources.__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+    names = [line.split(" ", 1)[1] for line in lines]
+    if files is None:
+        files = {f"data/{split}-00000-of-00001.parquet": hub(split, names) for split in ("train", "validation")}
+    config = DataConfig(source=f"{write(files)}/{folder}".rstrip("/"))
+    train, test = open_split(config, "train"), open_split(config, "test")
+    assert train.classes == test.classes == names
+    assert train.classes[207] == "golden retriever"
+    assert train.labels().tolist() == list(range(1000))
+    expected = ORDER if not name.startswith(("torchvision's", "imagenet_train")) else sorted(ORDER)
+    assert test.labels().tolist() == expected
+    assert train.found.splits["train"] == train.found.splits["validation"] == 1000
+
+
+def test_a_class_tar_each_gives_imagenets_classes(write):
+    config = DataConfig(
+        source=write({f"{wnid}.tar": {f"{wnid}_{k}.JPEG": PICTURE for k in range(2)} for wnid in WNIDS})
+    )
+    train = open_split(config, "train")
+    assert (len(train.classes), train.classes[207]) == (1000, "golden retriever")
+    assert [train.id(i)[:9] for i in range(len(train))] == [WNIDS[label] for label in train.labels()]
