@@ -5,7 +5,6 @@ images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).i
 """
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +17,19 @@ from torch import Tensor
 from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
 from nsvq.diffusion.samplers import make_sampler, sample, set_steps
+from nsvq.pipelines.class_names import ClassNames
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
 
 
-class ClassConditionalPipeline(DiTPipeline):
+class ClassConditionalPipeline(ClassNames, DiTPipeline):
     """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
     `id2label`: {class id: name}; names are their numbers where model_index.json holds none.
     """
+
+    null_class = STOCK_NULL_CLASS
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
         super().__init__(transformer, vae, scheduler, id2label)
@@ -65,42 +67,6 @@ class ClassConditionalPipeline(DiTPipeline):
             raise ValueError(f"the guide {folder} has other classes than this pipeline: take one of the same data")
         _check_guide(other.transformer, self.transformer)
         return other.transformer.to(self.device, self.transformer.dtype)
-
-    def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
-        """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
-
-        Raises `ValueError` where there is no such class, or several.
-        """
-        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-        return [self._class_id(label) for label in labels]
-
-    def _class_id(self, label: int | str | None) -> int:
-        if label is None:
-            return STOCK_NULL_CLASS
-        if not isinstance(label, str):
-            if label not in self.id2label:
-                raise ValueError(f"class {label} does not exist: {self._classes()}")
-            return int(label)
-        wanted = label.strip().lower()
-        synonyms: dict[str, list[int]] = {}
-        for i, name in self.id2label.items():
-            for word in name.lower().split(","):
-                synonyms.setdefault(word.strip(), []).append(i)
-        whole = [i for i, name in self.id2label.items() if name.strip().lower() == wanted]
-        found = whole or synonyms.get(wanted, [])
-        if len(found) > 1:
-            raise ValueError(f"{label!r} is the name of classes {', '.join(map(str, found))}: give the id")
-        if not found:
-            near = difflib.get_close_matches(wanted, synonyms, n=3)
-            near += [word for word in synonyms if wanted in word and word not in near][: 3 - len(near)]
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else self._classes()
-            raise ValueError(f"class {label!r} does not exist: {hint}")
-        return found[0]
-
-    def _classes(self) -> str:
-        """The classes there are, in short."""
-        shown = [f"{i} ({name})" for i, name in self.id2label.items()]
-        return "there are " + (", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]) or "none")
 
     @torch.no_grad()
     def __call__(
