@@ -32,15 +32,20 @@ class OptimConfig(Config):
         "most (1 + n) / (10 + n).")  # fmt: skip
 
 
-class SamplingConfig(Config):
-    """The picture during training, of averaged weights and fixed seeds."""
+class TokenSampling(Config):
+    """How tokens are drawn, beside guidance_scale."""
 
-    images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
-    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
     guidance_schedule: GuidanceSchedule = Field("constant", description="How it rises from 1 over the tokens.")
     temperature: float = Field(1.0, ge=0, description="Of the distribution of a token; 0 takes the likeliest.")
     top_k: int = Field(0, ge=0, description="Draw among that many likeliest codes; 0: all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest codes of that share together.")
+
+
+class SamplingConfig(TokenSampling):
+    """The picture during training, of averaged weights and fixed seeds."""
+
+    images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
+    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
 
 
 class TrainConfig(Config):

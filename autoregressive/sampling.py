@@ -84,7 +84,7 @@ class TokenPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self.null_class = transformer.config.vocab_size - vae.config.num_vq_embeddings - 1
-        self.tokens = transformer.generation_config.max_new_tokens
+        self.side = math.isqrt(transformer.generation_config.max_new_tokens)  # of the square of tokens
         self.id2label = {i: str(i) for i in range(self.null_class)} | {int(i): n for i, n in (id2label or {}).items()}
 
     def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
@@ -142,11 +142,11 @@ class TokenPipeline(DiffusionPipeline):
 
         device, codes = self._execution_device, self.vae.config.num_vq_embeddings
         each = generator if isinstance(generator, list) else [generator] * len(ids)
-        uniforms = torch.stack([draw_uniforms(self.tokens, one) for one in each]).to(device)
+        uniforms = torch.stack([draw_uniforms(self.side**2, one) for one in each]).to(device)
         classes = torch.tensor(ids, device=device) + codes
         starts, size = range(0, len(ids), batch_size or len(ids)), batch_size or len(ids)
         done = []
-        with self.progress_bar(total=len(starts) * self.tokens) as bar:
+        with self.progress_bar(total=len(starts) * self.side**2) as bar:
 
             def on_token(i: int, tokens: Tensor) -> None:
                 bar.update()
@@ -169,8 +169,7 @@ class TokenPipeline(DiffusionPipeline):
                         on_token=on_token,
                     )
                 )
-        side = math.isqrt(self.tokens)
-        images = torch.cat(done).unflatten(1, (side, side))
+        images = torch.cat(done).unflatten(1, (self.side, self.side))
         if output_type != "latent":
             images = self.decode(images)
         if output_type in ("np", "pil"):

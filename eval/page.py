@@ -17,6 +17,7 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
+from nsvq.pipelines.card import described
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
@@ -88,7 +89,7 @@ def _result(result: dict) -> str:
         f"{result['created']}</p>",
     ]
     if setting := result.get("setting"):
-        parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
+        parts.append(f"<p>{described(setting).capitalize()}, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
     rows = [
         f'<tr><td>{escape(name)}</td><td class="number">{"-" if value is None else f"{value:.5g}"}</td>'
@@ -122,11 +123,11 @@ def _picture(path: Path) -> str:
 
 
 def _sweep(sweep: list[dict]) -> str:
-    names = list(sweep[0]["metrics"])
-    head = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
+    names, swept = list(sweep[0]["metrics"]), [key for key in sweep[0] if key not in ("metrics", "grid")]
+    head = "".join(f'<th class="number">{escape(name)}</th>' for name in (*swept, *names))
     rows = []
     for run in sweep:
-        values = [f"{run['guidance_scale']:g}", str(run["steps"]), *(f"{run['metrics'][name]:.5g}" for name in names)]
+        values = [*(f"{run[key]:g}" for key in swept), *(f"{run['metrics'][name]:.5g}" for name in names)]
         rows.append("<tr>" + "".join(f'<td class="number">{value}</td>' for value in values) + "</tr>")
     return f"<h3>All settings</h3><div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
 

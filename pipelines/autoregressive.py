@@ -14,7 +14,9 @@ from diffusers import DiffusionPipeline, VQModel
 from transformers import LlamaForCausalLM
 
 from nsvq.autoregressive import sampling
+from nsvq.autoregressive.config import TokenSampling
 from nsvq.autoregressive.sampling import TokenPipeline
+from nsvq.errors import UsageError
 from nsvq.files import atomic_folder
 from nsvq.pipelines.card import write_card
 from nsvq.pipelines.class_names import ClassNames
@@ -22,6 +24,8 @@ from nsvq.tokenizer.pretrained import VQ_MODELS
 
 SHIPPED_MODULE = "nsvq_autoregressive"
 CLASS_NAME = [SHIPPED_MODULE, TokenPipeline.__name__]  # in model_index.json
+# Keys of configs that say how to sample the one or the other kind of model.
+TOKEN_KEYS, DIFFUSION_KEYS = set(TokenSampling.model_fields), {"guidance_interval", "steps", "sampler", "guide"}
 
 
 class AutoregressivePipeline(ClassNames, TokenPipeline):
@@ -44,6 +48,15 @@ class AutoregressivePipeline(ClassNames, TokenPipeline):
             given = ", ".join(ignored or ["safe_serialization=False"])
             raise ValueError(f"not supported: {given}; the folder is always safetensors, in one variant")
         save_pipeline(Path(save_directory), self.transformer, self.vae, self.id2label)
+
+
+def generates_tokens(pipeline: DiffusionPipeline, given: set[str]) -> bool:
+    """Whether it is a pipeline of this stage. Raises `UsageError` where keys that were `given` mean nothing to it."""
+    tokens = isinstance(pipeline, TokenPipeline)
+    if wrong := sorted(given & (DIFFUSION_KEYS if tokens else TOKEN_KEYS)):
+        kind = "an autoregressive" if tokens else "a diffusion"
+        raise UsageError(f"--{wrong[0]} means nothing to {kind} model: leave it out")
+    return tokens
 
 
 def save_pipeline(

@@ -17,6 +17,7 @@ from torch import Tensor
 from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
 from nsvq.diffusion.samplers import make_sampler, sample, set_steps
+from nsvq.pipelines.autoregressive import CLASS_NAME, AutoregressivePipeline
 from nsvq.pipelines.class_names import ClassNames
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
@@ -37,9 +38,14 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
         self.id2label = {int(i): name for i, name in names.items()}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "ClassConditionalPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options
+    ) -> "ClassConditionalPipeline | AutoregressivePipeline":
         """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's. A
-        stock DiT of ours becomes our faster class."""
+        stock DiT of ours becomes our faster class; a folder of an autoregressive model gives its own class."""
+        hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
+        if cls.load_config(pretrained_model_name_or_path, **hub)["_class_name"] == CLASS_NAME:
+            return AutoregressivePipeline.from_pretrained(pretrained_model_name_or_path, **options)
         parts = read_parts(pretrained_model_name_or_path, **options)
         if parts is not None:
             return cls(**parts)
@@ -171,7 +177,7 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, C, h, w] -> images [N, 3, H, W] in [0, 1], a few at a time: the quantizer's table of distances
         has N h w x K elements."""
-        latents = latents / self.vae.config.scaling_factor
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         rows = latents.shape[2] * latents.shape[3] * self.vae.config.num_vq_embeddings
         parts = latents.split(max(1, _DISTANCES // rows))
         return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])

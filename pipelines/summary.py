@@ -40,7 +40,8 @@ ROWS = {  # of each result: what to show, and how
 class SummaryConfig(configs.Config):
     """Show what a run of both stages gave."""
 
-    out: Path = Field(description="Folder with nsvq/, dit/, reconstruction.json and generation.json.")
+    out: Path = Field(description="Folder with nsvq/, the generator's, reconstruction.json and generation.json.")
+    generator: str = Field("dit", description="Folder of the generator's run in it.")
 
 
 def rows(result: dict) -> list[tuple[str, str]]:
@@ -61,7 +62,7 @@ def main() -> None:
     results = {kind: read_result(config.out / f"{kind}.json") for kind in ROWS}
     write_card(config.out / "pipeline", {kind.capitalize(): result for kind, result in results.items()})
     page = config.out / "report.html"
-    write_page(page, list(results.values()), [config.out / "nsvq", config.out / "dit"])
+    write_page(page, list(results.values()), [config.out / "nsvq", config.out / config.generator])
     lines = []
     for kind, result in results.items():
         images = result["counts"].get("samples") or result["counts"]["images"]
@@ -69,14 +70,14 @@ def main() -> None:
         lines += [f"  {name:<28} {value}" for name, value in rows(result)]
     pictures = [
         sorted((config.out / run / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime)[-1]
-        for run in ("nsvq", "dit")
+        for run in ("nsvq", config.generator)
     ]
     places = {
         "reconstructions (originals above)": pictures[0],
         "samples during training": pictures[1],
         "samples by class": config.out / "generation.png",
         "all of it as one page": page,
-        "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / 'dit/metrics.jsonl'}",
+        "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / config.generator / 'metrics.jsonl'}",
         "tokenizer": config.out / "tokenizer",
         "pipeline, with its model card": config.out / "pipeline",
     }
