@@ -5,6 +5,7 @@ DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) runs it where 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -88,11 +89,17 @@ class TokenPipeline(DiffusionPipeline):
         self.id2label = {i: str(i) for i in range(self.null_class)} | {int(i): n for i, n in (id2label or {}).items()}
 
     def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
-        """Ids of classes given by id, or by name; None is "no class". Raises `ValueError` where there is none such."""
+        """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
+
+        Raises `ValueError` where there is no such class, or several.
+        """
         labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-        known = {name: i for i, name in self.id2label.items()} | {i: i for i in self.id2label} | {None: self.null_class}
+        words = [(word.strip(), i) for i, name in self.id2label.items() for word in {name, *name.split(",")}]
+        times = Counter(word for word, _ in words)
+        known = {word: i for word, i in words if times[word] == 1} | {i: i for i in self.id2label}
+        known[None] = self.null_class
         if unknown := [label for label in labels if label not in known]:
-            raise ValueError(f"classes {unknown} do not exist: there are {self.id2label}")
+            raise ValueError(f"{unknown} is no class, or several; give an id of {self.id2label}")
         return [known[label] for label in labels]
 
     @torch.no_grad()
