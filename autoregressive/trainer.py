@@ -53,7 +53,8 @@ class AutoregressiveTrainer(Trainer):
         if config.model.compile:
             llama.model.compile()
         # What draws and is exported: of a network that FSDP splits, a copy that is not.
-        self.drawing = copy.deepcopy(llama).requires_grad_(False).to(self.device) if accelerator.is_fsdp2 else llama
+        self.split = accelerator.is_fsdp2
+        self.drawing = copy.deepcopy(llama).requires_grad_(False).to(self.device) if self.split else llama
         self.drawing.eval()
         model = NextToken(llama, self.codes, config.model.dropout)
         optim = config.optim
@@ -99,7 +100,7 @@ class AutoregressiveTrainer(Trainer):
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         self.drawing.eval()
-        if not self.accelerator.is_fsdp2:
+        if not self.split:
             with super().averaged_weights():
                 yield
             return
