@@ -36,7 +36,8 @@ def write_cache(folder: Path, shape: tuple[int, int, int], images: int) -> Laten
         save_file({"latents": rows, "labels": torch.arange(count) % 10}, folder / name)
         shards.append({"file": name, "count": count, "bytes": (folder / name).stat().st_size, "sha256": ""})
     statistics = {"mean": [0.0] * shape[0], "std": [1.0] * shape[0], "overall_std": 1.0}
-    manifest = {"classes": [str(i) for i in range(10)], "shape": (1, *shape), "shards": shards, **statistics}
+    classes = [str(i) for i in range(10)]
+    manifest = {"key": {}, "classes": classes, "shape": (1, *shape), "shards": shards, **statistics}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return LatentCache(folder)
 

@@ -69,7 +69,7 @@ class UNetConfig(_NetworkConfig):
 ModelConfig = DiTConfig | UNetConfig
 
 
-def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, int, int], num_classes: int) -> DiT | UNet:
+def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, ...], num_classes: int) -> DiT | UNet:
     """The configured network for latents of `latent_shape` (C, H, W). Raises `ValueError` where the latents are not
     square or do not divide as the network needs, or have more channels than it is wide: a narrower one cannot carry
     them (Zheng et al., arXiv 2510.11690)."""

@@ -49,7 +49,7 @@ def main() -> None:
         workers=config.run.workers,
         limit=config.cache_images,
         crops=config.cache_crops,
-        quantized=config.latents == "quantized",
+        kind=config.latents,
         verify=config.cache_verify,
     )
     distance = None

@@ -20,7 +20,7 @@ class UNet(UNet2DModel):
 
 
 def make_unet(
-    latent_shape: tuple[int, int, int], num_classes: int, width: int, multipliers: tuple[int, ...], layers: int
+    latent_shape: tuple[int, ...], num_classes: int, width: int, multipliers: tuple[int, ...], layers: int
 ) -> UNet:
     """A U-Net for latents of `latent_shape` (C, H, W), with attention at all levels. `num_classes` 0 is unconditional.
     Raises `ValueError` where the latents cannot be halved often enough."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nsvq.autoregressive.sampling import GuidanceSchedule
 from nsvq.common.config import Config
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.samplers import Sampler
@@ -89,6 +90,12 @@ class GenerationConfig(EvaluationConfig):
     )
     sampler: Sampler | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
     steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
+    guidance_schedule: GuidanceSchedule = Field(
+        "constant", description="How guidance rises from 1 over the tokens; this and the next of autoregressive models."
+    )
+    temperature: list[float] = Field([1.0], min_length=1, description="Of each token; several make a sweep.")
+    top_k: list[int] = Field([0], min_length=1, description="Likeliest codes to draw among, 0: all; or a sweep.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest codes of that share together.")
     seed: int = Field(0, ge=0, description="Seed of the first sample; sample i has seed + i.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Autocast type of sampling; features are always float32."
@@ -106,10 +113,10 @@ class GenerationConfig(EvaluationConfig):
         "the class outputs of the first extractor.",
     )
 
-    @field_validator("guidance_scale", "steps")
+    @field_validator("guidance_scale", "steps", "temperature", "top_k")
     @classmethod
     def _in_range(cls, values, info):
-        least = {"guidance_scale": 0, "steps": 1}[info.field_name]
+        least = 1 if info.field_name == "steps" else 0
         if any(value < least for value in values):
             raise ValueError(f"each must be {least} or more")
         return values

@@ -12,6 +12,7 @@ samples are drawn, and docs/evaluation.md what each protocol measures. For repea
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from tqdm import tqdm
 
+from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.data.sources import open_split
@@ -37,6 +39,8 @@ from nsvq.eval.pictures import Grid
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
 from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
 from nsvq.files import file_hash
+from nsvq.pipelines.autoregressive import generates_tokens
+from nsvq.pipelines.card import described
 from nsvq.pipelines.export import arguments
 
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
@@ -54,7 +58,8 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
     if config.guidance_interval != (0.0, 1.0) and not is_ours(pipeline):
         raise UsageError(f"--guidance_interval: {config.pipeline}, a {type(pipeline).__name__}, takes none")
-    guide = _prepare(pipeline, config)
+    settings = _settings(pipeline, config)
+    guide = None if settings[0].tokens else _prepare(pipeline, config)
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
     result: dict[str, Any] = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
@@ -79,8 +84,8 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     real, reference = _real_sets(extractors, split, config, accelerator)
     label = _label_rule(config, len(names))
     runs = []
-    for scale, steps in itertools.product(config.guidance_scale, config.steps):
-        how = Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, label, guide)
+    for setting in settings:
+        how = replace(setting, label=label, guide=guide)
         runs.append(_run(pipeline, how, names, extractors, real, classifier, config, accelerator))
     real_accuracy = None
     if classifier:
@@ -96,8 +101,6 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         report.add(result, {"class_accuracy_real": real_accuracy}, class_accuracy.MEANINGS)
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    sampler: dict = {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval}
-    sampler["guide"] = config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)}
     hashed = report.folder_hash(Path(config.pipeline))
     result |= best | {
         "counts": {"samples": config.samples, **reference.pop("counts")},
@@ -107,11 +110,37 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         "labels": _LABELS[config.labels] if names else "no class",
         "classes": names,
         "seeds": f"sample i has seed {config.seed} + i",
-        "sampler": sampler | arguments(pipeline.scheduler),
+        "sampler": _sampler(pipeline, config),
         "features": {name: extractor.about for name, extractor in extractors.items()},
         "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
     }
     return result | report.provenance(accelerator, config)
+
+
+def _settings(pipeline: DiffusionPipeline, config: GenerationConfig) -> list[Sampling]:
+    """One for each point of the sweep, still without labels and guide."""
+    fixed: dict[str, Any] = {
+        "seed": config.seed,
+        "precision": config.mixed_precision,
+        "guidance_interval": config.guidance_interval,
+    }
+    if not generates_tokens(pipeline, config.model_fields_set):
+        swept = itertools.product(config.guidance_scale, config.steps)
+        return [Sampling(scale, steps=steps, label=None, **fixed) for scale, steps in swept]
+    rest = {"guidance_schedule": config.guidance_schedule, "top_p": config.top_p}
+    return [
+        Sampling(scale, steps=0, label=None, tokens={"temperature": temperature, "top_k": top_k, **rest}, **fixed)
+        for scale, temperature, top_k in itertools.product(config.guidance_scale, config.temperature, config.top_k)
+    ]
+
+
+def _sampler(pipeline: DiffusionPipeline, config: GenerationConfig) -> dict:
+    """What is said of it beside the setting."""
+    if isinstance(pipeline, TokenPipeline):
+        return {"guidance_schedule": config.guidance_schedule, "top_p": config.top_p}
+    guide = config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)}
+    about = {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval}
+    return about | {"guide": guide} | arguments(pipeline.scheduler)
 
 
 def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
@@ -220,13 +249,12 @@ def _run(
         grid.add(images, index)
     made = {name: collector.total(accelerator) for name, collector in collectors.items()}
     accuracy = judged.total(names, accelerator) if judged else None
-    sweep = len(config.guidance_scale) * len(config.steps) > 1
+    sweep = len(config.guidance_scale) * len(config.steps) * len(config.temperature) * len(config.top_k) > 1
     about_grid = grid.save(_beside(config.output, how, ".png", sweep), accelerator)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
-    setting = {"guidance_scale": how.guidance_scale, "steps": how.steps}
-    result: dict[str, Any] = {"setting": setting, **report.no_numbers()}
+    result: dict[str, Any] = {"setting": how.setting, **report.no_numbers()}
     for name, extractor in extractors.items():
         add_metrics(result, made[name], real[name], extractor, config.metrics, config.protocol)
     if accuracy:
@@ -250,11 +278,13 @@ def _sample_folder(
     about = {
         "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,
         "guide": config.guide and report.folder_hash(config.guide),
-        "sampler": type(pipeline.scheduler).__name__,
-        "scheduler": {k: str(v) for k, v in arguments(pipeline.scheduler).items()},
         **{key: getattr(how, key) for key in ("guidance_scale", "guidance_interval", "steps", "seed", "precision")},
+        **(how.tokens or {}),
         "first labels": [how.label(sample) for sample in range(100)],
     }
+    if not how.tokens:
+        about["sampler"] = type(pipeline.scheduler).__name__
+        about["scheduler"] = {k: str(v) for k, v in arguments(pipeline.scheduler).items()}
     folder = config.output.with_name(f"{config.output.stem}-samples") / how.name
     return build_in_turn(accelerator, lambda: SampleFolder(folder, about))
 
@@ -276,11 +306,11 @@ def main() -> None:
         report.write(config.output, result)
         data, setting = result["data"], result["setting"]
         what = f"{result['counts']['samples']} samples of {config.pipeline} against {data['source']}"
-        how = f"guidance {setting['guidance_scale']:g}, {setting['steps']} steps; protocol {result['protocol']}"
+        how = f"{described(setting)}; protocol {result['protocol']}"
         print(report.table(f"{what} ({result['reference']['source']}), {how}", result))
         for run in result.get("sweep", []):
             numbers = ", ".join(f"{name} {value:.5g}" for name, value in run["metrics"].items())
-            print(f"  guidance {run['guidance_scale']:g}, {run['steps']} steps: {numbers}")
+            print(f"  {described({k: v for k, v in run.items() if k not in ('metrics', 'grid')})}: {numbers}")
         print(f"wrote {config.output} and {result['grid']['file']}")
 
 

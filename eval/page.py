@@ -18,7 +18,7 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
-from nsvq.pipelines.card import table_rows
+from nsvq.pipelines.card import described, table_rows
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
@@ -85,7 +85,7 @@ def _result(result: dict) -> str:
     how = f"protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, {result['created']}"
     parts = [f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>", f"<p>{of}{escape(data['source'])}; {how}</p>"]
     if setting := result.get("setting"):
-        parts.append(f"<p>Guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}.</p>")
+        parts.append(f"<p>{described(setting).capitalize()}, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]
     parts.append("<table class='numbers'>")
     for name, number, note in table_rows(result):
@@ -114,10 +114,10 @@ def _picture(path: Path) -> str:
 
 
 def _sweep(sweep: list[dict]) -> str:
-    names = list(sweep[0]["metrics"])
-    table = "".join(f'<th class="number">{escape(name)}</th>' for name in ("guidance", "steps", *names))
+    names, swept = list(sweep[0]["metrics"]), [key for key in sweep[0] if key not in ("metrics", "grid")]
+    table = "".join(f'<th class="number">{escape(name)}</th>' for name in (*swept, *names))
     for run in sweep:
-        values = [f"{run['guidance_scale']:g}", str(run["steps"]), *(f"{run['metrics'][name]:.5g}" for name in names)]
+        values = [*(f"{run[key]:g}" for key in swept), *(f"{run['metrics'][name]:.5g}" for name in names)]
         table += "</tr><tr>" + "".join(f'<td class="number">{value}</td>' for value in values)
     return f"<h3>All settings</h3><div class='wide'><table><tr>{table}</tr></table></div>"
 

@@ -20,10 +20,12 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
+from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.common import config as configs
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
+from nsvq.pipelines.autoregressive import CLASS_NAME
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import VQ_MODELS
 
@@ -33,7 +35,8 @@ GROUP = 16  # samples that are drawn at once
 @dataclass
 class Sampling:
     """How samples are drawn. `label`: sample number -> class id, or None for "no class"; `precision`: autocast type of
-    the transformer; `guide`: transformer for autoguidance."""
+    the transformer; `guide`: transformer for autoguidance; `tokens`: guidance_schedule, temperature, top_k and top_p of
+    an autoregressive pipeline, to which interval, steps and guide mean nothing."""
 
     guidance_scale: float
     guidance_interval: tuple[float, float]
@@ -42,11 +45,18 @@ class Sampling:
     precision: str
     label: Callable[[int], int | None]
     guide: ModelMixin | None = None
+    tokens: dict[str, Any] | None = None
+
+    @property
+    def setting(self) -> dict[str, float]:
+        """What sets it apart from others of a sweep."""
+        swept = {k: self.tokens[k] for k in ("temperature", "top_k")} if self.tokens else {"steps": self.steps}
+        return {"guidance_scale": self.guidance_scale, **swept}
 
     @property
     def name(self) -> str:
         """Names this setting among those of a sweep."""
-        return f"guidance-{self.guidance_scale:g}-steps-{self.steps}"
+        return "-".join(f"{name.removesuffix('_scale')}-{value:g}" for name, value in self.setting.items())
 
 
 def load_pipeline(folder: str) -> DiffusionPipeline:
@@ -54,7 +64,7 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
     Raises `UserError` where there is none."""
     try:
         index = DiffusionPipeline.load_config(folder)
-        decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae"}.get(index["_class_name"])
+        decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae", CLASS_NAME[1]: "vae"}.get(_last(index["_class_name"]))
         ours = decoder is not None and index[decoder][1] in VQ_MODELS
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -66,8 +76,13 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
     return pipeline
 
 
+def _last(name: str | list[str]) -> str:
+    """The class of a pipeline, which has its module before it where that is shipped."""
+    return name if isinstance(name, str) else name[-1]
+
+
 def is_ours(pipeline: DiffusionPipeline) -> bool:
-    """Whether it takes seeds and a guidance interval, and decodes apart from sampling."""
+    """Whether it takes seeds and more options than stock ones, and decodes apart from sampling."""
     return hasattr(pipeline, "id2label")
 
 
@@ -85,7 +100,8 @@ def class_names(pipeline: DiffusionPipeline) -> list[str]:
 
 def image_size(pipeline: DiffusionPipeline) -> int:
     """Side of the pipeline's images, in pixels."""
-    return pipeline.transformer.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    side = pipeline.side if isinstance(pipeline, TokenPipeline) else pipeline.transformer.config.sample_size
+    return side * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
 
 
 def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:
@@ -97,14 +113,16 @@ def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:
 def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
     """The given samples as 8-bit images [B, 3, S, S] on the pipeline's device."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
-    options: dict[str, Any] = {"guidance_scale": how.guidance_scale, "num_inference_steps": how.steps}
+    options: dict[str, Any] = {"guidance_scale": how.guidance_scale}
+    options |= how.tokens or {"num_inference_steps": how.steps}
     labels, seeds = [how.label(sample) for sample in samples], [how.seed + sample for sample in samples]
     autocast = torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None)
     if is_ours(pipeline):
-        options |= {"seeds": seeds, "guidance_interval": how.guidance_interval, "guide": how.guide}
+        if not how.tokens:
+            options |= {"guidance_interval": how.guidance_interval, "guide": how.guide}
         with autocast:
-            latents = pipeline(labels, output_type="latent", **options).images
-        images = pipeline.decode(latents.float())  # the decoder is float32 in every precision
+            latents = pipeline(labels, seeds=seeds, output_type="latent", **options).images
+        images = pipeline.decode(latents)  # the decoder is float32 in every precision
     else:
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         with autocast, torch.random.fork_rng():

@@ -6,13 +6,14 @@ from pathlib import Path
 from nsvq.files import atomic_file
 
 PAPER = "2606.11363"
-_NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net"}
+_NETWORKS = {"dit": "DiT", "modern": "DiT (modern variant)", "unet": "U-Net", "llama": "autoregressive transformer"}
 _ARXIV = "https://arxiv.org/abs/"
 _NSVQ = f"NSVQ (non-stationary-aware vector quantization): {_ARXIV}{PAPER}"
 _CITATIONS = {
     "dit": f"Peebles and Xie, Scalable Diffusion Models with Transformers, {_ARXIV}2212.09748",
     "modern": f"Peebles and Xie, {_ARXIV}2212.09748, with the parts of LightningDiT (Yao et al., {_ARXIV}2501.01423)",
     "unet": f"Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, {_ARXIV}2112.10752",
+    "llama": f"Sun et al., Autoregressive Model Beats Diffusion (LlamaGen), {_ARXIV}2406.06525",
 }
 
 
@@ -24,14 +25,15 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     about = json.loads((folder / "nsvq.json").read_text())
     index = json.loads((folder / "model_index.json").read_text())
     vae = json.loads((folder / ("vqvae" if "vqvae" in index else "vae") / "config.json").read_text())
-    names, variant = index.get("id2label", {}), about["config"]["model"]["variant"]
+    names, variant = index.get("id2label", {}), about["config"]["model"].get("variant", "llama")
+    use = _use_tokens(about, names, vae) if variant == "llama" else _use(names, variant, index["_class_name"])
     parts = [
         _front_matter(about, names, variant),
-        _summary(about, names, vae),
-        _use(names, variant, index["_class_name"]),
+        _summary(about, names, vae, variant),
+        use,
         _training(about, bool(names)),
         _results(results or {}),
-        _limits(len(names), index["scheduler"][1]),
+        _limits(len(names), index["scheduler"][1] if "scheduler" in index else None),
         f"## Citation\n\nThe tokenizer's method, {_NSVQ}.\nThe network: {_CITATIONS[variant]}.\n",
     ]
     path = folder / "README.md"
@@ -43,29 +45,34 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
 def _front_matter(about: dict, names: dict[str, str], variant: str) -> str:
     source = about["config"]["data"]["source"]
     from_hub = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
-    kind, network = "class-conditional" if names else "unconditional", "unet" if variant == "unet" else "dit"
+    kind = "class-conditional" if names else "unconditional"
+    network = {"unet": "diffusion, unet", "llama": "autoregressive, llama"}.get(variant, "diffusion, dit")
     data = f"\ndatasets: [{source}]" if from_hub else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
-tags: [{kind}-image-generation, diffusion, {network}, vector-quantization, nsvq, 'arxiv:{PAPER}']{data}
+tags: [{kind}-image-generation, {network}, vector-quantization, nsvq, 'arxiv:{PAPER}']{data}
 # license: to be set by whoever publishes the model; it depends on the training data
 ---
 """
 
 
-def _summary(about: dict, names: dict[str, str], vae: dict) -> str:
-    latents, (_, channels, height, width) = about["latents"], about["latents"]["shape"]
-    side = latents["key"]["image_size"]
+def _summary(about: dict, names: dict[str, str], vae: dict, variant: str) -> str:
+    key, latents = about["latents"]["key"], about["latents"]
+    *channels, height, width = latents["shape"][1:]
     shown = ", ".join(list(names.values())[:10]) + (", ..." if len(names) > 10 else "")
-    kind = f"{'Class-conditional' if names else 'Unconditional'} {_NETWORKS[about['config']['model']['variant']]}"
+    kind = f"{'Class-conditional' if names else 'Unconditional'} {_NETWORKS[variant]}"
+    does, space, what = "The tokenizer's decoder quantizes what it samples.", "in the latent space", "latents"
+    if not channels:
+        does, space, what = "It generates them row by row, each given those before it.", "on the codes", "tokens"
+    shape = " x ".join(map(str, (height, width, *channels)))
     return f"""# {kind} on vector-quantized latents
 
-{about["parameters"] / 1e6:.1f} M parameters, trained in the latent space of a frozen image tokenizer
-({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions). The tokenizer's
-decoder quantizes what it samples.
+{about["parameters"] / 1e6:.1f} M parameters, trained {space} of a frozen image tokenizer
+({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions).
+{does}
 
-- Images: {side} x {side} pixels; latents: {height} x {width} x {channels}
+- Images: {key["image_size"]} x {key["image_size"]} pixels; {what}: {shape}
 - Classes: {f"{len(names)} ({shown})" if names else "none"}
 - Data: `{about["config"]["data"]["source"]}`, {latents["count"]} training images
 """
@@ -101,26 +108,69 @@ image = pipeline({how}).images[0]
 """
 
 
+def _use_tokens(about: dict, names: dict[str, str], vae: dict) -> str:
+    codes, (height, width) = vae["num_vq_embeddings"], about["latents"]["shape"][1:]
+    stock, null = vae["_class_name"] == "VQModel", codes + len(names)
+    classes = f"{codes} to {null - 1} are the classes, {null} is" if names else f"{codes} is"
+    call = f"[{next(iter(names.values())).split(',')[0].strip()!r}], guidance_scale=2.0" if names else "[None]"
+    return f"""## Use
+
+With `transformers` and {"`diffusers`" if stock else "this project's `VQModel`"} alone, a causal language model: the ids
+below {codes} are codes, {classes} "no class".
+
+```python
+import torch
+from {"diffusers import" if stock else "nsvq.tokenizer.vqmodel import QuantizerVQModel as"} VQModel
+from transformers import AutoModelForCausalLM
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder, subfolder="transformer")
+vae = VQModel.from_pretrained(folder, subfolder="vae")
+ids, null = torch.tensor([[{codes}]]), torch.tensor([[{null}]])  # {codes} + class
+guidance = {{"guidance_scale": {2.0 if names else 1.0}, "negative_prompt_ids": null}}
+tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **guidance)[:, 1:]
+z = vae.quantize.get_codebook_entry(tokens.flatten(), (1, {height}, {width}, {vae["vq_embed_dim"]}))
+image = vae.decode(z, force_not_quantize=True).sample / 2 + 0.5  # [1, 3, H, W], about in [0, 1]
+```
+
+As a pipeline, with class names, one seed an image and guidance in one batch, which runs `nsvq_autoregressive.py`:
+
+```python
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+image = pipeline({call}, seeds=[0]).images[0]
+```
+
+`from nsvq import ClassConditionalPipeline` loads the same folder without running that file.
+"""
+
+
 def _training(about: dict, conditional: bool) -> str:
     config, latents = about["config"], about["latents"]
     optim, run, key = config["optim"], config["run"], latents["key"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     views = "ADM's centre crop" + (f" and {key['crops'] - 1} of its random crops" if key["crops"] > 1 else "")
     views += ", and the mirror image of each" if key["flips"] == 2 else ""
+    warmup = optim.get("warmup_steps", config.get("schedule", {}).get("warmup_steps"))
+    statistics = _statistics(latents) if "std" in latents else ""
     dropped = f"; labels dropped with probability {config['model']['class_dropout']:g}" if conditional else ""
     return f"""## Training
 
 - Steps: {about["step"]}; batch {run["batch_size"]}; {about["samples_seen"]} samples seen
 - Optimizer: AdamW, learning rate {optim["lr"]:g}, betas {tuple(optim["betas"])}, weight decay
-  {optim["weight_decay"]:g}, gradient norm at most {optim["clip_grad_norm"]:g}, {optim["warmup_steps"]} warm-up steps;
+  {optim["weight_decay"]:g}, gradient norm at most {optim["clip_grad_norm"]:g}, {warmup} warm-up steps;
   mixed precision: {run["mixed_precision"]}; averaged weights with decay {optim["ema_decay"]:g}
 - Objective: {about["objective"]}{dropped}
 - Images: {views}; {latents["bad_images"]} images did not decode and were left out
-- Latents: {key["latents"]}; over the training set, as the network sees them: overall deviation
-  {latents["overall_std"]:.4f}; deviation of a channel {min(latents["std"]):.4f} to
-  {max(latents["std"]):.4f}; largest mean of a channel {max(map(abs, latents["mean"])):.4f}
-- Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {latents["key"]["tokenizer"]}
+{statistics}- Tokenizer: {_tokenizer(about.get("tokenizer"))}SHA-256 {key["tokenizer"]}
 - Software: nsvq {about["nsvq"]}, {versions}; all settings are in `nsvq.json`
+"""
+
+
+def _statistics(latents: dict) -> str:
+    channel_means, kind = [abs(value) for value in latents["mean"]], latents["key"]["latents"]
+    return f"""- Latents: {kind}; over the training set, as the network sees them: overall deviation
+  {latents["overall_std"]:.4f}; deviation of a channel {min(latents["std"]):.4f} to
+  {max(latents["std"]):.4f}; largest mean of a channel {max(channel_means):.4f}
 """
 
 
@@ -154,7 +204,7 @@ def _results(results: dict[str, dict]) -> str:
         number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
         what = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
         if setting := result.get("setting"):
-            what += f", guidance {setting['guidance_scale']:g}, {setting['steps']} steps, {result['seeds']}"
+            what += f", {described(setting)}, {result['seeds']}"
         lines += [f"### {heading}", "", f"{what}; nsvq {result['versions']['nsvq']}.", "", "| | | |", "|---|---|---|"]
         lines += [f"| {name} | {number} | {note} |" for name, number, note in table_rows(result)]
         lines += ["", f"    {result['command']}", "", *(f"Warning: {warning}\n" for warning in result["warnings"])]
@@ -168,7 +218,14 @@ def table_rows(result: dict) -> list[tuple[str, str, str]]:
     return rows + [(name, "skipped", why) for name, why in result["skipped"].items()]
 
 
-def _limits(classes: int, scheduler: str) -> str:
+def described(setting: dict) -> str:
+    """How samples were drawn, in words: "guidance 1.5, 25 steps", or "guidance 2, temperature 1, top k 0"."""
+    rest = {name: value for name, value in setting.items() if name != "guidance_scale"}
+    words = [f"{v} steps" if name == "steps" else f"{name.replace('_', ' ')} {v:g}" for name, v in rest.items()]
+    return ", ".join([f"guidance {setting['guidance_scale']:g}", *words])
+
+
+def _limits(classes: int, scheduler: str | None) -> str:
     knows = f"its {classes} classes at its" if classes else "its"
     guided = "uses guidance only for `guidance_scale` > 1, takes class ids, and " if classes else ""
     steps = "in at most about 300 steps: its scheduler's timesteps are integers from 0 to 1000"
@@ -179,5 +236,4 @@ def _limits(classes: int, scheduler: str) -> str:
 - It knows {knows} one image size, with the biases of its training data. Samples do not show real
   people, places or events, and must not be passed off as such.
 - An image's detail is bounded by the tokenizer: see its reconstruction figures.
-- The stock pipeline {guided}samples {steps}.
-"""
+{f"- The stock pipeline {guided}samples {steps}.{chr(10)}" if scheduler else ""}"""

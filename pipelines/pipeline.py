@@ -5,7 +5,6 @@ images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).i
 """
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +17,19 @@ from torch import Tensor
 from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
 from nsvq.diffusion.samplers import make_sampler, sample, set_steps
+from nsvq.pipelines.autoregressive import CLASS_NAME, AutoregressivePipeline
+from nsvq.pipelines.class_names import ClassNames
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
 
 
-class ClassConditionalPipeline(DiTPipeline):
+class ClassConditionalPipeline(ClassNames, DiTPipeline):
     """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
     `id2label`: {class id: name}; names are their numbers where model_index.json holds none."""
+
+    null_class = STOCK_NULL_CLASS
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
         super().__init__(transformer, vae, scheduler, id2label)
@@ -34,9 +37,14 @@ class ClassConditionalPipeline(DiTPipeline):
         self.id2label = {int(i): name for i, name in names.items()}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "ClassConditionalPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options
+    ) -> "ClassConditionalPipeline | AutoregressivePipeline":
         """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's. A
-        stock DiT of ours becomes our faster class."""
+        stock DiT of ours becomes our faster class; a folder of an autoregressive model gives its own class."""
+        hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
+        if cls.load_config(pretrained_model_name_or_path, **hub)["_class_name"] == CLASS_NAME:
+            return AutoregressivePipeline.from_pretrained(pretrained_model_name_or_path, **options)
         parts = read_parts(pretrained_model_name_or_path, **options)
         if parts is not None:
             return cls(**parts)
@@ -64,40 +72,6 @@ class ClassConditionalPipeline(DiTPipeline):
             raise ValueError(f"the guide {folder} has other classes than this pipeline: take one of the same data")
         _check_guide(other.transformer, self.transformer)
         return other.transformer.to(self.device, self.transformer.dtype)
-
-    def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
-        """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
-        Raises `ValueError` where there is no such class, or several."""
-        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-        return [self._class_id(label) for label in labels]
-
-    def _class_id(self, label: int | str | None) -> int:
-        if label is None:
-            return STOCK_NULL_CLASS
-        if not isinstance(label, str):
-            if label not in self.id2label:
-                raise ValueError(f"class {label} does not exist: {self._classes()}")
-            return int(label)
-        wanted = label.strip().lower()
-        synonyms: dict[str, list[int]] = {}
-        for i, name in self.id2label.items():
-            for word in name.lower().split(","):
-                synonyms.setdefault(word.strip(), []).append(i)
-        whole = [i for i, name in self.id2label.items() if name.strip().lower() == wanted]
-        found = whole or synonyms.get(wanted, [])
-        if len(found) > 1:
-            raise ValueError(f"{label!r} is the name of classes {', '.join(map(str, found))}: give the id")
-        if not found:
-            near = difflib.get_close_matches(wanted, synonyms, n=3)
-            near += [word for word in synonyms if wanted in word and word not in near][: 3 - len(near)]
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else self._classes()
-            raise ValueError(f"class {label!r} does not exist: {hint}")
-        return found[0]
-
-    def _classes(self) -> str:
-        """The classes there are, in short."""
-        shown = [f"{i} ({name})" for i, name in self.id2label.items()]
-        return "there are " + (", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]) or "none")
 
     @torch.no_grad()
     def __call__(
@@ -193,7 +167,7 @@ class ClassConditionalPipeline(DiTPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, C, h, w] -> images [N, 3, H, W] in [0, 1], a few at a time: the quantizer's table of distances
         has N h w x K elements."""
-        latents = latents / self.vae.config.scaling_factor
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         rows = latents.shape[2] * latents.shape[3] * self.vae.config.num_vq_embeddings
         parts = latents.split(max(1, _DISTANCES // rows))
         return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])

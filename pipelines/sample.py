@@ -11,16 +11,18 @@ import torch
 from pydantic import Field, field_validator
 from torchvision.utils import save_image
 
+from nsvq.autoregressive.config import TokenSampling
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.diffusion.samplers import Sampler
 from nsvq.errors import UsageError, UserError
+from nsvq.pipelines.autoregressive import TOKEN_KEYS, generates_tokens
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-class SampleConfig(configs.Config):
+class SampleConfig(TokenSampling):
     """Samples of a pipeline as a picture, one row a class."""
 
     pipeline: Path = Field(description="Folder of a pipeline (<out>/pipeline).")
@@ -53,14 +55,18 @@ def main() -> None:
     if config.output.suffix.lower() not in _SUFFIXES:
         raise UsageError(f"--output {config.output} must end in one of {', '.join(_SUFFIXES)}")
     pipeline = ClassConditionalPipeline.from_pretrained(config.pipeline)
+    tokens = generates_tokens(pipeline, config.model_fields_set)
     try:
         device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pipeline.to(device, getattr(torch, config.dtype))
-        guide = pipeline.load_guide(config.guide) if config.guide else None
+        how = config.model_dump(include=TOKEN_KEYS)
+        if not tokens:
+            guide = pipeline.load_guide(config.guide) if config.guide else None
+            how = {"guidance_interval": config.guidance_interval, "num_inference_steps": config.steps}
+            how |= {"sampler": config.sampler, "guide": guide}
         launch.keep_freed_memory(device.type)
         labels = [label for label in config.classes or [None] for _ in range(config.per_class)]
-        how = config.model_dump(include={"guidance_scale", "guidance_interval", "sampler", "batch_size"})
-        how |= {"num_inference_steps": config.steps, "guide": guide, "output_type": "pt"}
+        how |= {"guidance_scale": config.guidance_scale, "batch_size": config.batch_size, "output_type": "pt"}
         images = pipeline(labels, seeds=list(range(config.seed, config.seed + len(labels))), **how).images
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -27,7 +27,8 @@ ROWS = {  # of each result: what to show, and how
 class SummaryConfig(configs.Config):
     """Show what a run of both stages gave."""
 
-    out: Path = Field(description="Folder with nsvq/, dit/, reconstruction.json and generation.json.")
+    out: Path = Field(description="Folder with nsvq/, the generator's, reconstruction.json and generation.json.")
+    generator: str = Field("dit", description="Folder of the generator's run in it.")
 
 
 def rows(result: dict) -> list[tuple[str, str]]:
@@ -47,20 +48,20 @@ def main() -> None:
     results = {kind: read_result(config.out / f"{kind}.json") for kind in ROWS}
     write_card(config.out / "pipeline", {kind.capitalize(): result for kind, result in results.items()})
     page = config.out / "report.html"
-    write_page(page, list(results.values()), [config.out / "nsvq", config.out / "dit"])
+    write_page(page, list(results.values()), [config.out / "nsvq", config.out / config.generator])
     lines = []
     for kind, result in results.items():
         images = result["counts"].get("samples") or result["counts"]["images"]
         lines += ["", f"{kind}, {images} images, {result['data']['split']} split of {result['data']['source']}"]
         lines += [f"  {name:<28} {value}" for name, value in rows(result)]
-    samples = {run: (config.out / run / "samples").glob("*.png") for run in ("nsvq", "dit")}
+    samples = {run: (config.out / run / "samples").glob("*.png") for run in ("nsvq", config.generator)}
     latest = {run: max(files, key=lambda path: path.stat().st_mtime) for run, files in samples.items()}
     places = {
         "reconstructions (originals above)": latest["nsvq"],
         "samples during training": latest["dit"],
         "samples by class": config.out / "generation.png",
         "all of it as one page": page,
-        "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / 'dit/metrics.jsonl'}",
+        "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / config.generator / 'metrics.jsonl'}",
         "tokenizer": config.out / "tokenizer",
         "pipeline, with its model card": config.out / "pipeline",
     }

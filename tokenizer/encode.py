@@ -1,6 +1,5 @@
-"""Fill the latent cache: every training image through the frozen tokenizer once, over all ranks, in shards.
-
-A start after an interruption keeps the shards that are complete."""
+"""Fill the token cache, with latents or codes: every training image through the frozen tokenizer once, over all ranks,
+in shards. A start after an interruption keeps the shards that are complete."""
 
 import json
 import math
@@ -8,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from nsvq.data.config import DataConfig
 from nsvq.data.sources import Split, open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
-from nsvq.tokenizer.latents import LatentCache, shard_hash
+from nsvq.tokenizer.latents import LatentCache, shard_hash, tensor_name
 from nsvq.tokenizer.pretrained import Tokenizer
 
 SHARD_IMAGES = 2048  # 256 MiB at 16 x 16 x 128
@@ -52,22 +52,23 @@ def open_cache(
     workers: int = 0,
     limit: int | None = None,
     crops: int = 1,
-    quantized: bool = False,
+    kind: Literal["continuous", "quantized", "codes"] = "continuous",
     verify: bool = False,
 ) -> LatentCache:
     """The cache at `folder`, encoded first as far as it is not complete. Called on all ranks, which share the work.
 
     Of each image it holds ADM's centre crop and `crops` - 1 of ADM's random crops, and of each crop, with `data.flip`,
-    the mirror image; `quantized` takes the codes of the latents instead. `limit` takes that many images of the training
-    split, spread at random, instead of all. `verify` compares the shards of a complete cache with their checksums.
+    the mirror image. `kind`: the encoder's latents, the vectors of their codes, or the codes themselves. `limit` takes
+    that many images of the training split, spread at random, instead of all. `verify` compares the shards of a complete
+    cache with their checksums.
 
     Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, where the disk is too
     small, where too many images are bad, and where a shard is damaged; `UsageError` where the image size is no multiple
-    of the tokenizer's f, and where `quantized` latents would not decode to their own codes."""
+    of the tokenizer's f, and where "quantized" latents would not decode to their own codes."""
     folder = Path(folder)
     if data.image_size % (f := tokenizer.downsampling):
         raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {f}")
-    if quantized:
+    if kind == "quantized":
         _check_codes(tokenizer)
     with accelerator.main_process_first():
         images = open_split(data, "train")
@@ -79,7 +80,7 @@ def open_cache(
         "flips": 2 if data.flip else 1,
         "limit": limit,
         "crops": crops,
-        "latents": "quantized" if quantized else "continuous",
+        "latents": kind,
     }
     _refuse_stale(folder, key)
     accelerator.wait_for_everyone()
@@ -126,8 +127,12 @@ class _Encoding:
     workers: int
 
     def __post_init__(self) -> None:
-        side = self.data.image_size // self.tokenizer.downsampling
-        self.shape = (self.key["crops"] * self.key["flips"], self.tokenizer.codebook.shape[1], side, side)
+        side, views = self.data.image_size // self.tokenizer.downsampling, self.key["crops"] * self.key["flips"]
+        self.shape: tuple[int, ...] = (views, self.tokenizer.codebook.shape[1], side, side)
+        self.name, self.dtype = tensor_name(self.key), torch.float16
+        if self.name == "codes":
+            self.shape = (views, side, side)
+            self.dtype = torch.uint16 if self.tokenizer.codebook_size <= 2**16 else torch.int32
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -138,7 +143,7 @@ class _Encoding:
             self.announce(count)
         self.accelerator.wait_for_everyone()
         bad: list[str] = []
-        with progress_bar(self.accelerator, None, 0, desc="latents", unit="img") as bar:
+        with progress_bar(self.accelerator, None, 0, desc="tokens", unit="img") as bar:
             for name, batches in shards:
                 bad += self.write_shard(self.folder / name, batches, bar)
                 self.check_bad(len(bad), count, bad)  # it can't come right any more
@@ -160,20 +165,20 @@ class _Encoding:
 
     def announce(self, count: int) -> None:
         """Say what the cache takes. Raises `UserError` where the disk has less."""
-        each, crops, flips = 2 * math.prod(self.shape), self.key["crops"], self.key["flips"]
+        each, crops, flips = self.dtype.itemsize * math.prod(self.shape), self.key["crops"], self.key["flips"]
         views = f"{crops} crops x {flips} flips" if crops > 1 else f"{flips} flips"
         done = sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
         needed, free = count * each - done, shutil.disk_usage(self.folder).free
-        print(f"latent cache {self.folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
+        print(f"token cache {self.folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
         if needed > free:
             raise UserError(
-                f"{self.folder} needs {needed / 2**30:.1f} GiB more for latents, and its disk has "
+                f"{self.folder} needs {needed / 2**30:.1f} GiB more for tokens, and its disk has "
                 f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
             )
 
     def write_shard(self, path: Path, batches: Iterable[dict], bar: tqdm) -> list[str]:
         """Encode one shard, whose file takes its name when it is complete; returns the names of bad images."""
-        latents = [torch.zeros(0, *self.shape, dtype=torch.float16)]
+        tokens = [torch.zeros(0, *self.shape, dtype=self.dtype)]
         labels, bad = [torch.zeros(0, dtype=torch.int64)], []
         sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64)
         for batch in batches:
@@ -182,17 +187,19 @@ class _Encoding:
                 continue
             crops = batch["image"].to(self.accelerator.device)  # (B crops, 3, S, S)
             views = [crops, crops.flip(-1)][: self.key["flips"]]
-            z = torch.stack([self.latents(view).float().cpu() for view in views], dim=1)
-            z = z.reshape(len(batch["label"]), *self.shape)  # (B, crops flips, C, H, W)
-            if not z.half().isfinite().all():
-                raise UserError("the tokenizer's latents of some images do not fit into float16, or are not numbers")
-            sums += z.double().sum((0, 1, 3, 4))
-            squares += z.double().square().sum((0, 1, 3, 4))
-            latents.append(z.half())
+            z = torch.stack([self.tokens(view).cpu() for view in views], dim=1)
+            z = z.reshape(len(batch["label"]), *self.shape)  # (B, crops flips, C, H, W), of codes without C
+            tokens.append(z.to(self.dtype))
+            if self.name == "latents":
+                if not tokens[-1].isfinite().all():
+                    raise UserError("the tokenizer's latents of some images do not fit into float16, or are no numbers")
+                sums += z.double().sum((0, 1, 3, 4))
+                squares += z.double().square().sum((0, 1, 3, 4))
             labels.append(batch["label"])
             bar.update(len(z))
-        tensors = {"latents": torch.cat(latents), "labels": torch.cat(labels)}
-        tensors |= {"sums": sums.clone(), "squares": squares.clone()}
+        tensors = {self.name: torch.cat(tokens), "labels": torch.cat(labels)}
+        if self.name == "latents":
+            tensors |= {"sums": sums.clone(), "squares": squares.clone()}
         about = {"key": json.dumps(self.key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
         try:
             with atomic_file(path) as part:
@@ -202,9 +209,11 @@ class _Encoding:
             raise UserError(f"{what}; the next start goes on from the shards there are") from None
         return bad
 
-    def latents(self, images: Tensor) -> Tensor:
-        """As the diffusion model is to see them."""
-        z = self.tokenizer.latents(images)
+    def tokens(self, images: Tensor) -> Tensor:
+        """As the generator is to see them."""
+        if self.name == "codes":
+            return self.tokenizer.encode(images)
+        z = self.tokenizer.latents(images).float()
         if self.key["latents"] == "continuous":
             return z
         scale = self.tokenizer.model.config.scaling_factor
@@ -219,22 +228,24 @@ class _Encoding:
             bad += int(about["bad"])
             with safe_open(path, "pt") as file:
                 count = file.get_slice("labels").get_shape()[0]
-                sums, squares = sums + file.get_tensor("sums"), squares + file.get_tensor("squares")
+                if self.name == "latents":
+                    sums, squares = sums + file.get_tensor("sums"), squares + file.get_tensor("squares")
             if count:
                 size, digest = path.stat().st_size, about["sha256"]
                 shards.append({"file": path.name, "count": count, "bytes": size, "sha256": digest})
         count = sum(shard["count"] for shard in shards)
         if not count:
             raise UserError(f"{self.folder}: no image of the training split decodes")
+        counted: dict = {"key": self.key, "count": count, "bad_images": bad, "shape": self.shape}
+        counted |= {"dtype": str(self.dtype).removeprefix("torch."), "classes": self.images.classes, "shards": shards}
+        if self.name == "codes":
+            return counted
         per_channel = count * self.shape[0] * self.shape[2] * self.shape[3]
         mean, square = sums / per_channel, squares / per_channel
-        counted: dict = {"key": self.key, "count": count, "bad_images": bad, "shape": self.shape, "dtype": "float16"}
         return counted | {
             "mean": mean.tolist(),
             "std": (square - mean.square()).clamp(min=0).sqrt().tolist(),
             "overall_std": (square.mean() - mean.mean().square()).clamp(min=0).sqrt().item(),
-            "classes": self.images.classes,
-            "shards": shards,
         }
 
 

@@ -1,7 +1,8 @@
-"""The latent cache, and training batches from it. tokenizer/encode.py fills it.
+"""The token cache, and training batches from it. tokenizer/encode.py fills it, with latents or with codes.
 
-<cache>/shard-*.safetensors   latents float16 [n, views, C, H, W], labels int64 [n], sums for the statistics
-<cache>/manifest.json         what it is a cache of, its shards, classes and statistics; written last
+<cache>/shard-*.safetensors   latents float16 [n, views, C, H, W], labels int64 [n], sums for the statistics; or
+                              codes [n, views, H, W], uint16 for K <= 65,536 and else int32, and labels
+<cache>/manifest.json         what it is a cache of, its shards, classes and, of latents, statistics; written last
 
 Shards are read through memory maps. View 0 is the image's centre crop; crops follow each other, and with flips each one
 is followed by its mirror image."""
@@ -26,18 +27,21 @@ from nsvq.errors import UserError
 
 class LatentCache:
     """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
-    `classes`: names; `shape`: (C, H, W); `views`: how many latents there are of each image; `mean`, `std`: per channel,
-    over all images, views and places; `overall_std`: over all channels as well; `manifest`: all of that and more."""
+
+    `classes`: names; `shape`: (C, H, W), of codes (H, W); `views`: how many there are of each image; `manifest`: all of
+    that and more. Of latents alone `mean`, `std`: per channel, over all images, views and places; `overall_std`: over
+    all channels as well.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.classes: list[str] = self.manifest["classes"]
         self.views, *shape = self.manifest["shape"]
-        self.shape: tuple[int, int, int] = tuple(shape)
-        self.mean: list[float] = self.manifest["mean"]
-        self.std: list[float] = self.manifest["std"]
-        self.overall_std: float = self.manifest["overall_std"]
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.mean: list[float] = self.manifest.get("mean")
+        self.std: list[float] = self.manifest.get("std")
+        self.overall_std: float = self.manifest.get("overall_std")
         self._files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]])
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
@@ -52,14 +56,14 @@ class LatentCache:
         return int(self._ends[-1])
 
     def read(self, index: int, view: int) -> tuple[Tensor, int]:
-        """Latents [C, H, W] float16 of a view of image `index`, and its label (-1: none)."""
+        """Latents [C, H, W] float16, or codes [H, W], of a view of image `index`, and its label (-1: none)."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         if shard not in self._open:
             with safe_open(self._files[shard], "pt") as file:  # the tensors are views of the map, and keep it
-                self._open[shard] = file.get_tensor("latents"), file.get_tensor("labels")
-        latents, labels = self._open[shard]
+                self._open[shard] = file.get_tensor(tensor_name(self.manifest["key"])), file.get_tensor("labels")
+        tokens, labels = self._open[shard]
         row = index - int(self._ends[shard]) + len(labels)
-        return latents[row, view], int(labels[row])
+        return tokens[row, view], int(labels[row])
 
     def damaged(self, rank: int = 0, world_size: int = 1) -> list[str]:
         """Names of this rank's share of the shards whose contents have another SHA-256 than when they were written; it
@@ -74,6 +78,11 @@ class LatentCache:
 
     def __getstate__(self) -> dict:  # loading processes open their own maps
         return self.__dict__ | {"_open": {}}
+
+
+def tensor_name(key: dict) -> str:
+    """What the shards of a cache with this key hold, by the name that it has there: "latents" or "codes"."""
+    return "codes" if key.get("latents") == "codes" else "latents"
 
 
 def shard_hash(tensors: dict[str, Tensor]) -> str:
@@ -102,10 +111,28 @@ def train_batches(
     So neither the number of ranks, nor of micro-batches, nor of workers changes a sample. Micro-batch m on rank r holds
     the positions start + (m * world_size + r) * batch_size + [0, batch_size)."""
 
+    return _endless(_Batches(cache, seed), batch_size, start, rank, world_size, workers)
+
+
+def code_batches(
+    cache: LatentCache,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """As `train_batches`, of a cache of codes: codes int64 [B, H, W], labels, id and drop_uniform, without noise."""
+    return _endless(_CodeBatches(cache, seed), batch_size, start, rank, world_size, workers)
+
+
+def _endless(batches: "_Batches", batch_size: int, start: int, rank: int, world_size: int, workers: int) -> Iterator:
     def batches_from(done: int) -> Iterator[dict]:
         first = start + done * batch_size * world_size
-        places = shuffled_positions(len(cache), batch_size, seed, first, rank, world_size)
-        return batches_of(make_loader(_Batches(cache, seed), workers, batch_sampler=places, collate_fn=dict))
+        places = shuffled_positions(len(batches.cache), batch_size, batches.seed, first, rank, world_size)
+        return batches_of(make_loader(batches, workers, batch_sampler=places, collate_fn=dict))
 
     return restarting(batches_from)
 
@@ -136,3 +163,18 @@ class _Batches(Dataset):
             "drop_uniform": torch.tensor(np.array(drops)),
             "noise": torch.from_numpy(noise),
         }
+
+
+class _CodeBatches(_Batches):
+    def __getitems__(self, places: list[tuple[int, int]]) -> dict:
+        codes = torch.empty(len(places), *self.cache.shape, dtype=torch.int64)
+        labels, drops = [], []
+        for i, (position, index) in enumerate(places):
+            rng = np.random.default_rng([self.seed, 1, position])
+            stored, label = self.cache.read(index, int(rng.integers(self.cache.views)))
+            codes[i] = stored
+            labels.append(label)
+            drops.append(rng.random(dtype=np.float32))
+        drop_uniform = torch.tensor(np.array(drops))
+        ids = [f"codes[{index}]" for _, index in places]
+        return {"codes": codes, "labels": torch.tensor(labels), "id": ids, "drop_uniform": drop_uniform}

@@ -34,7 +34,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)
-        self.image_size, self.codebook_size = model.config.sample_size, model.config.num_vq_embeddings
+        self.image_size = model.config.sample_size
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -47,6 +47,10 @@ class Tokenizer(nn.Module):
         except (OSError, json.JSONDecodeError) as error:
             what = "the <out>/tokenizer folder of a finished tokenizer run, or a diffusers VQModel"
             raise UserError(f"no tokenizer at {folder}: give {what} ({str(error).splitlines()[0]})") from None
+
+    @property
+    def codebook_size(self) -> int:
+        return self.model.config.num_vq_embeddings
 
     @property
     def codebook(self) -> Tensor:

@@ -48,6 +48,10 @@ class _Shifted(nn.Module):
         """Indices [...] -> what the decoder sees [..., d]."""
         return self.quantizer.codes(indices)
 
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        """Indices [B h w] and (B, h, w, d) -> what the decoder sees [B, d, h, w], as the stock module."""
+        return self.codes(indices).view(shape).permute(0, 3, 1, 2).contiguous()
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple]:
         """z [B, d, h, w] -> (z_q [B, d, h, w], commitment loss, (None, None, indices [B h w])), as the stock module."""
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)

@@ -36,7 +36,7 @@ def _random_dit(**options):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def about():
     """What training says of a run."""
     return ABOUT

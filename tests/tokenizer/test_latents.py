@@ -13,7 +13,7 @@ from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer import encode
 from nsvq.tokenizer.encode import open_cache
-from nsvq.tokenizer.latents import LatentCache, train_batches
+from nsvq.tokenizer.latents import LatentCache, code_batches, train_batches
 from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
@@ -89,7 +89,7 @@ def test_with_several_crops_each_is_cached_with_its_mirror_image(tmp_path, token
 
 
 def test_quantized_latents_are_codes_and_decode_to_the_same_images(tmp_path, tokenizer, data, accelerator, cache):
-    codes = open_cache(tmp_path / "codes", tokenizer, data, accelerator, quantized=True)
+    codes = open_cache(tmp_path / "codes", tokenizer, data, accelerator, kind="quantized")
     scale, table = tokenizer.model.config.scaling_factor, tokenizer.codebook
     for i in range(0, len(cache), 9):
         rows = codes.read(i, 1)[0].float().flatten(1).T / scale  # (h w, d)
@@ -102,12 +102,61 @@ def test_quantized_latents_are_codes_and_decode_to_the_same_images(tmp_path, tok
     assert codes.std != cache.std
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, torch.uint16), (2**16 + 1, torch.int32)])
+def test_a_cache_of_codes_gives_back_what_the_tokenizer_encodes(
+    tmp_path, tokenizer, data, accelerator, cache, capsys, monkeypatch, size, dtype
+):
+    high, real = size - 32, Tokenizer.encode  # the highest indices that the type has to hold
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, images: real(self, images) + high)
+    monkeypatch.setattr(Tokenizer, "codebook_size", size)
+    capsys.readouterr()
+    codes = open_cache(tmp_path / "codes", tokenizer, data, accelerator, kind="codes")
+    assert f"44 images x 2 flips, {44 * 2 * 16 * dtype.itemsize / 2**30:.2f} GiB" in capsys.readouterr().out
+    assert (len(codes), codes.views, codes.shape) == (44, 2, (4, 4))
+    images = open_split(data, "train")
+    for i in range(0, len(images), 5):
+        image, label = images.load(i)
+        pixels = to_tensor([center_crop(image, 16)])
+        for flip, view in enumerate((pixels, pixels.flip(-1))):
+            stored, found = codes.read(i, flip)
+            assert (stored.dtype, found) == (dtype, label)
+            assert torch.equal(stored.long(), tokenizer.encode(view)[0])
+    assert open_cache(codes.folder, tokenizer, data, accelerator, kind="codes", verify=True).manifest == codes.manifest
+    with pytest.raises(UserError, match="holds codes of another setting of latents"):
+        open_cache(codes.folder, tokenizer, data, accelerator)
+    with pytest.raises(UserError, match="holds latents of another setting of latents"):
+        open_cache(cache.folder, tokenizer, data, accelerator, kind="codes")
+
+
+def test_batches_of_codes_depend_on_their_position_alone(tmp_path, tokenizer, data, accelerator):
+    codes = open_cache(tmp_path / "codes", tokenizer, data, accelerator, kind="codes")
+
+    def taken(count, **options):
+        batches = code_batches(codes, **{"batch_size": 8, "seed": 3} | options)
+        return join([next(batches) for _ in range(count)])
+
+    expected = taken(12)
+    assert expected["codes"].dtype == torch.int64
+    assert same(taken(10, start=16), {name: value[16:] for name, value in expected.items()})
+    assert same(taken(12, workers=2), expected)
+    second = taken(12, batch_size=4, rank=1, world_size=2)
+    assert same(second, {name: value.unflatten(0, (12, 8))[:, 4:].flatten(0, 1) for name, value in expected.items()})
+    stored = {
+        (*codes.read(i, flip)[0].flatten().tolist(), codes.read(i, flip)[1]) for i in range(44) for flip in (0, 1)
+    }
+    seen = {(*c.flatten().tolist(), int(y)) for c, y in zip(expected["codes"], expected["labels"], strict=True)}
+    assert seen <= stored
+    assert len(seen) > 44  # both flips
+    assert 0.3 < expected["drop_uniform"].mean() < 0.7
+    assert len(expected["drop_uniform"].unique()) == 96
+
+
 def test_quantized_latents_are_refused_where_codes_are_not_their_own_nearest_ones(tmp_path, data, accelerator):
     model = QuantizerVQModel(quantizer={"name": "fsq", "levels": [8, 8, 8]}, block_out_channels=(8, 8, 8),
                              down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                              norm_num_groups=4, num_vq_embeddings=512, vq_embed_dim=3, sample_size=16)  # fmt: skip
     with pytest.raises(UsageError, match=r"latents: quantized needs a tokenizer whose codes.*use latents: continuous"):
-        open_cache(tmp_path / "latents", Tokenizer(model), data, accelerator, quantized=True)
+        open_cache(tmp_path / "latents", Tokenizer(model), data, accelerator, kind="quantized")
 
 
 def test_clones_of_a_code_may_stand_for_each_other(tmp_path, tokenizer, data, accelerator, monkeypatch):
@@ -119,10 +168,10 @@ def test_clones_of_a_code_may_stand_for_each_other(tmp_path, tokenizer, data, ac
         return torch.where(found < 2, 1 - found, found)
 
     monkeypatch.setattr(Tokenizer, "quantize", confused)
-    open_cache(tmp_path / "codes", tokenizer, data, accelerator, quantized=True)
+    open_cache(tmp_path / "codes", tokenizer, data, accelerator, kind="quantized")
     table[1] = table[0] + 5e-2 * table.std()
     with pytest.raises(UsageError, match="codes are their own nearest codes"):
-        open_cache(tmp_path / "others", tokenizer, data, accelerator, quantized=True)
+        open_cache(tmp_path / "others", tokenizer, data, accelerator, kind="quantized")
 
 
 def test_the_manifest_holds_the_checksums_of_the_shards(cache):
@@ -213,7 +262,7 @@ def test_a_stale_cache_is_refused(cache, tokenizer, data, accelerator, other_tok
         data, what = data.model_copy(update={"flip": False}), "another data.flip"
     else:
         how, what = {"limit": ({"limit": 20}, "another cache_images"), "crops": ({"crops": 2}, "another cache_crops"),
-                     "latents": ({"quantized": True}, "another setting of latents")}[changed]  # fmt: skip
+                     "latents": ({"kind": "quantized"}, "another setting of latents")}[changed]  # fmt: skip
     with pytest.raises(UserError) as error:
         open_cache(cache.folder, tokenizer, data, accelerator, **how)
     assert str(error.value) == (f"{cache.folder} holds latents of {what}: delete that folder, or give another --cache")

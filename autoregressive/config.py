@@ -1,0 +1,69 @@
+"""The config of an autoregressive run."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from nsvq.autoregressive.model import ModelConfig
+from nsvq.autoregressive.sampling import GuidanceSchedule
+from nsvq.common.config import Config
+from nsvq.common.run import RunConfig
+from nsvq.data.config import DataConfig
+
+
+class ScheduleConfig(Config):
+    """How long, and how the learning rate rises, stays and falls: FVQ's schedule (arXiv 2509.10140, in its code)."""
+
+    steps: int = Field(1_500_000, ge=1, description="Optimizer steps; the rate falls towards them, so they are fixed.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
+    hold: float = Field(0.05, ge=0, lt=1, description="Share of the steps before it falls, linearly.")
+    final: float = Field(0.01, ge=0, le=1, description="Factor on the learning rate in the last step; 1 keeps it.")
+
+
+class OptimConfig(Config):
+    """AdamW, and the averaged weights."""
+
+    lr: float = Field(1e-4, gt=0, description="Learning rate; the field scales it with the batch.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's betas.")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay, of matrices; norms have none.")
+    clip_grad_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    ema_decay: float = Field(
+        0.9999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved; at step n it is at "
+        "most (1 + n) / (10 + n).")  # fmt: skip
+
+
+class TokenSampling(Config):
+    """How tokens are drawn, beside guidance_scale."""
+
+    guidance_schedule: GuidanceSchedule = Field("constant", description="How it rises from 1 over the tokens.")
+    temperature: float = Field(1.0, ge=0, description="Of the distribution of a token; 0 takes the likeliest.")
+    top_k: int = Field(0, ge=0, description="Draw among that many likeliest codes; 0: all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest codes of that share together.")
+
+
+class SamplingConfig(TokenSampling):
+    """The picture during training, of averaged weights and fixed seeds."""
+
+    images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
+    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
+
+
+class TrainConfig(Config):
+    """Train a transformer that generates the codes of a frozen tokenizer one after the other (stage two)."""
+
+    out: Path = Field(Path("runs/imagenet128-ar-b"), description="Folder of the run; holds the pipeline at the end.")
+    tokenizer: Path = Field(
+        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder of the tokenizer: ours, or any diffusers VQModel."
+    )
+    cache: Path | None = Field(None, description="Folder of the codes; null is <out>/codes.")
+    cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
+    cache_crops: int = Field(
+        1, ge=1, description="Crops of each image to encode: ADM's centre crop, and beyond one ADM's random crops."
+    )
+    cache_verify: bool = Field(False, description="Compare every shard of a complete cache with its SHA-256 first.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    run: RunConfig = Field(default_factory=RunConfig)

@@ -1,0 +1,64 @@
+"""Train a transformer that generates the codes of a frozen tokenizer one after the other.
+
+accelerate launch autoregressive/train.py                            # B on what the default tokenizer run left
+accelerate launch autoregressive/train.py --config configs/imagenet128/ar-xl.yaml --tokenizer runs/nsvq/tokenizer
+The same command goes on from the newest checkpoint; the finished pipeline is in <out>/pipeline.
+"""
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from nsvq.autoregressive.config import TrainConfig
+from nsvq.autoregressive.trainer import AutoregressiveTrainer
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.run import code_version, make_accelerator
+from nsvq.errors import UserError
+from nsvq.pipelines.autoregressive import save_pipeline
+from nsvq.tokenizer.encode import open_cache
+from nsvq.tokenizer.pretrained import Tokenizer, read_training
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "ar-b.yaml"
+
+
+def main() -> None:
+    config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
+    if not (config.tokenizer / "config.json").is_file():
+        raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
+                        "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
+    accelerator = make_accelerator(config.run, config.out, may_shard=True)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
+    cache = open_cache(
+        config.cache or config.out / "codes",
+        tokenizer,
+        config.data,
+        accelerator,
+        workers=config.run.workers,
+        limit=config.cache_images,
+        crops=config.cache_crops,
+        kind="codes",
+        verify=config.cache_verify,
+    )
+    AutoregressiveTrainer(config, accelerator, tokenizer, cache, save).train()
+
+
+def save(folder: Path, trainer: AutoregressiveTrainer) -> None:
+    """The pipeline of the weights in `trainer.drawing`, and how it was trained."""
+    config, run = trainer.config, trainer.run
+    about = {
+        "nsvq": code_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+        "step": run.step,
+        "samples_seen": run.samples_seen,
+        "parameters": sum(p.numel() for p in trainer.drawing.parameters()),
+        "objective": f"cross-entropy of the next code; the learning rate falls to {config.schedule.final:g} of it",
+        "config": configs.to_dict(config),
+        "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
+        "tokenizer": read_training(config.tokenizer),
+    }
+    save_pipeline(folder, trainer.drawing, trainer.tokenizer.model, trainer.names, about)
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,130 @@
+"""The trainer of the autoregressive stage: a Llama on cached codes."""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from nsvq.autoregressive.config import TrainConfig
+from nsvq.autoregressive.model import NextToken, make_llama
+from nsvq.autoregressive.sampling import draw_uniforms, sample
+from nsvq.common.fsdp import full
+from nsvq.common.optimized import Optimized
+from nsvq.common.training import Trainer
+from nsvq.tokenizer.latents import LatentCache, code_batches
+from nsvq.tokenizer.pretrained import Tokenizer
+
+_DECODED_AT_ONCE = 8  # images
+
+
+class AutoregressiveTrainer(Trainer):
+    """Trains the network of `config` on the codes of `cache`, which `tokenizer` made. Its clock is the optimizer step.
+
+    save(folder, trainer) writes the pipeline of the weights in `trainer.drawing`.
+    """
+
+    config: TrainConfig
+    shown = ("loss", "grad_norm")
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        tokenizer: Tokenizer,
+        cache: LatentCache,
+        save: Callable[[Path, "AutoregressiveTrainer"], None],
+    ):
+        super().__init__(config, accelerator)
+        self.tokenizer, self.cache, self.save = tokenizer, cache, save
+        self.names = dict(enumerate(cache.classes))
+        self.codes, self.null = tokenizer.codebook_size, tokenizer.codebook_size + len(self.names)
+        self.total_steps = config.schedule.steps
+
+        set_seed(config.run.seed)  # whatever encoding drew
+        llama = make_llama(config.model, self.codes, len(self.names), math.prod(cache.shape))
+        if config.model.gradient_checkpointing:
+            llama.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.model.compile:
+            llama.model.compile()
+        # What draws and is exported: of a network that FSDP splits, a copy that is not.
+        self.split = accelerator.is_fsdp2
+        self.drawing = copy.deepcopy(llama).requires_grad_(False).to(self.device) if self.split else llama
+        self.drawing.eval()
+        model = NextToken(llama, self.codes, config.model.dropout)
+        optim = config.optim
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        norms = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, optim.lr, optim.betas, fused=self.device.type in ("cpu", "cuda"))
+        self.model = model
+        self.network, optimizer = accelerator.prepare(model, optimizer)
+        parameters = list(model.parameters())
+        self.register(
+            "autoregressive",
+            {"model": self.network},
+            {"model": Optimized(optimizer, parameters, optim.clip_grad_norm)},
+            parameters,
+            {"decay": optim.ema_decay, "foreach": True},
+        )
+
+    def batches(self, start: int) -> Iterator[dict]:
+        return code_batches(self.cache, seed=self.config.run.seed, start=start, **self.loading)
+
+    def rate_factor(self) -> float:
+        schedule, step = self.config.schedule, self.run.step
+        rise = (step + 1) / max(1, schedule.warmup_steps)
+        held = schedule.hold * (schedule.steps - 1)
+        fallen = max(0.0, (step - held) / max(1.0, schedule.steps - 1 - held))
+        return min(rise, 1 - (1 - schedule.final) * fallen)
+
+    def step(self, batch: dict) -> dict[str, Tensor | tuple[Tensor, Tensor | int]]:
+        batch = {name: batch[name].to(self.device, non_blocking=True) for name in batch if name != "id"}
+        dropped = (batch["drop_uniform"] < self.config.model.class_dropout) | (batch["labels"] < 0)
+        ids = torch.where(dropped, self.null, self.codes + batch["labels"])
+        self.model.train()
+        with self.accelerator.autocast():  # accelerate puts none around a network that FSDP2 splits
+            loss = self.network(ids, batch["codes"].flatten(1))
+        self.accelerator.backward(loss)
+        return {"loss": loss.detach()}
+
+    def measure(self, due: bool, last: bool) -> dict[str, float]:
+        (group, _) = self.optimized["model"].optimizer.param_groups
+        return {"lr": group["lr"], "ema_decay": self.ema.cur_decay_value} if due else {}
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        self.drawing.eval()
+        if not self.split:
+            with super().averaged_weights():
+                yield
+            return
+        for parameter, average in zip(self.drawing.parameters(), self.ema.shadow_params, strict=True):
+            parameter.copy_(full(average))
+        yield
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Samples of classes spread over all, with fixed seeds."""
+        how = self.config.sampling.model_dump(exclude={"images"})
+        count, classes = self.config.sampling.images, len(self.names)
+        labels = torch.tensor([i * classes // count if classes else 0 for i in range(count)], device=self.device)
+        seeds = [torch.Generator().manual_seed(i) for i in range(count)]
+        uniforms = torch.stack([draw_uniforms(math.prod(self.cache.shape), seed) for seed in seeds]).to(self.device)
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            tokens = sample(self.drawing, self.codes, self.codes + labels, uniforms, **how)
+        codes = tokens.unflatten(1, self.cache.shape)
+        images = torch.cat([self.tokenizer.decode(part) for part in codes.split(_DECODED_AT_ONCE)])
+        self.run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
+
+    def export(self) -> None:
+        """<out>/pipeline, with averaged weights."""
+        with self.averaged_weights():
+            if self.accelerator.is_main_process:
+                self.save(self.config.out / "pipeline", self)
+        self.accelerator.print(f"pipeline: {self.config.out / 'pipeline'}")

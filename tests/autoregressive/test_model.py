@@ -1,0 +1,73 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+
+from nsvq.autoregressive.model import ModelConfig, NextToken, chunked_cross_entropy, make_llama
+
+TINY = {"size": "tiny", "depth": 2, "width": 32, "heads": 2}
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 10**6])
+def test_chunked_loss_and_its_gradients_equal_the_dense_ones_in_float64(at_once):
+    hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(17, (23,))
+    dense = F.cross_entropy(hidden @ table.T, targets)
+    expected = torch.autograd.grad(3 * dense, (hidden, table))
+    chunked = chunked_cross_entropy(hidden, table, targets, at_once)
+    torch.testing.assert_close(chunked, dense, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(3 * chunked, (hidden, table)), expected, rtol=1e-10, atol=1e-14)
+
+
+def test_logits_of_all_places_are_never_kept():
+    """Saved for the backward pass, beside the inputs, is nothing of their size."""
+    hidden, table = torch.randn(64, 2, requires_grad=True), torch.randn(100, 2, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        chunked_cross_entropy(hidden, table, torch.randint(100, (64,)), at_once=800)
+    assert max(saved) <= table.numel()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_is_that_of_the_next_code_given_the_class_and_the_codes_before(tied):
+    llama = make_llama(ModelConfig(**TINY, tie_embeddings=tied), codes=11, classes=3, tokens=6)
+    for parameter in llama.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, codes = torch.tensor([11, 14, 13]), torch.randint(11, (3, 6))
+    logits = llama(torch.cat([ids[:, None], codes], dim=1)).logits[:, :-1, :11]
+    expected = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(NextToken(llama, 11)(ids, codes), expected)
+    assert len(NextToken(llama, 11).state_dict()) == len(dict(llama.named_parameters()))
+
+
+def test_an_untrained_network_gives_every_code_the_same_chance():
+    llama = make_llama(ModelConfig(**TINY), codes=11, classes=3, tokens=6)
+    loss = NextToken(llama, 11, 0.1).train()(torch.tensor([11, 12]), torch.randint(11, (2, 6)))
+    assert loss.item() == pytest.approx(torch.tensor(11.0).log().item(), rel=1e-6)
+
+
+def test_dropout_acts_in_training_on_embeddings_and_on_what_layers_add_and_on_no_weight():
+    llama = make_llama(ModelConfig(**TINY), codes=11, classes=3, tokens=6)
+    model, seen = NextToken(llama, 11, 0.5), {}
+    places = {"embed": llama.model.embed_tokens, "attention": llama.model.layers[1].self_attn.o_proj,
+              "mlp": llama.model.layers[0].mlp.down_proj}  # fmt: skip
+    for name, place in places.items():
+        place.register_forward_hook(lambda _, __, output, name=name: seen.update({name: (output == 0).float().mean()}))
+    model.train()(torch.tensor([11, 14]), torch.randint(11, (2, 6)))
+    assert all(0.35 < share < 0.65 for share in seen.values()), seen
+    model.eval()(torch.tensor([11, 14]), torch.randint(11, (2, 6)))
+    assert not any(seen.values())
+
+
+@pytest.mark.parametrize(("size", "millions"), [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411)])
+def test_sizes_are_llamagens(size, millions):
+    """LlamaGen, arXiv 2406.06525, Table 1 (K = 16,384, 1000 classes), XXL as its code counts it."""
+    with init_empty_weights():
+        llama = make_llama(ModelConfig(size=size), codes=16384, classes=1000, tokens=256)
+    assert sum(p.numel() for p in llama.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_heads_must_divide_the_width_into_pairs():
+    with pytest.raises(ValueError, match="width 36 must be a multiple of 2 x heads"):
+        ModelConfig(width=36, heads=4)

@@ -1,0 +1,169 @@
+import json
+
+import pytest
+import torch
+from instrumented import attempts, samples
+from PIL import Image
+from safetensors.torch import load_file
+
+from nsvq.autoregressive import train
+from nsvq.autoregressive.config import TrainConfig
+from nsvq.autoregressive.model import NextToken, make_llama
+from nsvq.autoregressive.train import main
+from nsvq.autoregressive.trainer import AutoregressiveTrainer
+from nsvq.common import config as configs
+from nsvq.errors import Stopped, UsageError, UserError
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
+
+TINY = """
+schedule: {steps: 8, warmup_steps: 2}
+model: {size: tiny, depth: 2, width: 32, heads: 2}
+optim: {lr: 1.0e-3, ema_decay: 0.5}
+sampling: {images: 3}
+run: {batch_size: 8, workers: 0, log_every: 2, sample_every: 100, checkpoint_every: 100, keep_checkpoints: 100,
+      trackers: [], mixed_precision: "no"}
+"""
+
+
+@pytest.fixture(scope="session")
+def codes(tmp_path_factory):
+    """Kept between tests: all of them train on the same images."""
+    return tmp_path_factory.mktemp("cache") / "codes"
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer_folder, image_folder, codes):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    return ["--config", config, "--tokenizer", tokenizer_folder, "--data", image_folder, "--data.image_size", 16,
+            "--data.holdout", 0.05, "--cache", codes]  # fmt: skip
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "memory_gib")} for row in rows]
+
+
+def checkpoint(out, step):
+    folder = out / "checkpoints" / f"step-{step}"
+    state = torch.load(folder / "state.pt")
+    moments = state["optimizers"]["model"]["state"]
+    return {
+        **load_file(folder / "model.safetensors"),
+        **{f"ema/{i}": value for i, value in enumerate(state["ema"]["shadow_params"])},
+        **{f"{i}/{name}": value for i, values in moments.items() for name, value in values.items()},
+    }
+
+
+def exported(out):
+    return load_file(out / "pipeline" / "transformer" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_teacher_forced_logits_of_the_exported_folder_are_the_trainers(run_script, arguments, tmp_path, tied):
+    out = tmp_path / "out"
+    run_script(main, *arguments, "--out", out, "--model.tie_embeddings", tied, "--run.sample_every", 4)
+    config = configs.validate(TrainConfig, configs.read_yaml(out / "config.yaml")["config"])
+    llama = make_llama(config.model, codes=32, classes=2, tokens=16)
+    model, state = NextToken(llama, 32, config.model.dropout).eval(), checkpoint(out, 8)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data.copy_(state[f"ema/{i}"])
+    ids, codes = torch.tensor([32, 33, 34]), torch.randint(32, (3, 16))
+    sequence = torch.cat([ids[:, None], codes], dim=1)
+    pipeline = ClassConditionalPipeline.from_pretrained(out / "pipeline")
+    logits = pipeline.transformer(sequence).logits
+    torch.testing.assert_close(logits, llama(sequence).logits)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1, :32].flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(model(ids, codes), expected)
+    model.load_state_dict(load_file(out / "checkpoints" / "step-8" / "model.safetensors"))
+    assert not torch.equal(logits, llama(sequence).logits)  # the averages are not the live weights
+    assert pipeline.id2label == {0: "ant", 1: "bee"}
+    for step in (4, 8):
+        assert Image.open(out / "samples" / f"step-{step}.png").size == (2 * 18 + 2, 2 * 18 + 2)
+
+
+def test_a_run_that_a_signal_ended_goes_on_bit_exactly(run_instrumented, arguments, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_instrumented(train, *arguments, "--out", whole, record=tmp_path / "whole-record")
+    how = {"record": tmp_path / "parts-record", "signal_at": 28}
+    with pytest.raises(Stopped, match="SIGTERM at step 4"):
+        run_instrumented(train, *arguments, "--out", parts, **how)
+    run_instrumented(train, *arguments, "--out", parts, record=how["record"])
+    assert [start for start, _ in attempts(how["record"])] == [0, 32]
+    assert samples(how["record"]) == samples(tmp_path / "whole-record")
+    assert same(checkpoint(parts, 8), checkpoint(whole, 8))
+    assert same(exported(parts), exported(whole))
+    assert metrics(parts) == metrics(whole)
+
+
+def test_without_dropout_micro_batches_change_no_number(run_script, arguments, tmp_path):
+    for name, count in (("one", 1), ("four", 4)):
+        run_script(main, *arguments, "--out", tmp_path / name, "--model.dropout", 0.0, "--run.accumulation", count)
+    torch.testing.assert_close(exported(tmp_path / "one"), exported(tmp_path / "four"), rtol=1e-4, atol=1e-5)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.parametrize(("shard", "tied"), [(False, True), (True, False)])
+def test_two_ranks_are_one_rank_of_the_double_batch_also_where_fsdp_splits_the_network(
+    run_script, run_two_ranks, arguments, tmp_path, shard, tied
+):
+    arguments += ["--model.dropout", 0.0, "--model.tie_embeddings", tied]
+    run_script(main, *arguments, "--out", tmp_path / "alone")
+    code, error = run_two_ranks("autoregressive", *arguments, "--out", tmp_path / "shared", shard=shard,
+                                record=tmp_path / "record")  # fmt: skip
+    assert code == 0, error
+    torch.testing.assert_close(exported(tmp_path / "shared"), exported(tmp_path / "alone"), rtol=1e-4, atol=1e-5)
+    for a, b in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "shared"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert (tmp_path / "shared" / "samples" / "step-8.png").is_file()
+
+
+def test_the_rate_rises_stays_and_falls_to_its_hundredth(monkeypatch):
+    trainer = object.__new__(AutoregressiveTrainer)
+    trainer.config = TrainConfig(schedule={"steps": 101, "warmup_steps": 2, "hold": 0.1})
+    trainer.run = type("Run", (), {})()
+    rates = []
+    for trainer.run.step in range(101):
+        rates.append(trainer.rate_factor())
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2:11] == [1.0] * 9
+    assert rates[55] == pytest.approx(1 - 0.99 * 0.5)
+    assert rates[100] == pytest.approx(0.01)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, {32, 33}), (1.0, {34})])
+def test_classes_are_dropped_in_the_share_asked_for(run_script, arguments, tmp_path, monkeypatch, share, expected):
+    seen, real = set(), NextToken.forward
+    monkeypatch.setattr(NextToken, "forward", lambda self, ids, c: (seen.update(ids.tolist()), real(self, ids, c))[1])
+    run_script(main, *arguments, "--out", tmp_path / "out", "--model.class_dropout", share)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (["--tokenizer", "nowhere/tokenizer"], UserError, "there is no tokenizer at nowhere/tokenizer: train one"),
+        (["--model.width", "36", "--model.heads", "4"], UsageError, "width 36 must be a multiple of 2 x heads"),
+        (["--steps", "3"], UsageError, "unknown key --steps"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(run_script, arguments, tmp_path, change, error, text):
+    if change[0] in arguments:
+        del arguments[arguments.index(change[0]) : arguments.index(change[0]) + 2]
+    with pytest.raises(UserError) as raised:
+        run_script(main, *arguments, "--out", tmp_path / "out", *change)
+    assert type(raised.value) is error
+    assert text in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_another_number_of_steps_is_another_run(run_script, arguments, tmp_path):
+    run_script(main, *arguments, "--out", tmp_path / "out", "--schedule.steps", 2)
+    with pytest.raises(UsageError, match="holds a run of another config"):
+        run_script(main, *arguments, "--out", tmp_path / "out", "--schedule.steps", 4)
