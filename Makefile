@@ -2,10 +2,12 @@
 PYTHON ?= python3
 DATA ?= synthetic
 OUT ?= runs/quickstart
+GENERATOR ?= diffusion
 SYNTHETIC := $(filter synthetic,$(DATA))
 # Features of the Frechet distance, for photographs: a torch-fidelity name, or a Python file that registers an extractor.
 FEATURES ?= $(if $(SYNTHETIC),none,$(firstword $(wildcard ../shared/weights/mobilenet_v2.py) inception-v3-compat))
 
+NAME := $(if $(filter autoregressive,$(GENERATOR)),ar,dit)
 RECIPE := configs/quickstart/$(if $(SYNTHETIC),,photos-)
 BIN := .venv/bin
 THREADS := $(shell getconf _NPROCESSORS_ONLN)
@@ -18,17 +20,17 @@ FOLDERS := $(filter-out nsvq,$(patsubst %/__init__.py,%,$(wildcard */__init__.py
 
 .PHONY: quickstart test test-fast soak lint format clean help
 
-quickstart: .venv/installed  ## both stages, evaluation and pipeline; DATA=, OUT=, FEATURES=
+quickstart: .venv/installed  ## both stages, evaluation and pipeline; DATA=, OUT=, FEATURES=, GENERATOR=autoregressive
 	$(LAUNCH) tokenizer/train.py --config $(RECIPE)nsvq.yaml --data "$(DATA)" --out "$(OUT)/nsvq"
-	$(LAUNCH) diffusion/train.py --config $(RECIPE)dit.yaml --data "$(DATA)" --out "$(OUT)/dit" \
+	$(LAUNCH) $(GENERATOR)/train.py --config $(RECIPE)$(NAME).yaml --data "$(DATA)" --out "$(OUT)/$(NAME)" \
 		--tokenizer "$(OUT)/nsvq/tokenizer"
-	ln -sfn nsvq/tokenizer "$(OUT)/tokenizer" && ln -sfn dit/pipeline "$(OUT)/pipeline"
+	ln -sfn nsvq/tokenizer "$(OUT)/tokenizer" && ln -sfn $(NAME)/pipeline "$(OUT)/pipeline"
 	$(LAUNCH) eval/reconstruction.py --tokenizer "$(OUT)/tokenizer" --data "$(DATA)" --features "$(FEATURES)" \
 		--lpips none --workers 0 --limit 2000 --output "$(OUT)/reconstruction.json"
 	$(LAUNCH) eval/generation.py --pipeline "$(OUT)/pipeline" --data "$(DATA)" --features "$(FEATURES)" \
-		--workers 0 --reference_limit 2000 --samples 200 --guidance_scale 3 --steps 25 $(if $(SYNTHETIC),--classifier trained) \
+		--workers 0 --reference_limit 2000 --samples 200 --guidance_scale 3 $(if $(filter dit,$(NAME)),--steps 25) $(if $(SYNTHETIC),--classifier trained) \
 		--output "$(OUT)/generation.json"
-	$(BIN)/python pipelines/summary.py --out "$(OUT)"
+	$(BIN)/python pipelines/summary.py --out "$(OUT)" --generator $(NAME)
 
 test: .venv/installed  ## all tests
 	$(BIN)/pytest
@@ -36,7 +38,7 @@ test: .venv/installed  ## all tests
 test-fast: .venv/installed  ## without the slow tests, for the inner loop
 	$(BIN)/pytest -m "not slow"
 
-soak: .venv/installed  ## kill both trainers 20 times each, and compare with runs that nobody disturbed
+soak: .venv/installed  ## kill the trainers 20 times each, and compare with runs that nobody disturbed
 	$(BIN)/python tests/harness/soak.py
 
 lint: .venv/installed  ## ruff and mypy

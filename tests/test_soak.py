@@ -1,11 +1,14 @@
 import pytest
 import soak
 
+import nsvq.autoregressive.train
 import nsvq.diffusion.train
 import nsvq.tokenizer.train
 
+TRAINERS = [nsvq.tokenizer.train, nsvq.diffusion.train, nsvq.autoregressive.train]
 
-@pytest.mark.parametrize("train", [nsvq.tokenizer.train, nsvq.diffusion.train], ids=["tokenizer", "diffusion"])
+
+@pytest.mark.parametrize("train", TRAINERS, ids=["tokenizer", "diffusion", "autoregressive"])
 def test_a_run_that_is_killed_twice_equals_an_undisturbed_one(train, run_instrumented, tmp_path):
     """The short form of `make soak`."""
     stage = train.__name__.split(".")[1]

@@ -111,7 +111,8 @@ def _refuse_stale(folder: Path, key: dict) -> None:
         found = [json.loads(_metadata(path)["key"]) for path in folder.glob("shard-*.safetensors")]
     for other in found:
         if what := [text for name, text in _KEY_NAMES.items() if other.get(name) != key[name]]:
-            raise UserError(f"{folder} holds latents of {', '.join(what)}: delete that folder, or give another --cache")
+            held = f"{folder} holds {tensor_name(other)} of {', '.join(what)}"
+            raise UserError(f"{held}: delete that folder, or give another --cache")
 
 
 @dataclass

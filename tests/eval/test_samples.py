@@ -17,11 +17,14 @@ from diffusers import (
 from fakes import FakePipeline
 from PIL import Image
 
+from nsvq.autoregressive.model import ModelConfig, make_llama
 from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import generation
+from nsvq.eval.page import write_page
 from nsvq.eval.report import folder_hash
 from nsvq.eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
+from nsvq.pipelines.autoregressive import save_pipeline as save_token_pipeline
 from nsvq.pipelines.export import save_pipeline
 
 
@@ -256,6 +259,37 @@ def test_a_stock_pipeline_with_a_stochastic_sampler_gives_the_same_samples_at_an
     assert (drawn[0] != drawn[3]).float().mean() > 0.5
     with pytest.raises(UsageError, match=r"guidance_interval.*a DiTPipeline, takes none"):
         measure_samples(pipeline, guidance_interval=(0.1, 0.5), **options)
+
+
+def test_an_autoregressive_pipeline_is_measured_over_a_sweep_of_temperatures(
+    measure_samples, tokenizer_folder, tmp_path
+):
+    vae = VQModel.from_pretrained(tokenizer_folder)
+    codes, tiny = vae.config.num_vq_embeddings, ModelConfig(size="tiny", depth=1, width=32, heads=2)
+    llama = make_llama(tiny, codes, classes=3, tokens=64).eval()
+    torch.nn.init.normal_(llama.lm_head.weight, std=0.3)
+    names = {0: "ant", 1: "bee", 2: "cat"}
+    save_token_pipeline(tmp_path / "tokens", llama, vae, names)
+    pipeline = load_pipeline(str(tmp_path / "tokens"))
+    pipeline.set_progress_bar_config(disable=True)
+    assert (image_size(pipeline), generation.class_names(pipeline)) == (16, ["ant", "bee", "cat"])
+    how = {"temperature": [0.0, 1.0], "guidance_scale": [2.0], "guidance_schedule": "linear", "metrics": ["fid"]}
+    result = measure_samples(pipeline, samples=16, folder="tokens", keep="png", **how)
+    settings = [{k: run[k] for k in ("guidance_scale", "temperature", "top_k")} for run in result["sweep"]]
+    assert settings == [{"guidance_scale": 2.0, "temperature": t, "top_k": 0} for t in (0.0, 1.0)]
+    assert result["sampler"] == {"guidance_schedule": "linear", "top_p": 1.0}
+    kept = tmp_path / "result-samples" / "guidance-2-temperature-1-top_k-0"
+    shown = np.stack([np.asarray(Image.open(kept / f"{i:06}.png")) for i in range(16)])
+    expected = pipeline([i % 3 for i in range(16)], guidance_scale=2.0, guidance_schedule="linear",
+                        seeds=list(range(16)), output_type="np").images  # fmt: skip
+    assert np.abs(shown - expected * 255).max() <= 1
+    write_page(tmp_path / "page.html", [result], [])
+    chosen = result["setting"]["temperature"]
+    assert f"Guidance 2, temperature {chosen:g}, top k 0" in (tmp_path / "page.html").read_text()
+    with pytest.raises(UsageError, match="--steps means nothing to an autoregressive model"):
+        measure_samples(pipeline, samples=16, folder="tokens", steps=[3])
+    with pytest.raises(UsageError, match="--temperature means nothing to a diffusion model"):
+        measure_samples(FakePipeline(), temperature=[0.5])
 
 
 def test_a_pipeline_without_classes_is_refused(tmp_path, stock_pipeline):

@@ -1,7 +1,7 @@
 """python tests/harness/instrumented.py SPEC [arguments of the trainer]: records each sample that it trains on.
 
-SPEC is JSON: {"stage": "tokenizer" or "diffusion", "record": FILE, "signal_at": position, "nan_at": [positions],
-"shard": whether networks are split by FSDP2}.
+SPEC is JSON: {"stage": "tokenizer", "diffusion" or "autoregressive", "record": FILE, "signal_at": position,
+"nan_at": [positions], "shard": whether networks are split by FSDP2}.
 FILE-rank gets a line [start] for each time that the rank begins to read, and [position, ids] for each micro-batch. The
 rank that loads the sample at `signal_at` gets SIGTERM; the samples at `nan_at` are not numbers.
 """
@@ -61,7 +61,7 @@ def instrument(trainer: type[Trainer], record: str, signal_at: int = -1, nan_at:
 
 
 def trainer_of(stage: str) -> type[Trainer]:
-    """The trainer of "tokenizer" or "diffusion"."""
+    """The trainer of "tokenizer", "diffusion" or "autoregressive"."""
     return getattr(import_module(f"nsvq.{stage}.trainer"), f"{stage.capitalize()}Trainer")
 
 

@@ -1,4 +1,4 @@
-"""Kill both trainers with SIGKILL again and again, and compare with a run that nobody disturbed.
+"""Kill the trainers with SIGKILL again and again, and compare with a run that nobody disturbed.
 
 python tests/harness/soak.py [--kills 20] [--folder /tmp/soak]         (`make soak`; some minutes on two cores)
 
@@ -50,6 +50,13 @@ DIFFUSION = {
     "sampling": {"images": 2, "steps": 2},
     "run": RUN,
 }
+AUTOREGRESSIVE = {
+    "schedule": {"steps": 132},
+    "model": {"size": "tiny", "depth": 2, "width": 32, "heads": 2},
+    "optim": {"lr": 1e-3, "ema_decay": 0.9},
+    "sampling": {"images": 2},
+    "run": RUN,
+}
 STEPS = 132
 
 
@@ -65,12 +72,14 @@ def prepare(folder: Path) -> dict[str, list[str]]:
             up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, vq_embed_dim=3, num_vq_embeddings=32,
             mid_block_add_attention=False).save_pretrained(folder / "vq")  # fmt: skip
     shared = ["--data", str(folder / "images"), "--data.image_size", "16", "--data.holdout", "0.05"]
-    for name, config in (("tokenizer", TOKENIZER), ("diffusion", DIFFUSION)):
+    for name, config in (("tokenizer", TOKENIZER), ("diffusion", DIFFUSION), ("autoregressive", AUTOREGRESSIVE)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return {
         "tokenizer": ["--config", str(folder / "tokenizer.yaml"), *shared],
         "diffusion": ["--config", str(folder / "diffusion.yaml"), *shared, "--tokenizer", str(folder / "vq"),
                       "--cache", str(folder / "latents")],
+        "autoregressive": ["--config", str(folder / "autoregressive.yaml"), *shared, "--tokenizer", str(folder / "vq"),
+                           "--cache", str(folder / "codes")],
     }  # fmt: skip
 
 
