@@ -28,6 +28,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    is_wandb_available,
     set_seed,
 )
 from pydantic import Field
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
-from nsvq.common.fsdp import load_module, load_optimizer, whole
+from nsvq.common.fsdp import load_module, load_optimizer, unwrapped, whole
 from nsvq.common.launch import keep_freed_memory
 from nsvq.common.metrics import MetricsLog, surviving, warn
 from nsvq.errors import Stopped, UsageError, UserError
@@ -103,6 +104,8 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
         # The loss is a mean over the micro-batch of this rank; buffers are constant, so none is broadcast.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if "wandb" in config.trackers and not is_wandb_available():
+        raise UsageError("run.trackers asks for wandb, which is not installed: pip install wandb")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not may_shard:
             raise UsageError("these networks are small, and FSDP has nothing to gain: launch with DDP "
@@ -131,6 +134,7 @@ class Run:
     """The output folder `out` of a training run, and where in it the run stands.
 
     `modules` and `optimizers`, as accelerate prepared them, are what a checkpoint holds beside the trainer's own state.
+    `inputs`: config key -> fingerprint of what it points to, which may lie elsewhere at the next start.
     Attributes: `step` (optimizer steps done) and `samples_seen` (global, over all ranks).
     Raises `UsageError` where `out` holds a run of another config, or one that another process trains.
     """
@@ -143,9 +147,11 @@ class Run:
         name: str,
         modules: dict[str, torch.nn.Module],
         optimizers: dict[str, AcceleratedOptimizer],
+        inputs: dict[str, str] | None = None,
     ):
         self.accelerator, self.out, self.settings = accelerator, Path(out), config.run
-        self._modules, self._optimizers, self._config = modules, optimizers, configs.to_dict(config)
+        self._modules, self._optimizers, self._inputs = modules, optimizers, inputs or {}
+        self._resolved, self._config = config, configs.to_dict(config)
         self._checkpoints = self.out / "checkpoints"
         self.step = self.samples_seen = 0
         self._retry_at: int | None = None
@@ -154,11 +160,15 @@ class Run:
         if accelerator.is_main_process:
             try:
                 self._claim()
+                if config.run.trackers:
+                    accelerator.init_trackers(name)
             except UsageError as error:
                 problem = [str(error)]
+            except OSError as error:  # a tracker's folder
+                problem = [f"cannot write to {self.out / 'logs'}: {error.strerror}"]
         if problem_anywhere := broadcast_object_list(problem)[0]:
             raise UsageError(problem_anywhere)
-        if config.run.trackers:
+        if config.run.trackers and not accelerator.is_main_process:
             accelerator.init_trackers(name)
 
     def _claim(self) -> None:
@@ -167,12 +177,12 @@ class Run:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
-            if path.exists() and (changed := _changes(configs.read_yaml(path).get("config", {}), self._config)):
+            if path.exists() and (changed := self._changes(configs.read_yaml(path))):
                 raise UsageError(
                     f"{self.out} holds a run of another config ({'; '.join(changed[:4])}); "
                     "choose another --out, or delete that folder"
                 )
-            about = {"nsvq": code_version(), "command": shlex.join(sys.argv), "config": self._config}
+            about = {"nsvq": code_version(), "command": shlex.join(sys.argv), **self._about()}
             with atomic_file(path) as part:
                 part.write_text(yaml.safe_dump(about, sort_keys=False))
         except OSError as error:
@@ -231,11 +241,23 @@ class Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             **state,
         }
-        weights = {name: self.accelerator.unwrap_model(m).state_dict() for name, m in self._modules.items()}
+        weights = {name: unwrapped(m).state_dict() for name, m in self._modules.items()}
         return whole((weights, state), keep=self.accelerator.is_main_process)
 
     def _write(self, folder: Path, contents: tuple[dict, dict]) -> None:
-        checkpoints.write(folder, *contents, {"nsvq": code_version(), "config": self._config})
+        checkpoints.write(folder, *contents, {"nsvq": code_version(), **self._about()})
+
+    def _about(self) -> dict:
+        return {"config": self._config, "inputs": self._inputs}
+
+    def _changes(self, about: dict) -> list[str]:
+        """Where an older start's config differs in keys that change a run's weights. Keys that it did not know have
+        their defaults; inputs are compared by what they are, where that is known, and not by where they lie."""
+        old = configs.with_defaults(about.get("config", {}), self._resolved)
+        inputs = about.get("inputs", {})
+        same = tuple(f"{key}:" for key, print in self._inputs.items() if inputs.get(key) == print)
+        lines = configs.differences(old, self._config)
+        return [line for line in lines if not line.startswith((*_FREE_KEYS, *same))]
 
     def load(self) -> dict | None:
         """Restore the newest undamaged checkpoint and return the `state` it was saved with; None where there is none.
@@ -247,7 +269,7 @@ class Run:
         if self.accelerator.is_main_process:
             try:
                 answer = [self._choose(), None]
-            except UserError as error:
+            except (UserError, OSError) as error:
                 answer = [None, error]
         folder, refused = broadcast_object_list(answer)
         if refused is not None:
@@ -258,7 +280,7 @@ class Run:
             return None
         weights, state = checkpoints.read(folder)
         for name, module in self._modules.items():
-            load_module(self.accelerator.unwrap_model(module), weights[name])
+            load_module(unwrapped(module), weights[name])
         for name, optimizer in self._optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name])
         if self.accelerator.scaler is not None:
@@ -278,7 +300,7 @@ class Run:
         folder, manifest, damaged = found
         for line in damaged:
             self.warn(f"{line}; going on from {folder.name}")
-        if changed := _changes(manifest["config"], self._config):
+        if changed := self._changes(manifest):
             raise UsageError(f"{folder} is a checkpoint of another config ({'; '.join(changed[:4])}): delete it")
         return folder
 
@@ -363,8 +385,3 @@ def code_version() -> str:
     git = ["git", f"--git-dir={root / '.git'}", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=root)
     return metadata.version("nsvq") + (f"+{commit.stdout.strip()}" if commit.returncode == 0 else "")
-
-
-def _changes(old: dict, new: dict) -> list[str]:
-    """Where two resolved configs differ in keys that change a run's weights."""
-    return [line for line in configs.differences(old, new) if not line.startswith(_FREE_KEYS)]
