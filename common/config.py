@@ -27,7 +27,14 @@ C = TypeVar("C", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the words of YAML 1.2: `no` and `on` are words, not false and true, and 1e-4 is a number."""
+    """YAML with the words of YAML 1.2: `no` and `on` are words, not false and true, and 1e-4 is a number. A key that is
+    there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
@@ -69,9 +76,11 @@ def validate(schema: type[C], values: dict, source: str = "config") -> C:
 def read_yaml(path: str | Path) -> dict:
     """A YAML mapping from `path`; raises `UsageError` where there is no such file or it is not a mapping."""
     try:
-        values = yaml.load(Path(path).read_text(), _Loader)
+        values = yaml.load(Path(path).read_text("utf-8-sig"), _Loader)
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read the config {path}: it is not in UTF-8 ({error.reason})") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
@@ -111,6 +120,19 @@ def merged(base: dict, changes: dict) -> dict:
 def to_dict(config: Config) -> dict:
     """The resolved config as plain Python values, ready for YAML or JSON."""
     return config.model_dump(mode="json")
+
+
+def with_defaults(old: dict, config: Config) -> dict:
+    """An older program's resolved config, of plain values, with the defaults of the keys that it did not have."""
+    filled = dict(old)
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name in old and isinstance(value, Config) and isinstance(old[name], dict):
+            filled[name] = with_defaults(old[name], value)
+        elif name not in old and not field.is_required():
+            default = config.model_copy(update={name: field.get_default(call_default_factory=True)})
+            filled[name] = default.model_dump(mode="json", include={name}, warnings=False)[name]
+    return filled
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

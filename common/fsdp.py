@@ -1,10 +1,18 @@
-"""Tensors that FSDP2 splits over the ranks: put together for checkpoints and samples, split again on loading."""
+"""What accelerate puts around networks, taken off; and tensors that FSDP2 splits over the ranks: put together for
+checkpoints and samples, split again on loading."""
 
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of DDP and of torch.compile (`accelerate launch --dynamo_backend`), whose names of weights
+    are the same with and without."""
+    return extract_model_from_parallel(module, keep_torch_compile=False)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` and a `Stopped` become one line on stderr and their exit code."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
         check_launcher()
         end_with_the_launcher()
         main()

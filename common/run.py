@@ -22,14 +22,20 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    is_wandb_available,
+    set_seed,
+)
 from pydantic import Field
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
-from nsvq.common.fsdp import load_module, load_optimizer, whole
+from nsvq.common.fsdp import load_module, load_optimizer, unwrapped, whole
 from nsvq.common.launch import keep_freed_memory
 from nsvq.common.metrics import MetricsLog, surviving, warn
 from nsvq.errors import Stopped, UsageError, UserError
@@ -73,6 +79,8 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
         # The loss is a mean over the micro-batch of this rank; buffers are constant, so none is broadcast.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if "wandb" in config.trackers and not is_wandb_available():
+        raise UsageError("run.trackers asks for wandb, which is not installed: pip install wandb")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not may_shard:
             why = "these networks are small, and FSDP has nothing to gain"
@@ -99,35 +107,51 @@ class Run:
     """The output folder `out` of a training run, and where in it the run stands.
 
     `modules` and `optimizers` by name, as accelerate prepared them, are in a checkpoint beside the trainer's own state.
+    `inputs`: config key -> fingerprint of what it points to, which may lie elsewhere at the next start.
     Attributes: `step` (optimizer steps done) and `samples_seen` (global, over all ranks).
     Raises `UsageError` where `out` holds a run of another config, or one that another process trains."""
 
-    def __init__(self, accelerator: Accelerator, config: Any, out: Path, name: str, modules: dict, optimizers: dict):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Any,
+        out: Path,
+        name: str,
+        modules: dict,
+        optimizers: dict,
+        inputs: dict[str, str] | None = None,
+    ):
         self.accelerator, self.out, self.settings = accelerator, Path(out), config.run
-        self._modules, self._optimizers, self._config = modules, optimizers, configs.to_dict(config)
+        self._modules, self._optimizers, self._inputs = modules, optimizers, inputs or {}
+        self._resolved, self._config = config, configs.to_dict(config)
         self._checkpoints = self.out / "checkpoints"
         self.step = self.samples_seen = 0
         self._retry_at: int | None = None
         self._log = MetricsLog(accelerator, self.out / "metrics.jsonl")
         self.counting_flops = self._log.counting_flops
-        _on_main_process(accelerator, self._claim)
-        if config.run.trackers:
+        _on_main_process(accelerator, lambda: self._claim(name))
+        if config.run.trackers and not accelerator.is_main_process:
             accelerator.init_trackers(name)
 
-    def _claim(self) -> None:
+    def _claim(self, name: str) -> None:
         path = self.out / "config.yaml"
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
-            if path.exists() and (changed := _changes(configs.read_yaml(path).get("config", {}), self._config)):
+            if path.exists() and (changed := self._changes(configs.read_yaml(path))):
                 what = f"holds a run of another config ({'; '.join(changed[:4])})"
                 raise UsageError(f"{self.out} {what}; choose another --out, or delete that folder")
-            about = {"nsvq": code_version(), "command": shlex.join(sys.argv), "config": self._config}
+            about = {"nsvq": code_version(), "command": shlex.join(sys.argv), **self._about()}
             with atomic_file(path) as part:
                 part.write_text(yaml.safe_dump(about, sort_keys=False))
         except OSError as error:
             raise UsageError(f"cannot write to out = {self.out}: {error.strerror}") from None
+        try:
+            if self.settings.trackers:
+                self.accelerator.init_trackers(name)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.out / 'logs'}: {error.strerror}") from None
 
     def _lock(self) -> None:
         """Two trainers in one folder would write each other's checkpoints. The lock ends with this process, however it
@@ -176,11 +200,23 @@ class Run:
         clock = {"step": self.step, "samples_seen": self.samples_seen}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
         state = clock | {"optimizers": optimizers, "scaler": scaler and scaler.state_dict()} | state
-        weights = {name: self.accelerator.unwrap_model(m).state_dict() for name, m in self._modules.items()}
+        weights = {name: unwrapped(m).state_dict() for name, m in self._modules.items()}
         return whole((weights, state), keep=self.accelerator.is_main_process)
 
     def _write(self, folder: Path, contents: tuple[dict, dict]) -> None:
-        checkpoints.write(folder, *contents, {"nsvq": code_version(), "config": self._config})
+        checkpoints.write(folder, *contents, {"nsvq": code_version(), **self._about()})
+
+    def _about(self) -> dict:
+        return {"config": self._config, "inputs": self._inputs}
+
+    def _changes(self, about: dict) -> list[str]:
+        """Where an older start's config differs in keys that change a run's weights. Keys that it did not know have
+        their defaults; inputs are compared by what they are, where that is known, and not by where they lie."""
+        old = configs.with_defaults(about.get("config", {}), self._resolved)
+        inputs = about.get("inputs", {})
+        same = tuple(f"{key}:" for key, print in self._inputs.items() if inputs.get(key) == print)
+        lines = configs.differences(old, self._config)
+        return [line for line in lines if not line.startswith((*_FREE_KEYS, *same))]
 
     def load(self) -> dict | None:
         """Restore the newest undamaged checkpoint and return the `state` it was saved with; None where there is none.
@@ -195,7 +231,7 @@ class Run:
             return None
         weights, state = checkpoints.read(folder)
         for name, module in self._modules.items():
-            load_module(self.accelerator.unwrap_model(module), weights[name])
+            load_module(unwrapped(module), weights[name])
         for name, optimizer in self._optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name])
         if self.accelerator.scaler is not None:
@@ -215,7 +251,7 @@ class Run:
         folder, manifest, damaged = found
         for line in damaged:
             self.warn(f"{line}; going on from {folder.name}")
-        if changed := _changes(manifest["config"], self._config):
+        if changed := self._changes(manifest):
             raise UsageError(f"{folder} is a checkpoint of another config ({'; '.join(changed[:4])}): delete it")
         return folder
 
@@ -277,12 +313,12 @@ class Run:
 
 
 def _on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """What `work` gives there, or the `UserError` that it raises there, on every rank."""
+    """What `work` gives there, or the `UserError` or `OSError` that it raises there, on every rank."""
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             answer = [work(), None]
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = [None, error]
     result, refused = broadcast_object_list(answer)
     if refused is not None:
@@ -303,8 +339,3 @@ def code_version() -> str:
     git = ["git", f"--git-dir={root / '.git'}", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=root)
     return metadata.version("nsvq") + (f"+{commit.stdout.strip()}" if commit.returncode == 0 else "")
-
-
-def _changes(old: dict, new: dict) -> list[str]:
-    """Where two resolved configs differ in keys that change a run's weights."""
-    return [line for line in configs.differences(old, new) if not line.startswith(_FREE_KEYS)]

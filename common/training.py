@@ -43,6 +43,7 @@ class Trainer:
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers, **ranks}
         self.guard, self.means = Guard(accelerator), Means(accelerator)
+        self.inputs: dict[str, str] = {}  # see `Run`
         self.stateful: dict[str, Any] = {"guard": self.guard, "means": self.means}
 
     def register(
@@ -53,7 +54,7 @@ class Trainer:
         does."""
         self.modules, self.optimized, self.averaged, self._ema_options = modules, optimized, averaged, ema
         optimizers = {key: part.optimizer for key, part in optimized.items()}
-        self.run = Run(self.accelerator, self.config, self.config.out, name, modules, optimizers)
+        self.run = Run(self.accelerator, self.config, self.config.out, name, modules, optimizers, self.inputs)
 
     # What a trainer defines: the first two at least
 

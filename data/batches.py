@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, several_crops, to_tensor, training_crop
-from nsvq.data.loading import batches_of, make_loader, restarting
+from nsvq.data.loading import affordable_workers, batches_of, make_loader, restarting
 from nsvq.data.sources import Split, open_split
 from nsvq.errors import UserError
 
@@ -48,7 +48,8 @@ def train_batches(
         positions = shuffled_positions(len(data), batch_size, seed, first, rank, world_size)
         collate = partial(_collate, size=config.image_size, full=True)
         images = _TrainImages(data, config, seed)
-        return batches_of(make_loader(images, workers, batch_sampler=positions, collate_fn=collate))
+        fit = affordable_workers(workers, batch_size * 12 * config.image_size**2)
+        return batches_of(make_loader(images, fit, batch_sampler=positions, collate_fn=collate))
 
     return restarting(batches_from)
 
@@ -85,7 +86,8 @@ def batches_in_order(
     rows = order.tolist()
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     collate = partial(_collate, size=size)
-    return batches_of(make_loader(_EvalImages(data, size, crops), workers, batch_sampler=batches, collate_fn=collate))
+    fit = affordable_workers(workers, batch_size * crops * 12 * size**2)
+    return batches_of(make_loader(_EvalImages(data, size, crops), fit, batch_sampler=batches, collate_fn=collate))
 
 
 @dataclass

@@ -41,7 +41,9 @@ class DataConfig(Config):
     holdout: float = Field(0.02, gt=0, lt=1, description="That share, where there is no split to measure on.")
     image_column: str | None = Field(None, description="Column of images; null: the only one of type Image.")
     label_column: str | None = Field(
-        None, description="Column of classes; null: label, labels, cls, class, fine_label or the only ClassLabel."
+        None,
+        description="Column of classes, or field or JSON key of a shard's samples; null: label, cls, class, target, "
+        "category or the like, or the only ClassLabel.",
     )
     class_names: str | None = Field(None, description="Text file with one class name a line, in label order.")
     image_size: int = Field(128, ge=8, le=2048, description="Side of the square images, in pixels.")

@@ -5,22 +5,42 @@ to the training process, and an error is one line instead of a traceback.
 """
 
 import os
+import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nsvq.data.tables import note
 from nsvq.errors import UserError
 
 _RESTARTS = 3  # in a row, without a batch in between
+_PATIENCE = 900  # seconds for a batch, until loading counts as hung
+_HUNG = "loading hangs"
+_SHARED = Path("/dev/shm")  # through which loading processes hand over their batches
+_AHEAD = 3  # batches of a process on their way: two in its queue, one in the making
 
 
 class LoadingProcessDied(UserError):
     """One of the loading processes is gone, most often because the system ran short of memory."""
+
+
+def affordable_workers(workers: int, batch_bytes: int) -> int:
+    """As many of `workers` as shared memory has room for: 64 MiB, as in a container by default, hold few batches, and
+    a process that finds no room is killed, or waits for good."""
+    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+    if free is None or workers * _AHEAD * batch_bytes <= free:
+        return workers
+    fit = int(free // (_AHEAD * batch_bytes))
+    rest = f"{fit} are started; docker run --shm-size 8g makes room"
+    note(f"{_SHARED} has room for the batches of {fit} loading processes, not {workers}: {rest}")
+    return fit
 
 
 def make_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
@@ -33,8 +53,9 @@ def make_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches. Raises `LoadingProcessDied`, within seconds, where a loading process dies; `UserError`
-    with the text of a batch {"failure": text}."""
-    batches = iter(loader)
+    with the text of a batch {"failure": text}, and where a batch does not come within 15 minutes."""
+    batches, done = iter(loader), 0
+    _lose_patience(batches)
     if loader.num_workers and threading.current_thread() is threading.main_thread():
         # torch raises where the main process happens to be when a loading process dies, be it in the middle of an
         # optimizer's step. Without that, `next` finds out.
@@ -44,11 +65,34 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
             if isinstance(batch, dict) and (failure := batch.pop("failure", None)) is not None:
                 raise UserError(failure)
             yield batch
+            done += 1
     except RuntimeError as error:
+        if str(error) == _HUNG:
+            why = "a disk or a network hangs, or /dev/shm is full; --run.workers 0 does without loading processes"
+            raise UserError(f"batch {done + 1} did not come within {_PATIENCE} seconds: {why}") from None
         if "DataLoader worker" not in str(error):
             raise
         why = f"a loading process was killed ({str(error).splitlines()[0]})"
         raise LoadingProcessDied(f"{why}; if the machine is short of memory, take fewer --run.workers") from None
+
+
+def _lose_patience(batches: Any) -> None:
+    """Raise from `next` where a batch does not come. The loader's own `timeout` would look for dead processes no sooner
+    than that."""
+    look = getattr(batches, "_try_get_data", None)  # what `next` asks again and again, of processes alone
+    waited = 0.0
+
+    def look_again(*timeout: float) -> tuple[bool, Any]:
+        nonlocal waited
+        begin = time.monotonic()
+        found = look(*timeout)
+        waited = 0.0 if found[0] else waited + time.monotonic() - begin
+        if waited > _PATIENCE:
+            raise RuntimeError(_HUNG)
+        return found
+
+    if look is not None:
+        batches._try_get_data = look_again
 
 
 def restarting(make: Callable[[int], Iterable]) -> Generator[Any, None, None]:

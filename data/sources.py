@@ -8,6 +8,7 @@ what is said of a source before training is in data/understood.py.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -152,7 +153,7 @@ def _open_table(config: DataConfig, split: str, parts: dict[str, datasets.Datase
     name, shared = _choose(config, split, list(parts))
     table = parts[name]
     encoded = Rows(table, _image_column(config, table.features), name)
-    classes, labels = _labels(config, _label_column(config, parts, name), parts, name)
+    classes, labels = _labels(config, _label_column(config, parts, name), parts, name, found)
     return Images(encoded, labels, classes, _rows(config, split, len(table), shared), name, found)
 
 
@@ -169,7 +170,7 @@ def _open_shards(config: DataConfig, split: str, found: Found) -> Images:
     classes: list[str] = []
     labels = np.full(len(parts[name]), -1)
     if fields.label is not None or by_name:
-        classes, labels = _shard_labels(config, parts, name)
+        classes, labels = _shard_labels(config, parts, name, found)
     return Images(parts[name], labels, classes, _rows(config, split, len(labels), shared), name, found)
 
 
@@ -233,7 +234,9 @@ def _is_text(kind: Any) -> bool:
     return getattr(kind, "dtype", "") in ("string", "large_string")
 
 
-def _labels(config: DataConfig, column: str | None, parts: dict, split: str) -> tuple[list[str], np.ndarray]:
+def _labels(
+    config: DataConfig, column: str | None, parts: dict, split: str, found: Found
+) -> tuple[list[str], np.ndarray]:
     """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
     if column is None:
         return [], np.full(len(parts[split]), -1)
@@ -246,17 +249,19 @@ def _labels(config: DataConfig, column: str | None, parts: dict, split: str) -> 
     }
     if _is_text(kind):
         texts = sorted({text for part in values.values() for text in part if text is not None})
-        ids = {None: -1} | {text: i for i, text in enumerate(texts)}
+        known = texts if config.class_names is None else read_class_names(config.class_names)
+        if unknown := sorted(set(texts) - set(known)):
+            raise UserError(f"{config.source}: label {unknown[0]!r} is none of those in data.class_names")
+        ids = {None: -1} | {text: i for i, text in enumerate(known)}
         values = {name: np.array([ids[text] for text in part], np.int64) for name, part in values.items()}
-        names = names_of_synsets(texts)
+        names = names_of_synsets(known)
     else:
         top = max(int(part.max()) for part in values.values())
         if top >= _MAX_CLASSES:
             raise UserError(f"{config.source}: column {column!r} goes up to {top}: these are no class ids")
         is_bool = getattr(kind, "dtype", "") == "bool"
         names = ["false", "true"] if is_bool else [str(i) for i in range(top + 1)]
-        names = list(kind.names) if isinstance(kind, datasets.ClassLabel) else names
-    names = names if config.class_names is None else read_class_names(config.class_names)
+        names = _named(config, list(kind.names) if isinstance(kind, datasets.ClassLabel) else names, found)
     labels = values.get(split, np.full(len(parts[split]), -1))
     _check(config, names, labels, lambda row: f"{split}[{row}]")
     return names, labels
@@ -330,7 +335,9 @@ def _label_by_name(config: DataConfig, parts: dict[str, Shards], found: Found) -
     return True
 
 
-def _shard_labels(config: DataConfig, found: dict[str, Shards], split: str) -> tuple[list[str], np.ndarray]:
+def _shard_labels(
+    config: DataConfig, found: dict[str, Shards], split: str, about: Found
+) -> tuple[list[str], np.ndarray]:
     """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
     values = {name: np.unique(shards.labels) for name, shards in found.items()}
     texts = {value: value.decode(errors="replace") for part in values.values() for value in part.tolist() if value}
@@ -340,7 +347,7 @@ def _shard_labels(config: DataConfig, found: dict[str, Shards], split: str) -> t
         if top >= _MAX_CLASSES:
             raise UserError(f"{config.source}: labels go up to {top}: these are no class ids")
         names = _names_by_keys(found, ids) or [str(i) for i in range(top + 1)]
-        names = names if config.class_names is None else read_class_names(config.class_names)
+        names = _named(config, names, about)
     else:
         names = sorted(set(texts.values())) if config.class_names is None else read_class_names(config.class_names)
         places = {name: i for i, name in enumerate(names)}
@@ -371,9 +378,24 @@ def _names_by_keys(found: dict[str, Shards], ids: dict[bytes, int]) -> list[str]
 def read_class_names(path: str) -> list[str]:
     """Names, one a line. Raises `UserError` where the file can't be read or holds none."""
     try:
-        names = [line.strip() for line in Path(path).expanduser().read_text().splitlines() if line.strip()]
+        text = Path(path).expanduser().read_text("utf-8-sig")
+        if text.lstrip().startswith(("[", "{")):
+            raise UserError(f"data.class_names = {path} is JSON: write one name a line, in label order")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read data.class_names = {path}: {error}") from None
     if not names:
         raise UserError(f"data.class_names = {path} holds no names")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"data.class_names = {path} has {twice[0]!r} twice")
     return names
+
+
+def _named(config: DataConfig, names: list[str], found: Found) -> list[str]:
+    """`names`, or those of data.class_names; another number of them is said."""
+    if config.class_names is None:
+        return names
+    given = read_class_names(config.class_names)
+    if len(given) != len(names):
+        found.said.append(f"data.class_names has {len(given)} names, and the data {len(names)} classes")
+    return given

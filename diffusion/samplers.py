@@ -135,11 +135,14 @@ def sample(
             main, base = pair(torch.cat([latents, latents]), time.repeat(2)).chunk(2)
         return base + scale * (main - base)
 
-    latents = noise
-    for i, t in enumerate(set_steps(scheduler, steps)):
+    timesteps = set_steps(scheduler, steps)
+    # k-diffusion's samplers (Euler, Heun, LMS) work on latents of another scale than the network's.
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
+    for i, t in enumerate(timesteps):
         time = _whole(t).to(latents.device).expand(len(latents))  # some schedulers have fractions
         inside = guidance_interval[0] <= float(t) / TIMESTEPS <= guidance_interval[1]
-        prediction = guided(latents, time, guidance_scale if inside else 1.0)
+        prediction = guided(scaled(latents, t), time, guidance_scale if inside else 1.0)
         latents = scheduler.step(prediction, t, latents, return_dict=False, **drawing)[0]
         if on_step is not None:
             latents = on_step(i, t, latents)

@@ -50,6 +50,8 @@ class DiffusionTrainer(Trainer):
     ):
         super().__init__(config, accelerator)
         self.tokenizer, self.cache, self.save, self.distance = tokenizer, cache, save, distance
+        key = cache.manifest["key"]
+        self.inputs = {"data.source": key["data"], "tokenizer": key["tokenizer"]}
         self.names = dict(enumerate(cache.classes)) if config.model.conditional else {}
         self.objective = make_objective(config.objective, cache.shape)
         self.total_steps = config.steps

@@ -65,7 +65,8 @@ def main() -> None:
             how = {"guidance_interval": config.guidance_interval, "num_inference_steps": config.steps}
             how |= {"sampler": config.sampler, "guide": guide}
         launch.keep_freed_memory(device.type)
-        labels = [label for label in config.classes or [None] for _ in range(config.per_class)]
+        classes = [_named(label, pipeline.id2label) for label in config.classes]
+        labels = [label for label in classes or [None] for _ in range(config.per_class)]
         how |= {"guidance_scale": config.guidance_scale, "batch_size": config.batch_size, "output_type": "pt"}
         images = pipeline(labels, seeds=list(range(config.seed, config.seed + len(labels))), **how).images
     except ValueError as error:
@@ -76,6 +77,16 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error}") from None
     print(f"{len(labels)} images: {config.output}")
+
+
+def _named(label: int | str, names: dict[Any, str]) -> int | str:
+    """A number that is also the name of a class, as folders 1, 10, 2 make it, is the name, and that is said."""
+    if str(label) not in names.values() or names.get(label) == str(label):
+        return label
+    if not isinstance(label, str):
+        known = next(i for i, name in names.items() if name == str(label))
+        print(f"note: {label} is taken for the name of class {known}, not for the class of that id", file=sys.stderr)
+    return str(label)
 
 
 if __name__ == "__main__":

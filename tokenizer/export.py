@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import VQModel
 from torch import Tensor, nn
 
@@ -26,9 +27,11 @@ def latent_statistics(encoder: nn.Module, batches: Iterable[Tensor], accelerator
         count += z.numel() // z.shape[1]
         total = total + z.sum((0, 2, 3))
         squares = squares + z.square().sum((0, 2, 3))
-    count = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum")
-    mean = accelerator.reduce(total, "sum") / count
-    variance = accelerator.reduce(squares, "sum") / count - mean.square()
+    # A rank may have no images, and does not know then how many channels there are.
+    parts = gather_object([(count, torch.as_tensor(total).cpu(), torch.as_tensor(squares).cpu())])
+    count, total, squares = (sum(values) for values in zip(*parts, strict=True))
+    mean = (total / count).to(accelerator.device)
+    variance = squares.to(mean) / count - mean.square()
     return mean.float(), variance.mean().sqrt().item()
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from nsvq.common import config as configs
+from nsvq.common.fsdp import unwrapped
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
@@ -66,11 +67,12 @@ class TokenizerTrainer(Trainer):
             encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
         )
         # Without what accelerate puts around them
-        self.live_encoder, self.live_decoder = map(accelerator.unwrap_model, (self.encoder, self.decoder))
-        self.live_discriminator = accelerator.unwrap_model(self.discriminator)
+        self.live_encoder, self.live_decoder = map(unwrapped, (self.encoder, self.decoder))
+        self.live_discriminator = unwrapped(self.discriminator)
         self.quantizer = self.live_decoder.quantizer
 
         # State
+        self.inputs = {"data.source": self.images.fingerprint}
         parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
         self.register(
             "tokenizer",

@@ -9,6 +9,7 @@ fit           after the last step: codes for a method that trains without
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,8 @@ class CodebookUpkeep:
             counts,
             weights=errors if self.config.replace.weights == "error" else None,
             noise=self.config.replace.noise,
-            seed=self.seed + self.schedule.epoch,
+            # Not their sum, or seed 0 would draw at epoch 7 what seed 1 draws at epoch 6.
+            seed=int(np.random.SeedSequence([self.seed, self.schedule.epoch]).generate_state(1)[0]),
             averages=self.averages(table),
             optimizer=self.optimizer if self.config.replace.reset_adam else None,
         )

@@ -98,6 +98,24 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
         parse(Outer, ["--config", str(path)])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: 2\na: 3\n", "'a' is given twice"),
+        (b"run: {x: 1}\nother: 1\nrun: {y: 2}\n", "'run' is given twice"),
+        ("a: \u00e9".encode("latin-1"), "it is not in UTF-8"),
+    ],
+)
+def test_a_file_that_loses_a_key_or_is_in_another_encoding_is_refused(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+    path.write_bytes("\ufeffa: \u00e9".encode())
+    assert read_config(path) == {"a": "\u00e9"}
+
+
 def test_a_file_holds_what_it_changes_in_its_base_and_arguments_go_over_both(tmp_path):
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "root.yaml").write_text(

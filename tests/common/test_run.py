@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from instrumented import Sharding
 from pydantic import Field
+from safetensors.torch import load_file
 
 from nsvq.common import checkpoints, metrics
 from nsvq.common.config import Config
@@ -24,6 +26,7 @@ from nsvq.errors import UsageError
 
 class Settings(Config):
     rate: float = 0.1
+    source: str = "here"
     run: RunConfig = Field(default_factory=lambda: RunConfig(trackers=[], keep_checkpoints=2))
 
 
@@ -215,6 +218,60 @@ def test_another_config_is_refused_unless_it_changes_no_number(accelerator, tmp_
         make(accelerator, tmp_path, rate=0.2)
     with pytest.raises(UsageError, match=r"run\.seed: 0 -> 1"):
         make(accelerator, tmp_path, run=RunConfig(trackers=[], seed=1))
+
+
+def test_what_lies_elsewhere_but_is_the_same_goes_on(accelerator, tmp_path):
+    inputs = {"source": "a fingerprint"}
+    run = Run(accelerator, Settings(source="here"), tmp_path, "test", {}, {}, inputs)
+    run.save({})
+    again = Run(accelerator, Settings(source="there"), tmp_path, "test", {}, {}, inputs)
+    assert again.load()["step"] == 0
+    for other in ({"source": "another"}, None):
+        with pytest.raises(UsageError, match=r"source: 'there' -> 'elsewhere'"):
+            Run(accelerator, Settings(source="elsewhere"), tmp_path, "test", {}, {}, other)
+
+
+def test_a_run_of_a_program_that_lacked_a_key_goes_on_with_its_default(accelerator, tmp_path):
+    run, _ = make(accelerator, tmp_path)
+    run.save({})
+    for path in (tmp_path / "config.yaml", tmp_path / "checkpoints" / "step-0" / "manifest.json"):
+        about = yaml.safe_load(path.read_text())
+        del about["config"]["rate"], about["config"]["run"]["seed"], about["config"]["run"]["trackers"], about["inputs"]
+        path.write_text(json.dumps(about))
+    with pytest.raises(UsageError, match=r"rate: 0\.1 -> 0\.2"):
+        make(accelerator, tmp_path, rate=0.2)
+    assert make(accelerator, tmp_path)[0].load()["step"] == 0
+
+
+def test_compiled_networks_leave_the_checkpoints_of_plain_ones(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run, model = make(Accelerator(cpu=True, dynamo_backend="eager"), tmp_path)
+    assert "_orig_mod.weight" in model.state_dict()
+    run.save({})
+    assert load_file(tmp_path / "checkpoints" / "step-0" / "net.safetensors").keys() == {"weight", "bias"}
+    assert run.load()["step"] == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_disk_that_cannot_be_read_is_told_to_every_rank(accelerator, tmp_path, monkeypatch):
+    run, _ = make(accelerator, tmp_path)
+    told = []
+    monkeypatch.setattr("nsvq.common.run.broadcast_object_list", lambda answer: told.append(answer[1]) or answer)
+    monkeypatch.setattr(Run, "_choose", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        run.load()
+    assert isinstance(told[0], OSError)
+
+
+def test_trackers_that_cannot_work_are_told_in_one_line(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "logs").touch()
+    settings = Settings(run=RunConfig(trackers=["tensorboard"], mixed_precision="no"))
+    with pytest.raises(UsageError, match=r"cannot write to .*logs: "):
+        Run(make_accelerator(settings.run, tmp_path), settings, tmp_path, "test", {}, {})
+    monkeypatch.setattr("nsvq.common.run.is_wandb_available", lambda: False)
+    with pytest.raises(UsageError, match="wandb, which is not installed"):
+        make_accelerator(RunConfig(trackers=["wandb"], mixed_precision="no"), tmp_path)
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(accelerator):

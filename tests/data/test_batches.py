@@ -11,7 +11,7 @@ from PIL import Image
 
 from nsvq.common import config as configs
 from nsvq.data.bad_images import BadImages
-from nsvq.data.batches import eval_batches, train_batches
+from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UserError
@@ -126,6 +126,15 @@ def test_data_that_never_decodes_ends_the_run_in_one_line(folder, workers):
     with pytest.raises(UserError, match=r"^\d+ images in a row do not decode: train\[") as caught:
         take(folder(3, damaged=(0, 1, 2)), 1, batch_size=2, workers=workers)
     assert "\n" not in str(caught.value)
+
+
+def test_fixed_images_are_some_that_decode(folder):
+    assert fixed_images(folder(5, damaged=(0, 1, 2)), "test", 2).shape == (1, 3, 8, 8)
+
+
+def test_a_split_in_which_nothing_decodes_is_told(folder):
+    with pytest.raises(UserError, match="none of the images to test on decodes"):
+        fixed_images(folder(3, damaged=(0, 1, 2)), "test", 2)
 
 
 def test_the_run_ends_when_the_share_of_bad_images_passes_the_limit(folder):

@@ -3,15 +3,18 @@ import signal
 import sys
 import time
 from itertools import islice
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from torch.utils.data import Dataset
 
+from nsvq.data import loading
 from nsvq.data.batches import train_batches
 from nsvq.data.config import DataConfig
-from nsvq.data.loading import LoadingProcessDied, batches_of, make_loader, restarting
+from nsvq.data.loading import LoadingProcessDied, affordable_workers, batches_of, make_loader, restarting
+from nsvq.errors import UserError
 
 
 class Fatal(Dataset):
@@ -49,6 +52,31 @@ def test_a_death_is_not_raised_in_the_middle_of_a_training_step():
         time.sleep(0.01)
     with pytest.raises(LoadingProcessDied, match=r"take fewer --run\.workers"):
         list(batches)
+
+
+class Hung(Dataset):
+    def __getitem__(self, i):
+        time.sleep(60 if i == 2 else 0)
+        return i
+
+
+def test_a_batch_that_never_comes_ends_the_run_and_is_named(monkeypatch):
+    monkeypatch.setattr(loading, "_PATIENCE", 1)
+    with pytest.raises(UserError, match="batch 3 did not come within 1 seconds"):
+        list(batches_of(make_loader(Hung(), 1, batch_sampler=[[0], [1], [2], [3]])))
+
+
+def test_no_more_processes_are_started_than_shared_memory_has_room_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loading, "_SHARED", tmp_path)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
+    batch = 32 * 3 * 128 * 128 * 4
+    assert affordable_workers(2, batch) == 2
+    assert affordable_workers(8, batch) == 3
+    assert affordable_workers(8, 100 * batch) == 0
+    assert "has room for the batches of 3 loading processes, not 8" in capsys.readouterr().err
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    next(train_batches(DataConfig(source="synthetic", image_size=512), batch_size=2, seed=0, workers=2))
+    assert not psutil.Process().children()
 
 
 def test_processes_that_die_again_and_again_end_the_run(monkeypatch):

@@ -161,6 +161,30 @@ def test_class_names_can_come_from_a_file(parquet, tmp_path):
     names.write_text("a\nb\n")
     with pytest.raises(UserError, match=r"label 2 of train\[1\] is outside the classes 0\.\.1"):
         open_split(config.model_copy(update={"holdout": 0.31}), "train")
+    names.write_text("\ufeffa\nb\nc\nd\n")
+    longer = open_split(config.model_copy(update={"holdout": 0.32}), "train")
+    assert (longer.classes[0], longer.found.said) == ("a", ["data.class_names has 4 names, and the data 3 classes"])
+    for text, message in (('["a", "b", "c"]', "is JSON: write one name a line"), ("a\nb\na\n", "has 'a' twice")):
+        names.write_text(text)
+        with pytest.raises(UserError, match=message):
+            open_split(config.model_copy(update={"holdout": 0.33}), "train")
+
+
+def test_text_labels_are_looked_up_in_the_class_names(parquet, tmp_path):
+    path = parquet("train.parquet", [1, 2, 3], {"label": ["fig", "pear", "fig"]}, label=datasets.Value("string"))
+    names = tmp_path / "names.txt"
+    names.write_text("pear\nfig\n")
+    config = DataConfig(source=str(path), class_names=str(names), holdout=0.4)
+    train, test = open_split(config, "train"), open_split(config, "test")
+    assert train.classes == ["pear", "fig"]
+    assert sorted(zip(colours(train) + colours(test), labels(train) + labels(test), strict=True)) == [
+        (1, 1),
+        (2, 0),
+        (3, 1),
+    ]
+    names.write_text("pear\nplum\n")
+    with pytest.raises(UserError, match=r"label 'fig' is none of those in data\.class_names"):
+        open_split(config.model_copy(update={"holdout": 0.41}), "train")
 
 
 # Errors

@@ -3,7 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
 
 from nsvq.diffusion.objectives import shift_sigma
 from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler, make_sampler, sample, set_steps, timestep
@@ -214,6 +221,22 @@ class Recorder:
         self.calls.append((int(time[0]), labels.tolist()))
         channels = torch.arange(1, x.shape[1] + 1).view(1, -1, 1, 1)
         return self.factor * (1.0 + labels.view(-1, 1, 1, 1)) * channels * torch.ones_like(x)
+
+
+@pytest.mark.parametrize(
+    "kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler]
+)
+def test_schedulers_of_k_diffusion_sample_what_a_perfect_network_predicts(kind):
+    scheduler = kind(1000, **LINEAR, prediction_type="epsilon", timestep_spacing="trailing")
+    kept = scheduler.alphas_cumprod
+
+    def predict(latents, time, labels):
+        signal = kept[time.long()].view(-1, 1, 1, 1)
+        return (latents - signal.sqrt() * MEAN) / (1 - signal).sqrt()
+
+    labels = torch.zeros(2, dtype=torch.int64)
+    found = sample(predict, scheduler, torch.randn(2, 1, 8, 8), labels, 9, steps=50)
+    torch.testing.assert_close(found, torch.full_like(found, MEAN), atol=0.02, rtol=0)
 
 
 def test_guidance_acts_on_all_channels():

@@ -3,6 +3,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nsvq.common import checkpoints
-from nsvq.common.run import Run
 from nsvq.diffusion import train, trainer
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.objectives import DDPMConfig, FlowConfig, Objective, drop_labels, make_objective
@@ -21,7 +21,7 @@ from nsvq.diffusion.train import main
 from nsvq.errors import Stopped, UsageError, UserError
 from nsvq.eval import generation
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
-from nsvq.tokenizer.latents import LatentCache, train_batches
+from nsvq.tokenizer.latents import train_batches
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -370,17 +370,23 @@ def test_what_cannot_work_is_told_in_one_line(run_script, arguments, tmp_path, c
 def test_more_classes_than_the_stock_pipeline_has_are_refused_before_training(
     run_script, arguments, tmp_path, monkeypatch
 ):
-    run_script(main, *arguments, "--out", tmp_path / "first", "--steps", 1)
-    real = LatentCache.__init__
-
-    def with_many_classes(self, folder):
-        real(self, folder)
-        self.classes = [str(i) for i in range(1001)]
-
-    monkeypatch.setattr(LatentCache, "__init__", with_many_classes)
-    monkeypatch.setattr(Run, "save", None)
+    monkeypatch.setattr(train, "announce", lambda *_: SimpleNamespace(classes=[str(i) for i in range(1001)]))
+    monkeypatch.setattr(train, "open_cache", None)
     with pytest.raises(UserError, match="hard-codes 1000 as its null class"):
         run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 1)
+
+
+@pytest.mark.parametrize(("folder", "what"), [("", "no labels"), ("ant", "one class, 'ant'")])
+def test_a_network_that_is_to_learn_classes_ends_without_them_before_it_encodes(
+    run_script, arguments, tmp_path, image_folder, monkeypatch, capsys, folder, what
+):
+    shutil.copytree(image_folder / "ant", tmp_path / "images" / folder)
+    monkeypatch.setattr(train, "open_cache", None)
+    arguments[arguments.index("--data") + 1] = tmp_path / "images"
+    with pytest.raises(UsageError, match=f"has {what}, and the model is to learn classes") as caught:
+        run_script(main, *arguments, "--out", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert "data: trains on " in capsys.readouterr().out
 
 
 class TwoPoints:

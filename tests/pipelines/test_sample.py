@@ -20,6 +20,16 @@ def test_picture_has_a_row_a_class_with_one_seed_an_image(run_script, folder, pi
         assert np.abs(shown - np.asarray(image).astype(int)).max() <= 1
 
 
+def test_a_number_that_is_the_name_of_a_class_is_that_class(run_script, folder, pipeline, tmp_path, capsys):
+    pipeline.id2label = {0: "1", 1: "10", 2: "2", 3: "3", 4: "4"}
+    pipeline.save_pretrained(tmp_path / "numbers")
+    how = ["--pipeline", tmp_path / "numbers", "--output", tmp_path / "grid.png", "--per_class", 1, "--steps", 1]
+    for number in (2, 1):
+        run_script(main, *how, "--classes", number, "--device", "cpu")
+    assert "2 is taken" not in (said := capsys.readouterr().err)
+    assert "1 is taken for the name of class 0, not for the class of that id" in said
+
+
 def test_sampler_and_guide_reach_the_pipeline(run_script, folder, pipeline, random_dit, vae, tmp_path):
     save_pipeline(tmp_path / "weak", to_stock(random_dit(depth=1)), vae, pipeline.scheduler, pipeline.id2label)
     out = tmp_path / "grid.png"

@@ -4,6 +4,7 @@ from accelerate import Accelerator
 from diffusers import VQModel
 
 from nsvq.errors import UserError
+from nsvq.tokenizer import export
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
 from nsvq.tokenizer.pretrained import Tokenizer
@@ -48,6 +49,18 @@ def exported(encoder, decoder, images):
     mean, std = latent_statistics(encoder, images.split(4), Accelerator())
     quantizer = decoder.quantizer
     return to_vqmodel(config(quantizer.dim), 16, encoder, decoder, mean, std)
+
+
+def test_a_rank_without_images_takes_part_in_the_statistics(monkeypatch):
+    encoder, images = torch.nn.Conv2d(3, 2, 1), torch.randn(8, 3, 4, 4)
+    expected = latent_statistics(encoder, images.split(4), Accelerator())
+    alone = []
+    monkeypatch.setattr(export, "gather_object", lambda parts: alone.extend(parts) or parts)
+    latent_statistics(encoder, images.split(4), Accelerator())
+    monkeypatch.setattr(export, "gather_object", lambda parts: [*alone, *parts])
+    mean, std = latent_statistics(encoder, [], Accelerator())
+    assert torch.equal(mean, expected[0])
+    assert std == expected[1]
 
 
 @torch.no_grad()
