@@ -5,7 +5,7 @@ python pipelines/sample.py --pipeline runs/dit-b/pipeline --classes 207 "golden 
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
