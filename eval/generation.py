@@ -119,18 +119,14 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
 
 def _settings(pipeline: DiffusionPipeline, config: GenerationConfig) -> list[Sampling]:
     """One for each point of the sweep, still without labels and guide."""
-    fixed: dict[str, Any] = {
-        "seed": config.seed,
-        "precision": config.mixed_precision,
-        "guidance_interval": config.guidance_interval,
-    }
-    if not generates_tokens(pipeline, config.model_fields_set):
-        swept = itertools.product(config.guidance_scale, config.steps)
-        return [Sampling(scale, steps=steps, label=None, **fixed) for scale, steps in swept]
-    rest = {"guidance_schedule": config.guidance_schedule, "top_p": config.top_p}
+    options: list[tuple[int, dict | None]] = [(steps, None) for steps in config.steps]
+    if generates_tokens(pipeline, config.model_fields_set):
+        rest = {"guidance_schedule": config.guidance_schedule, "top_p": config.top_p}
+        swept = itertools.product(config.temperature, config.top_k)
+        options = [(0, {"temperature": temperature, "top_k": top_k, **rest}) for temperature, top_k in swept]
     return [
-        Sampling(scale, steps=0, label=None, tokens={"temperature": temperature, "top_k": top_k, **rest}, **fixed)
-        for scale, temperature, top_k in itertools.product(config.guidance_scale, config.temperature, config.top_k)
+        Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, None, tokens=tokens)
+        for scale, (steps, tokens) in itertools.product(config.guidance_scale, options)
     ]
 
 

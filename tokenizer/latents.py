@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class LatentCache:
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.classes: list[str] = self.manifest["classes"]
         self.views, *shape = self.manifest["shape"]
-        self.shape: tuple[int, ...] = tuple(shape)
+        self.shape: Any = tuple(shape)
         self.mean: list[float] = self.manifest.get("mean")
         self.std: list[float] = self.manifest.get("std")
         self.overall_std: float = self.manifest.get("overall_std")
