@@ -22,7 +22,9 @@ MAX_SIGN_BITS = 20
 VQGAN, LLAMAGEN, MAGVIT = "encoder.mid.block_1.", "encoder.conv_blocks.", "encoder.mid_block."  # names of one alone
 
 # Training only: perceptual loss and discriminator, counters, running averages.
-DROPPED = re.compile(r"loss\.|discriminator\.|perceptual_loss\.|model_ema\.|quantize\.codebook_used$")
+DROPPED = re.compile(
+    r"(loss|discriminator|perceptual_loss|model_ema)\.|quantize\.(codebook_used|embedding\.(cluster_size|embed_avg))$"
+)
 
 # Pieces of names, to diffusers'. <N> is a level that counts from the image, where diffusers counts from the code.
 _SHARED = [

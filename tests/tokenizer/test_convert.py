@@ -11,10 +11,14 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
+from diffusers import DiffusionPipeline, DiTPipeline, VQModel
 from safetensors.torch import save_file
 
+from nsvq.diffusion.dit import DiT
+from nsvq.diffusion.sampling import flow_scheduler
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.samples import load_pipeline
+from nsvq.pipelines.export import save_pipeline, to_stock
 from nsvq.tokenizer.convert import main
 from nsvq.tokenizer.magvit import MagvitVQModel
 from nsvq.tokenizer.pretrained import Tokenizer
@@ -283,6 +287,18 @@ def test_a_converted_tokenizer_has_the_latents_codes_and_images_of_the_original(
     scale = decoded.abs().max().item()
     torch.testing.assert_close(tokenizer.decode(indices), decoded, atol=2e-6 * scale, rtol=0)
     torch.testing.assert_close(tokenizer.model(images).sample, decoded, atol=2e-6 * scale, rtol=0)
+
+
+def test_a_pipeline_with_magvits_network_loads_in_stock_diffusers(images, run_script, tmp_path):
+    save_file(state_of("magvit2", images), tmp_path / "vq.safetensors")
+    run_script(main, "--from", "magvit2", tmp_path / "vq.safetensors", "--output", tmp_path / "vq")
+    model = Tokenizer.from_pretrained(tmp_path / "vq").model
+    dit = DiT(sample_size=4, in_channels=D, num_classes=2, depth=1, width=16, heads=2)
+    save_pipeline(tmp_path / "pipeline", to_stock(dit), model, flow_scheduler(1.0), {0: "a", 1: "b"})
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert (type(stock), type(stock.vae)) == (DiTPipeline, MagvitVQModel)
+    assert type(load_pipeline(str(tmp_path / "pipeline")).vae) is MagvitVQModel
+    torch.testing.assert_close(stock.vae(images.float()).sample, model(images.float()).sample)
 
 
 def test_llamagen_without_l2_norm_keeps_its_codes(images, run_script, tmp_path):
