@@ -9,6 +9,7 @@ Widths, levels, attention, K and d are read off the checkpoint. docs/converting.
 
 import argparse
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -80,8 +81,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return next((line.strip() for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])
+    found = re.search(r"GLOBAL (\S+)", str(error))  # how torch names the class that it does not read
+    return found[1] if found else str(error).splitlines()[0]
 
 
 def main() -> None:
@@ -94,15 +95,15 @@ def main() -> None:
     temporary = config.output.with_name(f".{config.output.name}.part")
     model.save_pretrained(temporary)
     temporary.rename(config.output)
-    factor = 2 ** (len(model.config.block_out_channels) - 1)
-    print(
-        f"{config.output}: {model.config.num_vq_embeddings} codes of {model.config.vq_embed_dim} values, f = {factor}"
-    )
-    print(f"{count} tensors are moving averages, {len(dropped)} of training were left out")
+    factor, (codes, width) = 2 ** (len(model.config.block_out_channels) - 1), model.quantize.embedding.weight.shape
+    print(f"{config.output}: {codes} codes of {width} values, f = {factor}")
+    print(f"{count} tensors are moving averages; {len(dropped) - count} others, of training alone, were left out")
     if isinstance(model, MagvitVQModel):
         adaptive = ", decoder.adaptive.* (scale and shift from the codes)" if model.config.adaptive_norm else ""
-        print("a stock VQModel cannot hold encoder.down.*.downsample (a zero on every side), decoder.up.*.upsample "
-              f"(depth to space){adaptive}: the folder is a MagvitVQModel, which needs nsvq installed")  # fmt: skip
+        print(
+            "a stock VQModel cannot hold encoder.down.*.downsample (a zero on every side), decoder.up.*.upsample "
+            f"(depth to space){adaptive}: the folder is a MagvitVQModel, which needs nsvq installed"
+        )
 
 
 if __name__ == "__main__":

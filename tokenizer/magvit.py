@@ -64,8 +64,13 @@ class MagvitVQModel(VQModel):
             force_upcast=force_upcast,
         )
         widths = list(block_out_channels)
-        middle = {"resnet_eps": 1e-6, "resnet_act_fn": act_fn, "resnet_groups": norm_num_groups, "add_attention": False,
-                  "attention_head_dim": widths[-1], "num_layers": layers_per_block - 1}  # fmt: skip
+        middle = {
+            "num_layers": layers_per_block - 1,  # blocks after the first
+            "attention_head_dim": widths[-1],
+            "add_attention": False,
+            "resnet_act_fn": act_fn,
+            "resnet_groups": norm_num_groups,
+        }
         for block, width in zip(self.encoder.down_blocks[:-1], widths[:-1], strict=True):
             block.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, padding=1, name="op")])
         self.encoder.mid_block = UNetMidBlock2D(widths[-1], None, **middle)
