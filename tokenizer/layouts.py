@@ -86,7 +86,7 @@ def to_vqmodel(
     or of a shape that the model does not hold.
     """
     dropped = [name for name in state if DROPPED.match(name)]
-    rest = {name: tensor for name, tensor in state.items() if name not in set(dropped)}
+    rest = {name: tensor for name, tensor in state.items() if not DROPPED.match(name)}
     marker, codes = SOURCES[source]
     if not any(name.startswith(marker) for name in rest):
         raise UserError(f"no tokenizer of {source} is in this checkpoint: it has no {marker}*, but {_some(rest)}")
