@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from nsvq.errors import UserError
 from nsvq.files import state_hash
 from nsvq.tokenizer.codebook import nearest_code
+from nsvq.tokenizer.magvit import MagvitVQModel
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
-VQ_MODELS = {"VQModel": VQModel, "QuantizerVQModel": QuantizerVQModel}
+VQ_MODELS = {model.__name__: model for model in (VQModel, QuantizerVQModel, MagvitVQModel)}
 TRAINING_FILE = "nsvq.json"  # beside the weights of a tokenizer that this project trained
 
 
