@@ -23,6 +23,7 @@ from torch import Tensor
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UsageError, UserError
+from nsvq.files import atomic_folder
 from nsvq.tokenizer.layouts import averaged, to_vqmodel
 from nsvq.tokenizer.magvit import MagvitVQModel
 
@@ -47,7 +48,7 @@ class _Options(configs.Config):
 
 
 Source = Literal["taming", "llamagen", "simvq", "magvit2", "ibq", "vqgan-lc"]
-ConvertConfig = create_model(  # since `from` is a keyword
+ConvertConfig = create_model(  # type: ignore[call-overload]  # since `from` is a keyword
     "ConvertConfig",
     __base__=_Options,
     __doc__="Convert a published tokenizer: --from REPOSITORY CHECKPOINT --output DIR.",
@@ -92,9 +93,8 @@ def main() -> None:
         raise UsageError(f"--output {config.output} is there already: give a new name, or delete it")
     state, count = averaged(read_checkpoint(path))
     model, dropped = to_vqmodel(source, state, config.image_size, config.scaling_factor, config.codebook_l2_norm)
-    temporary = config.output.with_name(f".{config.output.name}.part")
-    model.save_pretrained(temporary)
-    temporary.rename(config.output)
+    with atomic_folder(config.output) as part:
+        model.save_pretrained(part)
     factor, (codes, width) = 2 ** (len(model.config.block_out_channels) - 1), model.quantize.embedding.weight.shape
     print(f"{config.output}: {codes} codes of {width} values, f = {factor}")
     print(f"{count} tensors are moving averages; {len(dropped) - count} others, of training alone, were left out")
