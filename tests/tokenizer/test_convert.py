@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, DiTPipeline, VQModel
 from safetensors.torch import save_file
 
 from nsvq.diffusion.dit import DiT
-from nsvq.diffusion.sampling import flow_scheduler
+from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.samples import load_pipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
