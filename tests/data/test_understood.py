@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nsvq.data import __main__ as look
 from nsvq.data import sources
 from nsvq.data.config import DataConfig
 from nsvq.data.label_tables import imagenet_synsets
@@ -345,6 +346,18 @@ def test_what_cannot_be_read_ends_in_one_line_that_says_what_to_do(name, write):
         describe(DataConfig(source=(source or root).replace("{root}", root), holdout=0.3))
     assert caught.value.exit_code == code
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_says_it_with_sizes_and_bad_images_and_draws_a_grid(write, run_script, tmp_path, capsys):
+    source = write(SPLITS | {"train/cat/bad.png": b"no image", "train/dog/large.png": encoded(99, size=(40, 30))})
+    run_script(look.main, source, "--grid", tmp_path / "grid.png", "--all")
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == "data: 2 classes ('cat', 'dog'), labels 0 to 1"
+    assert said[-2].startswith("train: of 6 images 1 do not decode (train[")
+    assert said[-2].endswith("short sides 8 to 30 pixels, long sides up to 40, most often 9 x 8 (67%)")
+    assert said[-1].startswith("test: of 2 images 0 do not decode; ")
+    colours = Image.open(tmp_path / "grid.png").convert("RGB").getcolors(10**6)
+    assert {5, 15} <= {colour[0] for _, colour in colours}
 
 
 # ImageNet
