@@ -55,7 +55,6 @@ class AutoregressiveTrainer(Trainer):
         # What draws and is exported: of a network that FSDP splits, a copy that is not.
         self.split = accelerator.is_fsdp2
         self.drawing = copy.deepcopy(llama).requires_grad_(False).to(self.device) if self.split else llama
-        self.drawing.eval()
         model = NextToken(llama, self.codes, config.model.dropout)
         optim = config.optim
         matrices = [p for p in model.parameters() if p.dim() > 1]

@@ -120,6 +120,12 @@ def test_tokens_come_at_their_frequencies():
     assert chisquare(frequencies(drawn), expected).pvalue > 1e-3
 
 
+def test_a_code_without_a_chance_is_never_drawn():
+    chain = Fixed([[0.0, 0.5, 0.5]] * 5)
+    ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    assert sample(chain, 3, torch.full((2,), 3), ends).tolist() == [[1], [2]]
+
+
 def test_a_distribution_is_learned_and_sampled_back_at_its_frequencies():
     llama = make_llama(ModelConfig(size="tiny", depth=1, width=16, heads=2), codes=3, classes=1, tokens=2)
     model, places = NextToken(llama, 3), torch.cartesian_prod(torch.arange(3), torch.arange(3))

@@ -167,6 +167,7 @@ def test_differences_name_the_leaves():
 def test_every_config_of_the_repository_is_valid():
     from pathlib import Path
 
+    from nsvq.autoregressive.config import TrainConfig as AutoregressiveConfig
     from nsvq.common.config import read_config, read_yaml, validate
     from nsvq.diffusion.config import TrainConfig as DiffusionConfig
     from nsvq.tokenizer.config import TrainConfig as TokenizerConfig
@@ -179,6 +180,8 @@ def test_every_config_of_the_repository_is_valid():
     for path in files:
         values = read_config(path)
         schema = DiffusionConfig if values.keys() & {"tokenizer", "steps"} else TokenizerConfig
+        if "steps" in values.get("schedule", {}):
+            schema = AutoregressiveConfig
         assert validate(schema, values, source=path.name)
         for key, text in _undocumented(schema):
             assert text, f"{schema.__name__}: {key} has no description"

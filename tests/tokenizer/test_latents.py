@@ -121,6 +121,7 @@ def test_a_cache_of_codes_gives_back_what_the_tokenizer_encodes(
             stored, found = codes.read(i, flip)
             assert (stored.dtype, found) == (dtype, label)
             assert torch.equal(stored.long(), tokenizer.encode(view)[0])
+    assert next(code_batches(codes, batch_size=44, seed=0))["codes"].min() >= high
     assert open_cache(codes.folder, tokenizer, data, accelerator, kind="codes", verify=True).manifest == codes.manifest
     with pytest.raises(UserError, match="holds codes of another setting of latents"):
         open_cache(codes.folder, tokenizer, data, accelerator)
