@@ -14,6 +14,7 @@ from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import code_version, make_accelerator
+from nsvq.data.understood import announce
 from nsvq.errors import UserError
 from nsvq.pipelines.autoregressive import save_pipeline
 from nsvq.tokenizer.encode import open_cache
@@ -28,6 +29,7 @@ def main() -> None:
         raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
                         "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
+    announce(config.data, accelerator)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
     cache = open_cache(
         config.cache or config.out / "codes",

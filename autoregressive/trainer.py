@@ -42,6 +42,8 @@ class AutoregressiveTrainer(Trainer):
     ):
         super().__init__(config, accelerator)
         self.tokenizer, self.cache, self.save = tokenizer, cache, save
+        key = cache.manifest["key"]
+        self.inputs = {"data.source": key["data"], "tokenizer": key["tokenizer"]}
         self.names = dict(enumerate(cache.classes))
         self.codes, self.null = tokenizer.codebook_size, tokenizer.codebook_size + len(self.names)
         self.total_steps = config.schedule.steps
