@@ -16,7 +16,13 @@ DATA = {"source": "synthetic", "image_size": 16}
 RUN = {"batch_size": 8, "workers": 0, "checkpoint_every": 100, "mixed_precision": "no", "trackers": []}
 TOKENIZER = {
     "data": DATA,
-    "model": {"channels": 8, "channel_multipliers": [1, 2], "layers_per_block": 1, "norm_groups": 4},
+    "model": {
+        "channels": 8,
+        "channel_multipliers": [1, 2],
+        "layers_per_block": 1,
+        "norm_groups": 4,
+        "latent_channels": 4,
+    },
     "quantizer": {"codebook_size": 16},
     "loss": {"perceptual": "none", "discriminator_channels": 8, "discriminator_layers": 1},
     "nsvq": None,
@@ -106,7 +112,10 @@ def test_the_wheel_holds_code_configs_licence_and_type_marker_and_nothing_beside
     found = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found += [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")]
     expected = {f"nsvq/{path}" for path in found} | {f"nsvq/{path.name}" for path in (ROOT / "nsvq").glob("*.py")}
-    assert {name for name in names if name.startswith("nsvq/")} == expected | {"nsvq/py.typed"}
+    assert {name for name in names if name.startswith("nsvq/")} == expected | {
+        "nsvq/py.typed",
+        "nsvq/data/imagenet_classes.txt",
+    }
     assert f"{info}/licenses/LICENSE" in names
 
 
