@@ -113,10 +113,7 @@ def test_the_wheel_holds_code_configs_licence_and_type_marker_and_nothing_beside
     found += [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")]
     expected = {f"nsvq/{path}" for path in found} | {f"nsvq/{path.name}" for path in (ROOT / "nsvq").glob("*.py")}
     files = {"nsvq/py.typed", "nsvq/data/imagenet_classes.txt"}
-    assert {name for name in names if name.startswith("nsvq/")} == expected | {
-        "nsvq/py.typed",
-        "nsvq/data/imagenet_classes.txt",
-    }
+    assert {name for name in names if name.startswith("nsvq/")} == expected | files
     assert f"{info}/licenses/LICENSE" in names
 
 
