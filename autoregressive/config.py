@@ -28,8 +28,12 @@ class OptimConfig(Config):
     weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay, of matrices; norms have none.")
     clip_grad_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema_decay: float = Field(
-        0.9999, ge=0, lt=1, description="Decay of the averaged weights, which are what is saved; at step n it is at "
-        "most (1 + n) / (10 + n).")  # fmt: skip
+        0.9999,
+        ge=0,
+        lt=1,
+        description="Decay of the averaged weights, which are what is saved; at step n it is at "
+        "most (1 + n) / (10 + n).",
+    )
 
 
 class TokenSampling(Config):

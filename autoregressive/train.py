@@ -26,8 +26,10 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "ar-
 def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
     if not (config.tokenizer / "config.json").is_file():
-        raise UserError(f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
-                        "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run")  # fmt: skip
+        raise UserError(
+            f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
+            "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run"
+        )
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
     announce(config.data, accelerator)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)

@@ -47,22 +47,33 @@ def main() -> None:
         serve_side(options.side, options.tasks[0], options.sizes[0], options.dtypes[0], options, device)
         return
 
-    print(f"{machine(device)}; latents 128 x 16 x 16, batch {options.batch}, {options.rounds} rounds"
-          f"{', compiled' if options.compile else ''}\n")  # fmt: skip
+    print(
+        f"{machine(device)}; latents 128 x 16 x 16, batch {options.batch}, {options.rounds} rounds"
+        f"{', compiled' if options.compile else ''}\n"
+    )
     print("| size | dtype | task | s ours | s stock | times stock | GiB ours | GiB stock |\n" + "|---" * 8 + "|")
     for size in options.sizes:
         for dtype in options.dtypes:
             for task in options.tasks:
-                chosen = {"tasks": task, "sizes": size, "dtypes": dtype, "batch": options.batch, "steps": options.steps,
-                          "device": options.device, "compile": options.compile,
-                          "stock_keeps_memory": options.stock_keeps_memory}  # fmt: skip
+                chosen = {
+                    "tasks": task,
+                    "sizes": size,
+                    "dtypes": dtype,
+                    "batch": options.batch,
+                    "steps": options.steps,
+                    "device": options.device,
+                    "compile": options.compile,
+                    "stock_keeps_memory": options.stock_keeps_memory,
+                }
                 sides = {side: Elsewhere(chosen | {"side": side}) for side in SIDES}
                 seconds = interleaved(sides, options.rounds, device)
                 ours, stock = (statistics.median(seconds[side]) for side in SIDES)
                 memory = [sides[side].peak / 2**30 for side in SIDES]
-                print(f"| {size} | {dtype} | {task} | {ours:.3f} | {stock:.3f} | "
-                      f"{ratio(seconds['ours'], seconds['stock']):.3f} | {memory[0]:.2f} | {memory[1]:.2f} |",
-                      flush=True)  # fmt: skip
+                print(
+                    f"| {size} | {dtype} | {task} | {ours:.3f} | {stock:.3f} | "
+                    f"{ratio(seconds['ours'], seconds['stock']):.3f} | {memory[0]:.2f} | {memory[1]:.2f} |",
+                    flush=True,
+                )
                 for side in sides.values():
                     side.close()
 
@@ -122,8 +133,13 @@ def sampler(stock: torch.nn.Module, side: str, dtype: str, options, device: torc
     if options.compile:
         pipeline.transformer.compile()
     labels = list(range(options.batch))
-    return lambda: pipeline(labels, guidance_scale=2.0, num_inference_steps=options.steps, output_type="pt",
-                            generator=torch.Generator().manual_seed(0))  # fmt: skip
+    return lambda: pipeline(
+        labels,
+        guidance_scale=2.0,
+        num_inference_steps=options.steps,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 if __name__ == "__main__":

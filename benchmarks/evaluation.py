@@ -91,8 +91,10 @@ def main() -> None:
         }
     assert results[0]["metrics"] == results[1]["metrics"]
     (kept,) = results[1]["references"].values()
-    print(f"{count} images of {data.source} at {data.image_size} x {data.image_size} by {config.tokenizer}, "
-          f"{accelerator.device}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"{count} images of {data.source} at {data.image_size} x {data.image_size} by {config.tokenizer}, "
+        f"{accelerator.device}, {torch.get_num_threads()} threads"
+    )
     for name, (clock, cpu) in times.items():
         print(f"  {name:<18} {clock:8.1f} s  {cpu:8.1f} CPU s")
     model_time, extractor_time = times["model forward"], times["extractor forward"]

@@ -47,8 +47,11 @@ class EvidenceConfig(configs.Config):
     runs: list[str] = Field([], description="Train only these; none given: all of the study's.")
     seeds: list[int] = Field([], description="Seeds to train; none given: the study's.")
     jobs: int = Field(
-        1, ge=0, description="Runs at once, each on a GPU of its own where there are several and no launcher is given; "
-        "0 only writes the page.")  # fmt: skip
+        1,
+        ge=0,
+        description="Runs at once, each on a GPU of its own where there are several and no launcher is given; "
+        "0 only writes the page.",
+    )
     limit: int | None = Field(None, ge=1, description="Test images to measure; null is all of them.")
     features: str = Field("none", description="As --features of eval/reconstruction.py.")
     lpips: str = Field("none", description="As --lpips of eval/reconstruction.py.")
@@ -84,8 +87,9 @@ def train_and_measure(name: str, values: dict, folder: Path, measured: list[str]
     return _record(name, values, measured, metrics, curve)
 
 
-def generate_and_measure(name: str, tokenizer: Path, record: dict, values: dict, folder: Path, measured: list[str],
-                         *how: Any) -> dict:  # fmt: skip
+def generate_and_measure(
+    name: str, tokenizer: Path, record: dict, values: dict, folder: Path, measured: list[str], *how: Any
+) -> dict:
     """A diffusion model on a trained tokenizer, whose record gets the numbers of the samples."""
     folder.mkdir(parents=True, exist_ok=True)
     written = values | {"out": str(folder), "tokenizer": str(tokenizer)}
@@ -96,8 +100,13 @@ def generate_and_measure(name: str, tokenizer: Path, record: dict, values: dict,
     run_script(name, "eval/generation.py", [*options, "--output", result, *measured], folder, *how)
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "latents")
-    return _record(name, record["config"] | {"diffusion": values}, [*record["measured"], *measured],
-                   record["metrics"] | sample_metrics(json.loads(result.read_text())), record["curve"])  # fmt: skip
+    return _record(
+        name,
+        record["config"] | {"diffusion": values},
+        [*record["measured"], *measured],
+        record["metrics"] | sample_metrics(json.loads(result.read_text())),
+        record["curve"],
+    )
 
 
 def sample_metrics(result: dict) -> dict[str, float]:
@@ -135,8 +144,15 @@ def _log_of(folder: Path) -> list[dict]:
 
 def _record(name: str, values: dict, measured: list[str], metrics: dict, curve: list[dict]) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"name": name, "code": code_version(), "machine": machine(device), "config": values, "measured": measured,
-            "metrics": metrics, "curve": curve}  # fmt: skip
+    return {
+        "name": name,
+        "code": code_version(),
+        "machine": machine(device),
+        "config": values,
+        "measured": measured,
+        "metrics": metrics,
+        "curve": curve,
+    }
 
 
 def _short(value: Any) -> Any:

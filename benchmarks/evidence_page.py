@@ -14,8 +14,10 @@ def table(rows: dict[str, list[dict]], columns: list[str]) -> str:
     for column in columns:
         found = {m for runs in rows.values() for run in runs for m in run if _is(m, column)}
         names |= {m: (_heading(m, column), COLUMNS[column][1]) for m in sorted(found)}
-    lines = ["| run | seeds | " + " | ".join(heading for heading, _ in names.values()) + " |",
-             "|---" * (len(names) + 2) + "|"]  # fmt: skip
+    lines = [
+        "| run | seeds | " + " | ".join(heading for heading, _ in names.values()) + " |",
+        "|---" * (len(names) + 2) + "|",
+    ]
     for name, runs in rows.items():
         cells = [_spread([run[m] for run in runs if m in run], style) for m, (_, style) in names.items()]
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -49,8 +51,10 @@ def comparison(by_seed: dict[str, dict[int, dict]], against: str) -> str:
     parts = {"psnr": ("PSNR, dB", float.__sub__, "{:+.2f}")}
     parts |= {"relative_error": ("MSE / mean z²", float.__truediv__, "{:.2f}x")}
     parts |= {m: (heading, float.__truediv__, "{:.2f}x") for m, heading in distances.items()}
-    lines = [f"| against {against} | seeds | " + " | ".join(heading for heading, _, _ in parts.values()) + " |",
-             "|---" * (len(parts) + 2) + "|"]  # fmt: skip
+    lines = [
+        f"| against {against} | seeds | " + " | ".join(heading for heading, _, _ in parts.values()) + " |",
+        "|---" * (len(parts) + 2) + "|",
+    ]
     for name, runs in by_seed.items():
         pairs = [(run, by_seed[against][seed]) for seed, run in runs.items() if seed in by_seed.get(against, {})]
         if name == against or not pairs:
@@ -101,28 +105,40 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
 def write_page(study: Study, records: dict[str, dict[int, dict]], command: list, page: Path) -> None:
     """`page` and its .svg from records by run and seed; `command` is what makes it."""
     by_seed = {name: {seed: r["metrics"] for seed, r in runs.items()} for name, runs in records.items() if runs}
-    lacking = [f"{name} ({', '.join(map(str, missing))})" for name, runs in records.items()
-               if (missing := [seed for seed in study.seeds if seed not in runs])]  # fmt: skip
+    lacking = [
+        f"{name} ({', '.join(map(str, missing))})"
+        for name, runs in records.items()
+        if (missing := [seed for seed in study.seeds if seed not in runs])
+    ]
     found = [r for runs in records.values() for r in runs.values()]
     parts = [f"# {study.title}", study.question, f"    {shlex.join(map(str, command))}"]
     if lacking:
         parts.append(f"Not run yet, by seed: {'; '.join(lacking)}.")
     if found:
-        plot(by_seed, {n: [r["curve"] for r in runs.values()] for n, runs in records.items()}, study.curves,
-             page.with_suffix(".svg"))  # fmt: skip
+        plot(
+            by_seed,
+            {n: [r["curve"] for r in runs.values()] for n, runs in records.items()},
+            study.curves,
+            page.with_suffix(".svg"),
+        )
         parts.append(table({name: list(runs.values()) for name, runs in by_seed.items()}, study.columns))
         if study.against in by_seed:
             parts.append(comparison(by_seed, study.against))
         parts.append(f"![dots and curves]({page.stem}.svg)")
         machines = sorted({r["machine"] for r in found})
-        parts.append("\n".join(f"- {name}: `{_flat(study.runs[name])}`{_on(runs.values(), machines)}"
-                               for name, runs in records.items()))  # fmt: skip
+        parts.append(
+            "\n".join(
+                f"- {name}: `{_flat(study.runs[name])}`{_on(runs.values(), machines)}" for name, runs in records.items()
+            )
+        )
         common = f" with {_flat(study.common)}" if study.common else ""
         if study.diffusion:
             common += f"; on it `{study.diffusion}`, measured with {_flat(study.samples)}"
         names = [f"({i}) {m}" if machines[1:] else m for i, m in enumerate(machines, 1)]
-        parts.append(f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
-                     f"{'; '.join(names)}.")  # fmt: skip
+        parts.append(
+            f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
+            f"{'; '.join(names)}."
+        )
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n")
 

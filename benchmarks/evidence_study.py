@@ -41,8 +41,19 @@ COLUMNS = {  # of the table: metric (or its start, with _ at the end), heading, 
     "memory_gib": ("memory, GiB", "{:.2f}"),
 }
 MAIN = ["psnr", "ssim", "lpips_", "rf", "quantization_error", "relative_error", "utilization", "perplexity_fraction"]
-CURVES = {"val_psnr", "val_quantization_error", "utilization", "perplexity", "epoch_commitment", "latent_rms",
-          "drift_rms", "drift_relative", "churn", "winner_mass", "effective_codes"}  # fmt: skip
+CURVES = {
+    "val_psnr",
+    "val_quantization_error",
+    "utilization",
+    "perplexity",
+    "epoch_commitment",
+    "latent_rms",
+    "drift_rms",
+    "drift_relative",
+    "churn",
+    "winner_mass",
+    "effective_codes",
+}
 
 
 class Study(configs.Config):
@@ -56,8 +67,10 @@ class Study(configs.Config):
     samples: dict[str, Any] = Field({}, description="Options of eval/generation.py, which then measures that model.")
     seeds: list[int] = Field([0], min_length=1, description="One training of each run for each.")
     runs: dict[str, dict[str, Any]] = Field(
-        min_length=1, description="Name: what sets it apart, as a tokenizer config, with its diffusion config as a "
-        "section `diffusion`.")  # fmt: skip
+        min_length=1,
+        description="Name: what sets it apart, as a tokenizer config, with its diffusion config as a "
+        "section `diffusion`.",
+    )
     against: str | None = Field(None, description="Run that the others are compared with, seed by seed.")
     columns: list[str] = Field(MAIN, min_length=1, description="Of the table.")
     curves: list[str] = Field([], description="Keys of metrics.jsonl to plot over the tokenizer's training.")

@@ -49,15 +49,19 @@ def main() -> None:
     chosen = {name: getattr(options, name) for name in ("batch", "codebook_size", "bare", "device")}
     steps = {name: Elsewhere(chosen | {"method": name}) for name in options.methods}
     seconds = interleaved(steps, options.rounds, device)
-    print(f"{machine(device)}; batch {options.batch} of 128 x 128, {options.batch * 256} tokens, bfloat16 autocast, "
-          f"{'without LPIPS and GAN, ' if options.bare else ''}{options.rounds} rounds\n")  # fmt: skip
+    print(
+        f"{machine(device)}; batch {options.batch} of 128 x 128, {options.batch * 256} tokens, bfloat16 autocast, "
+        f"{'without LPIPS and GAN, ' if options.bare else ''}{options.rounds} rounds\n"
+    )
     reference = options.reference
     print(f"| method | K | d | s a step | times {reference} | GiB | times {reference} |\n|---|---|---|---|---|---|---|")
     for name, step in steps.items():
         config, times = load(name, options.codebook_size), ratio(seconds[name], seconds[reference])
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-        print(f"| {name} | {quantizer.codebook_size:,} | {quantizer.dim} | {statistics.median(seconds[name]):.3f} | "
-              f"{times:.3f} | {step.peak / 2**30:.2f} | {step.peak / steps[reference].peak:.3f} |")  # fmt: skip
+        print(
+            f"| {name} | {quantizer.codebook_size:,} | {quantizer.dim} | {statistics.median(seconds[name]):.3f} | "
+            f"{times:.3f} | {step.peak / 2**30:.2f} | {step.peak / steps[reference].peak:.3f} |"
+        )
 
 
 def load(name: str, codebook_size: int | None) -> TrainConfig:

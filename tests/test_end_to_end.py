@@ -56,10 +56,32 @@ def test_both_stages_end_in_a_measured_folder_that_stock_diffusers_loads(run_scr
     assert list((out / "dit" / "logs").rglob("events.out.tfevents*"))
 
     shared = ["--data", "synthetic", "--features", "none", "--workers", 0]
-    run_script(measure_reconstruction, "--tokenizer", out / "tokenizer", "--lpips", "none", "--limit", 16, *shared,
-               "--output", out / "reconstruction.json")  # fmt: skip
-    run_script(measure_samples, "--pipeline", out / "pipeline", "--samples", 20, "--steps", 2, *shared,
-               "--reference_limit", 16, "--output", out / "generation.json")  # fmt: skip
+    run_script(
+        measure_reconstruction,
+        "--tokenizer",
+        out / "tokenizer",
+        "--lpips",
+        "none",
+        "--limit",
+        16,
+        *shared,
+        "--output",
+        out / "reconstruction.json",
+    )
+    run_script(
+        measure_samples,
+        "--pipeline",
+        out / "pipeline",
+        "--samples",
+        20,
+        "--steps",
+        2,
+        *shared,
+        "--reference_limit",
+        16,
+        "--output",
+        out / "generation.json",
+    )
     capsys.readouterr()
     run_script(summarize, "--out", out)
     table = capsys.readouterr().out
@@ -77,8 +99,13 @@ def test_both_stages_end_in_a_measured_folder_that_stock_diffusers_loads(run_scr
     stock.set_progress_bar_config(disable=True)
     own.set_progress_bar_config(disable=True)
     assert stock.get_label_ids(["star"]) == own.class_ids(["star"]) == [5]
-    theirs = stock([5, 8], guidance_scale=2.0, num_inference_steps=3, output_type="np",
-                   generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)]).images  # fmt: skip
+    theirs = stock(
+        [5, 8],
+        guidance_scale=2.0,
+        num_inference_steps=3,
+        output_type="np",
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    ).images
     ours = own(["star", "heart"], guidance_scale=2.0, num_inference_steps=3, output_type="np", seeds=[3, 4]).images
     torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-4, rtol=0)
 

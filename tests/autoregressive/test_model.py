@@ -50,8 +50,11 @@ def test_an_untrained_network_gives_every_code_the_same_chance():
 def test_dropout_acts_in_training_on_embeddings_and_on_what_layers_add_and_on_no_weight():
     llama = make_llama(ModelConfig(**TINY), codes=11, classes=3, tokens=6)
     model, seen = NextToken(llama, 11, 0.5), {}
-    places = {"embed": llama.model.embed_tokens, "attention": llama.model.layers[1].self_attn.o_proj,
-              "mlp": llama.model.layers[0].mlp.down_proj}  # fmt: skip
+    places = {
+        "embed": llama.model.embed_tokens,
+        "attention": llama.model.layers[1].self_attn.o_proj,
+        "mlp": llama.model.layers[0].mlp.down_proj,
+    }
     for name, place in places.items():
         place.register_forward_hook(lambda _, __, output, name=name: seen.update({name: (output == 0).float().mean()}))
     model.train()(torch.tensor([11, 14]), torch.randint(11, (2, 6)))

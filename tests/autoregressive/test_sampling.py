@@ -30,8 +30,13 @@ def given():
 def test_greedy_tokens_are_those_of_generate(llama, given, scale):
     ids, uniforms = given
     null = torch.full((6, 1), CODES + CLASSES)
-    theirs = llama.generate(ids[:, None], attention_mask=torch.ones(6, 1, dtype=torch.int64), do_sample=False,
-                            guidance_scale=scale, negative_prompt_ids=null)[:, 1:]  # fmt: skip
+    theirs = llama.generate(
+        ids[:, None],
+        attention_mask=torch.ones(6, 1, dtype=torch.int64),
+        do_sample=False,
+        guidance_scale=scale,
+        negative_prompt_ids=null,
+    )[:, 1:]
     ours = sample(llama, CODES, ids, uniforms, guidance_scale=scale, temperature=0)
     assert torch.equal(ours, theirs)
     assert theirs.max() < CODES
@@ -142,9 +147,13 @@ def test_a_distribution_is_learned_and_sampled_back_at_its_frequencies():
 
 @pytest.mark.parametrize(
     ("how", "kept"),
-    [({"top_k": 2}, [0.0, 0.375, 0.625]), ({"top_p": 0.6}, [0.0, 0.375, 0.625]), ({"top_p": 0.45}, [0.0, 0.0, 1.0]),
-     ({"temperature": 0.5}, [0.04 / 0.38, 0.09 / 0.38, 0.25 / 0.38])],
-)  # fmt: skip
+    [
+        ({"top_k": 2}, [0.0, 0.375, 0.625]),
+        ({"top_p": 0.6}, [0.0, 0.375, 0.625]),
+        ({"top_p": 0.45}, [0.0, 0.0, 1.0]),
+        ({"temperature": 0.5}, [0.04 / 0.38, 0.09 / 0.38, 0.25 / 0.38]),
+    ],
+)
 def test_temperature_top_k_and_top_p_change_the_distribution_as_they_should(how, kept):
     drawn = sample(Fixed(CHAIN), 3, torch.full((20_000,), 3), torch.rand(20_000, 1, dtype=torch.float64), **how)
     torch.testing.assert_close(drawn.flatten().bincount(minlength=3) / 20_000, torch.tensor(kept), rtol=0, atol=0.02)

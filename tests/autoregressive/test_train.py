@@ -36,8 +36,20 @@ def codes(tmp_path_factory):
 def arguments(tmp_path, tokenizer_folder, image_folder, codes):
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
-    return ["--config", config, "--tokenizer", tokenizer_folder, "--data", image_folder, "--data.image_size", 16,
-            "--data.holdout", 0.05, "--cache", codes]  # fmt: skip
+    return [
+        "--config",
+        config,
+        "--tokenizer",
+        tokenizer_folder,
+        "--data",
+        image_folder,
+        "--data.image_size",
+        16,
+        "--data.holdout",
+        0.05,
+        "--cache",
+        codes,
+    ]
 
 
 def metrics(out):
@@ -121,8 +133,9 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_where_fsdp_splits_the_n
 ):
     arguments += ["--model.dropout", 0.0, "--model.tie_embeddings", tied]
     run_script(main, *arguments, "--out", tmp_path / "alone")
-    code, error = run_two_ranks("autoregressive", *arguments, "--out", tmp_path / "shared", shard=shard,
-                                record=tmp_path / "record")  # fmt: skip
+    code, error = run_two_ranks(
+        "autoregressive", *arguments, "--out", tmp_path / "shared", shard=shard, record=tmp_path / "record"
+    )
     assert code == 0, error
     torch.testing.assert_close(exported(tmp_path / "shared"), exported(tmp_path / "alone"), rtol=1e-4, atol=1e-5)
     for a, b in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "shared"), strict=True):

@@ -71,9 +71,13 @@ def test_the_table_holds_means_and_spread_and_the_comparison_is_seed_by_seed():
 
 
 def test_drift_is_taken_from_stage_1_and_utilization_from_its_lowest_epoch():
-    lines = [{"phase": "stage1", "drift_rms": 9.0}, {"phase": "stage1", "drift_rms": 1.0, "utilization": 0.5},
-             {"phase": "stage1", "drift_rms": 3.0, "utilization": 0.25}, {"phase": "stage1", "drift_rms": 2.0},
-             {"phase": "stage2", "drift_rms": 0.0, "utilization": 0.75}]  # fmt: skip
+    lines = [
+        {"phase": "stage1", "drift_rms": 9.0},
+        {"phase": "stage1", "drift_rms": 1.0, "utilization": 0.5},
+        {"phase": "stage1", "drift_rms": 3.0, "utilization": 0.25},
+        {"phase": "stage1", "drift_rms": 2.0},
+        {"phase": "stage2", "drift_rms": 0.0, "utilization": 0.75},
+    ]
     lines = [line | {"images_per_second": 8 * i, "memory_gib": i, "latent_rms": 1} for i, line in enumerate(lines)]
     found = evidence.training_metrics(lines, 16)
     assert (found["drift_rms"], found["lowest_utilization"]) == (2.5, 0.25)
@@ -99,10 +103,16 @@ def test_a_script_that_fails_is_told_with_its_log(tmp_path):
 
 def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_path, monkeypatch):
     """The scripts are played: each writes what the real one would leave."""
-    study = {"title": "T", "question": "Q", "base": str(ROOT / "configs/evidence/synthetic32.yaml"), "against": "a",
-             "diffusion": str(ROOT / "configs/evidence/dit64.yaml"), "columns": ["fd_at_", "accuracy_at_"],
-             "samples": {"guidance_scale": [1, 3]},
-             "runs": {"a": {}, "b": {"diffusion": {"steps": 7}}}}  # fmt: skip
+    study = {
+        "title": "T",
+        "question": "Q",
+        "base": str(ROOT / "configs/evidence/synthetic32.yaml"),
+        "against": "a",
+        "diffusion": str(ROOT / "configs/evidence/dit64.yaml"),
+        "columns": ["fd_at_", "accuracy_at_"],
+        "samples": {"guidance_scale": [1, 3]},
+        "runs": {"a": {}, "b": {"diffusion": {"steps": 7}}},
+    }
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     calls = []
 
@@ -129,8 +139,21 @@ def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_
             (folder / "generation.json").write_text(json.dumps({"sweep": sweep, "metrics": {}}))
 
     monkeypatch.setattr(evidence, "run_script", play)
-    monkeypatch.setattr(sys, "argv", ["evidence.py", "--study", str(tmp_path / "study.yaml"), "--data", "synthetic",
-                                      "--out", str(tmp_path / "runs"), "--pages", str(tmp_path / "pages")])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evidence.py",
+            "--study",
+            str(tmp_path / "study.yaml"),
+            "--data",
+            "synthetic",
+            "--out",
+            str(tmp_path / "runs"),
+            "--pages",
+            str(tmp_path / "pages"),
+        ],
+    )
     evidence.main()
     diffusion = ["diffusion/train.py", "eval/generation.py"]
     assert [script for _, script in calls] == ["tokenizer/train.py", "eval/reconstruction.py", *diffusion, *diffusion]

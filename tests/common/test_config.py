@@ -126,8 +126,11 @@ def test_a_file_holds_what_it_changes_in_its_base_and_arguments_go_over_both(tmp
     path.write_text("base: bases/middle.yaml\nsteps: 30\nextra: null\n")
     config = parse(Outer, ["--config", str(path), "--inner.rate", "7"])
     assert to_dict(config) == {
-        "steps": 30, "flag": False, "inner": {"rate": 7, "kind": "b", "names": ["z"]}, "extra": None
-    }  # fmt: skip
+        "steps": 30,
+        "flag": False,
+        "inner": {"rate": 7, "kind": "b", "names": ["z"]},
+        "extra": None,
+    }
     assert parse(Outer, ["--config", str(path), "--extra.kind", "b"]).extra == Inner(kind="b")  # revived with defaults
 
 

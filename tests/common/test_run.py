@@ -182,8 +182,10 @@ def test_metrics_of_a_start_that_left_no_checkpoint_are_dropped(accelerator, tmp
 
 @pytest.mark.slow
 def test_a_folder_that_another_process_trains_in_is_refused_until_that_is_killed(accelerator, tmp_path):
-    program = "import sys, time; from test_run import *; held = make(Accelerator(cpu=True), Path(sys.argv[1])); " \
-              "print('held', flush=True); time.sleep(600)"  # fmt: skip
+    program = (
+        "import sys, time; from test_run import *; held = make(Accelerator(cpu=True), Path(sys.argv[1])); "
+        "print('held', flush=True); time.sleep(600)"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", program, tmp_path],
         stdout=subprocess.PIPE,

@@ -105,8 +105,11 @@ def test_training_noise_levels_are_logit_normal_and_shifted():
     assert sigma.max() < 1
 
 
-@pytest.mark.parametrize(("objective", "shift"), [(Flow(FlowConfig(noise_levels="uniform", shift=2.5), SHAPE), 2.5),
-                                                  (DDPM(DDPMConfig()), 1.0)], ids=["flow", "ddpm"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objective", "shift"),
+    [(Flow(FlowConfig(noise_levels="uniform", shift=2.5), SHAPE), 2.5), (DDPM(DDPMConfig()), 1.0)],
+    ids=["flow", "ddpm"],
+)
 def test_uniform_noise_levels_are_uniform_before_the_shift(objective, shift):
     level = objective.levels(NORMAL).double()
     uniform = level / (shift - (shift - 1) * level)

@@ -102,8 +102,15 @@ def drawn(toy, steps, count=128, seed=0):
         calls.append(toy.signal_and_noise(len(calls)))
         return toy.predict(x, *calls[-1], float(time[0]))
 
-    got = sample(predict, toy.scheduler, start, torch.zeros(1, dtype=torch.int64), 1, steps=steps,
-                 generator=torch.Generator().manual_seed(seed + 1))  # fmt: skip
+    got = sample(
+        predict,
+        toy.scheduler,
+        start,
+        torch.zeros(1, dtype=torch.int64),
+        1,
+        steps=steps,
+        generator=torch.Generator().manual_seed(seed + 1),
+    )
     return start, got, calls
 
 
@@ -134,8 +141,9 @@ def test_samplers_of_flow_converge_to_the_exact_solution_at_their_order(sampler,
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize(("sampler", "expected", "counts"), [("ddim", 1, (50, 100, 200, 500)),
-                                                             ("dpm++", 2, (40, 80, 160))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sampler", "expected", "counts"), [("ddim", 1, (50, 100, 200, 500)), ("dpm++", 2, (40, 80, 160))]
+)
 def test_samplers_of_ddpms_converge_to_the_exact_solution_at_their_order(
     sampler, expected, counts, prediction, schedule
 ):
@@ -154,10 +162,16 @@ def moments(toy, steps):
     return got.mean().item(), got.var().item(), correlation, errors
 
 
-@pytest.mark.parametrize("make_toy", [lambda: FlowToy("sde"), lambda: FlowToy("sde", 2.0),
-                                      lambda: DDPMToy("sde", "epsilon", "linear"),
-                                      lambda: DDPMToy("sde", "v", "cosine")],
-                         ids=["flow", "shifted flow", "epsilon", "v"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make_toy",
+    [
+        lambda: FlowToy("sde"),
+        lambda: FlowToy("sde", 2.0),
+        lambda: DDPMToy("sde", "epsilon", "linear"),
+        lambda: DDPMToy("sde", "v", "cosine"),
+    ],
+    ids=["flow", "shifted flow", "epsilon", "v"],
+)
 def test_the_sde_sampler_draws_from_the_data_distribution(make_toy):
     mean, variance, correlation, errors = moments(make_toy(), 160)
     assert abs(mean - MEAN) < 4 * errors[0]
@@ -299,8 +313,16 @@ def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_
 def test_outside_the_guidance_interval_only_the_class_is_evaluated():
     velocity = Recorder()
     labels = torch.tensor([0, 2])
-    sample(velocity, flow_scheduler(1.0), torch.randn(2, 3, 2, 2), labels, 9, steps=20, guidance_scale=2.0,
-           guidance_interval=(0.3, 0.8))  # fmt: skip
+    sample(
+        velocity,
+        flow_scheduler(1.0),
+        torch.randn(2, 3, 2, 2),
+        labels,
+        9,
+        steps=20,
+        guidance_scale=2.0,
+        guidance_interval=(0.3, 0.8),
+    )
     guided = [time for time, evaluated in velocity.calls if evaluated == [0, 2, 9, 9]]
     unguided = [time for time, evaluated in velocity.calls if evaluated == [0, 2]]
     assert len(guided) + len(unguided) == 20
@@ -308,8 +330,17 @@ def test_outside_the_guidance_interval_only_the_class_is_evaluated():
     assert not any(300 <= time <= 800 for time in unguided)
     assert len(guided) == 10
     guide = Recorder()
-    sample(Recorder(), flow_scheduler(1.0), torch.randn(2, 3, 2, 2), labels, 9, steps=20, guidance_scale=2.0,
-           guidance_interval=(0.3, 0.8), guide=guide)  # fmt: skip
+    sample(
+        Recorder(),
+        flow_scheduler(1.0),
+        torch.randn(2, 3, 2, 2),
+        labels,
+        9,
+        steps=20,
+        guidance_scale=2.0,
+        guidance_interval=(0.3, 0.8),
+        guide=guide,
+    )
     assert [time for time, _ in guide.calls] == guided
 
 
@@ -344,8 +375,15 @@ def test_stochastic_samplers_draw_for_each_image_from_its_own_generator(schedule
 
     whole = draw(slice(0, 4))
     torch.testing.assert_close(torch.cat([draw(slice(i, i + 1)) for i in range(4)]), whole)
-    alike = sample(lambda x, *_: 0.3 * x, scheduler, noise[:1].repeat(2, 1, 1, 1), labels[:2], 1, steps=5,
-                   generator=[torch.Generator().manual_seed(i) for i in range(2)])  # fmt: skip
+    alike = sample(
+        lambda x, *_: 0.3 * x,
+        scheduler,
+        noise[:1].repeat(2, 1, 1, 1),
+        labels[:2],
+        1,
+        steps=5,
+        generator=[torch.Generator().manual_seed(i) for i in range(2)],
+    )
     assert (alike[0] - alike[1]).abs().max() > 0.1
 
 
@@ -362,8 +400,11 @@ def test_a_sampler_of_flow_keeps_the_shift_of_the_folder_s_scheduler(sampler):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "sde", "ddpm"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("betas", [LINEAR, COSINE, {"beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 1e-2}],
-                         ids=["linear", "cosine", "other"])  # fmt: skip
+@pytest.mark.parametrize(
+    "betas",
+    [LINEAR, COSINE, {"beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 1e-2}],
+    ids=["linear", "cosine", "other"],
+)
 def test_a_sampler_of_a_ddpm_keeps_what_was_trained(sampler, prediction_type, betas):
     folder = DDIMScheduler(**betas, prediction_type=prediction_type, clip_sample=True)
     made = make_sampler(sampler, folder)

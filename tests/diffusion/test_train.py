@@ -44,8 +44,20 @@ def latents(tmp_path_factory):
 def arguments(tmp_path, tokenizer_folder, image_folder, latents):
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
-    return ["--config", config, "--tokenizer", tokenizer_folder, "--data", image_folder, "--data.image_size", 16,
-            "--data.holdout", 0.05, "--cache", latents]  # fmt: skip
+    return [
+        "--config",
+        config,
+        "--tokenizer",
+        tokenizer_folder,
+        "--data",
+        image_folder,
+        "--data.image_size",
+        16,
+        "--data.holdout",
+        0.05,
+        "--cache",
+        latents,
+    ]
 
 
 @pytest.fixture
@@ -91,8 +103,18 @@ def test_every_variant_trains_with_and_without_classes_into_its_pipeline(
     if variant == "unet":
         text = text.replace("{size: tiny, depth: 2, width: 32, heads: 2}", "{width: 32, multipliers: [1], layers: 1}")
     arguments[1].write_text(text)
-    run_script(main, *arguments, "--out", tmp_path / "run", "--model.variant", variant, "--model.conditional",
-               conditional, "--optim.ema_decay", 0.0)  # fmt: skip
+    run_script(
+        main,
+        *arguments,
+        "--out",
+        tmp_path / "run",
+        "--model.variant",
+        variant,
+        "--model.conditional",
+        conditional,
+        "--optim.ema_decay",
+        0.0,
+    )
     weights = load_file(next((tmp_path / "run" / "checkpoints" / "step-2").glob("model.safetensors")))
     index = json.loads((tmp_path / "run" / "pipeline" / "model_index.json").read_text())
     unconditional_unet = (variant, conditional) == ("unet", "false")
@@ -112,8 +134,9 @@ def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instr
     command = [*arguments, parts]
     for position, workers in ((12, 0), (33, 2)):  # in the second micro-batch of step 2 and the first of step 5
         with pytest.raises(Stopped, match=f"SIGTERM at step {position // 8 + 1}; the same command") as stopped:
-            run_instrumented(train, *command, "--run.workers", workers, record=tmp_path / "parts-record",
-                             signal_at=position)  # fmt: skip
+            run_instrumented(
+                train, *command, "--run.workers", workers, record=tmp_path / "parts-record", signal_at=position
+            )
         assert stopped.value.exit_code == 143
         assert not (parts / "pipeline").exists()
     run_instrumented(train, *command, record=tmp_path / "parts-record")
@@ -136,9 +159,31 @@ def test_the_distance_in_training_is_that_of_the_evaluation(
 ):
     out, result = tmp_path / "out", tmp_path / "result.json"
     run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 100)
-    run_script(generation.main, "--pipeline", out / "pipeline", "--data", image_folder, "--data.holdout", 0.05,
-               "--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--steps", 2, "--guidance_scale", 100,
-               "--workers", 0, "--cache", tmp_path / "others", "--output", result)  # fmt: skip
+    run_script(
+        generation.main,
+        "--pipeline",
+        out / "pipeline",
+        "--data",
+        image_folder,
+        "--data.holdout",
+        0.05,
+        "--features",
+        tiny_extractor,
+        "--metrics",
+        "fid",
+        "--samples",
+        20,
+        "--steps",
+        2,
+        "--guidance_scale",
+        100,
+        "--workers",
+        0,
+        "--cache",
+        tmp_path / "others",
+        "--output",
+        result,
+    )
     measured = json.loads(result.read_text())["metrics"]["fd_tiny"]
     assert metrics(out)[-1]["fd_tiny"] == pytest.approx(measured, rel=1e-6)
     assert metrics(out)[-1]["fd_tiny"] != metrics(out)[0]["fd_tiny"]
@@ -150,8 +195,22 @@ def test_a_ddpm_on_quantized_latents_of_several_crops_is_trained_and_exported(
 ):
     arguments[arguments.index("--cache") + 1] = tmp_path / "latents"
     out = tmp_path / "out"
-    run_script(main, *arguments, "--out", out, "--steps", 2, "--objective.name", "ddpm", "--objective.prediction",
-               prediction, "--latents", "quantized", "--cache_crops", 2)  # fmt: skip
+    run_script(
+        main,
+        *arguments,
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--objective.name",
+        "ddpm",
+        "--objective.prediction",
+        prediction,
+        "--latents",
+        "quantized",
+        "--cache_crops",
+        2,
+    )
     pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
     assert type(pipeline.scheduler) is DDIMScheduler
     assert pipeline.scheduler.config.prediction_type == {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
@@ -250,8 +309,22 @@ def test_a_full_disk_keeps_the_run_alive_and_it_writes_again_when_there_is_room(
 
     monkeypatch.setattr(Objective, "losses", losses)
     out = small_disk / "out"
-    run_script(main, *arguments, "--out", out, "--run.checkpoint_every", 2, "--run.log_every", 1,
-               "--run.keep_checkpoints", 1, "--model.depth", 1, "--model.width", 16)  # fmt: skip
+    run_script(
+        main,
+        *arguments,
+        "--out",
+        out,
+        "--run.checkpoint_every",
+        2,
+        "--run.log_every",
+        1,
+        "--run.keep_checkpoints",
+        1,
+        "--model.depth",
+        1,
+        "--model.width",
+        16,
+    )
     told = capsys.readouterr().err
     for step in (4, 5):  # as planned, and tried again
         assert f"warning: no checkpoint at step {step} (" in told
@@ -289,8 +362,9 @@ def test_metrics_are_means_over_the_interval_with_warmup_and_quartiles(run_scrip
 def test_pictures_and_pipeline_come_from_the_averaged_weights(run_script, arguments, tmp_path, monkeypatch):
     drawn = []
     real = trainer.sample
-    monkeypatch.setattr(trainer, "sample", lambda model, *a, **k: (drawn.append(model.proj_out.weight.clone()),
-                                                                 real(model, *a, **k))[1])  # fmt: skip
+    monkeypatch.setattr(
+        trainer, "sample", lambda model, *a, **k: (drawn.append(model.proj_out.weight.clone()), real(model, *a, **k))[1]
+    )
     run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 4, "--run.sample_every", 2)
     state = checkpoint(tmp_path / "out", 4)
     names = [name for name, _ in DiT(4, 3, 2, depth=2, width=32, heads=2).named_parameters()]
@@ -320,8 +394,20 @@ def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_s
     run_instrumented, arguments, tmp_path
 ):
     out, in_step_3 = tmp_path / "out", [21]  # in its second micro-batch
-    run_instrumented(train, *arguments, "--out", out, "--run.accumulation", 2, "--run.checkpoint_every", 1,
-                     "--run.log_every", 1, record=tmp_path / "record", nan_at=in_step_3)  # fmt: skip
+    run_instrumented(
+        train,
+        *arguments,
+        "--out",
+        out,
+        "--run.accumulation",
+        2,
+        "--run.checkpoint_every",
+        1,
+        "--run.log_every",
+        1,
+        record=tmp_path / "record",
+        nan_at=in_step_3,
+    )
     assert same(checkpoint(out, 2), checkpoint(out, 3))
     assert not same(checkpoint(out, 3), checkpoint(out, 4))
     assert [row["skipped_steps"] for row in metrics(out)] == [0, 0, 1, 1, 1, 1, 1, 1]
@@ -331,16 +417,28 @@ def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_s
 def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_instrumented, arguments, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"not finite in 2 steps in a row, up to step 6") as error:
-        run_instrumented(train, *arguments, "--out", out, "--run.skip_limit", 2, "--run.checkpoint_every", 1,
-                         record=tmp_path / "record", nan_at=[16, 32, 40])  # fmt: skip
+        run_instrumented(
+            train,
+            *arguments,
+            "--out",
+            out,
+            "--run.skip_limit",
+            2,
+            "--run.checkpoint_every",
+            1,
+            record=tmp_path / "record",
+            nan_at=[16, 32, 40],
+        )
     ids = [id for position, id in samples(tmp_path / "record").items() if 40 <= position < 48]
     assert ", ".join(ids) in str(error.value)
     assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == "step-5"
     (batch,) = torch.load(out / "failed" / "step-6-batches-0.pt", weights_only=True)
     assert batch["id"] == ids
     assert batch["latents"].isnan().any()
-    assert checkpoints.read(out / "failed" / "step-6")[0]["model"].keys() == load_file(
-        out / "checkpoints" / "step-5" / "model.safetensors").keys()  # fmt: skip
+    assert (
+        checkpoints.read(out / "failed" / "step-6")[0]["model"].keys()
+        == load_file(out / "checkpoints" / "step-5" / "model.safetensors").keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -418,7 +516,14 @@ def test_a_trained_network_samples_the_class_that_was_asked_for(config):
     got = sample(model, objective.scheduler(), torch.randn(64, 2, 4, 4), labels, model.null_class, steps=20)
     assert (got - (2.0 * labels.view(-1, 1, 1, 1) - 1)).abs().median() < 0.3
     assert (got.mean((1, 2, 3)).sign() == 2 * labels - 1).float().mean() > 0.75  # by chance 0.5 +- 0.06
-    unlabelled = sample(model, objective.scheduler(), torch.randn(256, 2, 4, 4), torch.zeros(256, dtype=torch.int64), 2,
-                        steps=20, guidance_scale=0.0)  # fmt: skip
+    unlabelled = sample(
+        model,
+        objective.scheduler(),
+        torch.randn(256, 2, 4, 4),
+        torch.zeros(256, dtype=torch.int64),
+        2,
+        steps=20,
+        guidance_scale=0.0,
+    )
     signs = unlabelled.mean((1, 2, 3)).sign()
     assert 32 < (signs > 0).sum() < 224, signs.sum()

@@ -52,8 +52,16 @@ def test_all_metrics_equal_torch_fidelity_on_the_same_images(tiny, accelerator):
     real, made = random_images(1200, 0), random_images(1030, 1, contrast=0.8)
     real_set = collect(tiny, real, accelerator)
     made_set = collect(tiny, made, accelerator, batch_size=64)
-    shared = {"input1": Images(made), "input2": Images(real), "feature_extractor": "tiny", "fid": True, "cuda": False,
-              "save_cpu_ram": True, "batch_size": 103, "verbose": False}  # fmt: skip
+    shared = {
+        "input1": Images(made),
+        "input2": Images(real),
+        "feature_extractor": "tiny",
+        "fid": True,
+        "cuda": False,
+        "save_cpu_ram": True,
+        "batch_size": 103,
+        "verbose": False,
+    }
     theirs = torch_fidelity.calculate_metrics(**shared, isc=True, kid=True, prc=True)
     spatial = torch_fidelity.calculate_metrics(**shared, feature_layer_fid="spatial")
     ours = {"fid": frechet_distance(made_set.gaussians["6"], real_set.gaussians["6"])}
@@ -139,15 +147,37 @@ def test_sfid_is_adms_distance_of_the_first_7_channels_of_mixed_6_conv(inception
     images = random_images(2, 2, size=24)
     features = inception._features(images)
     module = inception.module
-    x = (torch_fidelity.interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x(
-        images.float(), (299, 299), align_corners=False) - 128) / 128  # fmt: skip
-    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
-                 "MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):  # fmt: skip
+    x = (
+        torch_fidelity.interpolate_compat_tensorflow.interpolate_bilinear_2d_like_tensorflow1x(
+            images.float(), (299, 299), align_corners=False
+        )
+        - 128
+    ) / 128
+    for name in (
+        "Conv2d_1a_3x3",
+        "Conv2d_2a_3x3",
+        "Conv2d_2b_3x3",
+        "MaxPool_1",
+        "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3",
+        "MaxPool_2",
+        "Mixed_5b",
+        "Mixed_5c",
+        "Mixed_5d",
+        "Mixed_6a",
+        "Mixed_6b",
+        "Mixed_6c",
+    ):
         x = getattr(module, name)(x)
     # TensorFlow counts its mixed blocks from 5b on: mixed_6 is 6d, and its "conv" the branch of one 1 x 1 convolution.
     block = module.Mixed_6d.branch1x1
-    batch_norm = F.batch_norm(block.conv(x), block.bn.running_mean, block.bn.running_var, block.bn.weight,
-                              block.bn.bias, eps=0.001).relu().numpy()  # fmt: skip
+    batch_norm = (
+        F.batch_norm(
+            block.conv(x), block.bn.running_mean, block.bn.running_var, block.bn.weight, block.bn.bias, eps=0.001
+        )
+        .relu()
+        .numpy()
+    )
     expected = batch_norm.transpose(0, 2, 3, 1)[..., :7].reshape(2, -1)  # (B, 17, 17, 7), as TensorFlow orders it
     assert expected.shape == (2, 2023)
     np.testing.assert_allclose(features[inception.layers["sfid"]].numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -161,9 +191,26 @@ def test_simvqs_inception_sees_floats_resized_by_torch(inception):
     simvq = PytorchFidInception(inception)
     images = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     module, x = inception.module, F.interpolate(images, (299, 299), mode="bilinear", align_corners=False)
-    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
-                 "MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d",
-                 "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"):  # fmt: skip
+    for name in (
+        "Conv2d_1a_3x3",
+        "Conv2d_2a_3x3",
+        "Conv2d_2b_3x3",
+        "MaxPool_1",
+        "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3",
+        "MaxPool_2",
+        "Mixed_5b",
+        "Mixed_5c",
+        "Mixed_5d",
+        "Mixed_6a",
+        "Mixed_6b",
+        "Mixed_6c",
+        "Mixed_6d",
+        "Mixed_6e",
+        "Mixed_7a",
+        "Mixed_7b",
+        "Mixed_7c",
+    ):
         x = getattr(module, name)(x)
     torch.testing.assert_close(simvq._features(images)["2048"], x.mean((2, 3)), rtol=1e-4, atol=1e-5)
 

@@ -31,9 +31,12 @@ def test_every_number_equals_torch_fidelity_on_the_same_images(measure_samples, 
         **{"fid": True, "isc": True, "prc": True, "cuda": False, "verbose": False, "cache": False},
     )
     spatial = torch_fidelity.calculate_metrics(
-        input1=str(made), input2=str(real), feature_extractor="tiny", feature_layer_fid="spatial",
+        input1=str(made),
+        input2=str(real),
+        feature_extractor="tiny",
+        feature_layer_fid="spatial",
         **{"fid": True, "cuda": False, "verbose": False, "cache": False},
-    )  # fmt: skip
+    )
     assert result["metrics"] == pytest.approx(
         {
             "fd_tiny": theirs["frechet_inception_distance"],

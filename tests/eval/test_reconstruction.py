@@ -21,8 +21,15 @@ from nsvq.eval.reconstruction import main
 def measure(run_script, tokenizer_folder, image_folder, tiny_extractor, tmp_path):
     """Run the script on the tiny tokenizer and images; returns the result."""
 
-    def run(*arguments, tokenizer=tokenizer_folder, features=tiny_extractor, lpips="none", cache=None, bad=0.3,
-            output=tmp_path / "new" / "result.json"):  # fmt: skip
+    def run(
+        *arguments,
+        tokenizer=tokenizer_folder,
+        features=tiny_extractor,
+        lpips="none",
+        cache=None,
+        bad=0.3,
+        output=tmp_path / "new" / "result.json",
+    ):
         run_script(
             main,
             *("--tokenizer", tokenizer, "--data", image_folder, "--data.max_bad_fraction", bad, "--output", output),

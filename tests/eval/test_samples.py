@@ -56,8 +56,13 @@ def own_pipeline(tokenizer_folder, tmp_path):
 
     def make(layers=1):
         folder = tmp_path / f"pipeline-{layers}"
-        save_pipeline(folder, random_transformer(layers), VQModel.from_pretrained(tokenizer_folder),
-                      flow_scheduler(1.0), {0: "ant", 1: "bee", 2: "cat"})  # fmt: skip
+        save_pipeline(
+            folder,
+            random_transformer(layers),
+            VQModel.from_pretrained(tokenizer_folder),
+            flow_scheduler(1.0),
+            {0: "ant", 1: "bee", 2: "cat"},
+        )
         pipeline = load_pipeline(str(folder))
         pipeline.set_progress_bar_config(disable=True)
         return folder, pipeline
@@ -115,11 +120,24 @@ def test_a_sampler_guide_or_number_of_steps_that_does_not_fit_is_told_at_once(
 
 
 def test_a_pipeline_without_classes_is_measured_on_samples_of_no_class(measure_samples, tokenizer_folder, tmp_path):
-    unet = UNet2DModel(8, 3, 3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
-                       block_out_channels=(8,), norm_num_groups=4)  # fmt: skip
+    unet = UNet2DModel(
+        8,
+        3,
+        3,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+    )
     folder = tmp_path / "ldm"
-    save_pipeline(folder, unet, VQModel.from_pretrained(tokenizer_folder),
-                  ddpm_scheduler("epsilon", {"beta_schedule": "linear"}), {})  # fmt: skip
+    save_pipeline(
+        folder,
+        unet,
+        VQModel.from_pretrained(tokenizer_folder),
+        ddpm_scheduler("epsilon", {"beta_schedule": "linear"}),
+        {},
+    )
     pipeline = load_pipeline(str(folder))
     pipeline.set_progress_bar_config(disable=True)
     options = {"folder": folder.name, "output": tmp_path / "result.json", "samples": 16, "steps": [2]}
@@ -226,15 +244,24 @@ def stock_pipeline(tmp_path_factory):
     """A stock DiTPipeline with an AutoencoderKL, learned variance and a stochastic sampler."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
         num_embeds_ada_norm=3,
-    )  # fmt: skip
+    )
     for weight in transformer.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=4,
-        latent_channels=4, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=16,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=16,
+    )
     folder = tmp_path_factory.mktemp("stock")
     DiTPipeline(transformer, vae, DDPMScheduler(num_train_timesteps=20)).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -280,8 +307,13 @@ def test_an_autoregressive_pipeline_is_measured_over_a_sweep_of_temperatures(
     assert result["sampler"] == {"guidance_schedule": "linear", "top_p": 1.0}
     kept = tmp_path / "result-samples" / "guidance-2-temperature-1-top_k-0"
     shown = np.stack([np.asarray(Image.open(kept / f"{i:06}.png")) for i in range(16)])
-    expected = pipeline([i % 3 for i in range(16)], guidance_scale=2.0, guidance_schedule="linear",
-                        seeds=list(range(16)), output_type="np").images  # fmt: skip
+    expected = pipeline(
+        [i % 3 for i in range(16)],
+        guidance_scale=2.0,
+        guidance_schedule="linear",
+        seeds=list(range(16)),
+        output_type="np",
+    ).images
     assert np.abs(shown - expected * 255).max() <= 1
     write_page(tmp_path / "page.html", [result], [])
     chosen = result["setting"]["temperature"]
@@ -294,7 +326,14 @@ def test_an_autoregressive_pipeline_is_measured_over_a_sweep_of_temperatures(
 
 def test_a_pipeline_without_classes_is_refused(tmp_path, stock_pipeline):
     vae = DiTPipeline.from_pretrained(stock_pipeline)
-    DDPMPipeline(UNet2DModel(sample_size=8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
-                             up_block_types=("UpBlock2D",) * 2), vae.scheduler).save_pretrained(tmp_path)  # fmt: skip
+    DDPMPipeline(
+        UNet2DModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+        vae.scheduler,
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a DDPMPipeline, which takes no class_labels"):
         load_pipeline(str(tmp_path))

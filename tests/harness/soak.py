@@ -30,11 +30,25 @@ from nsvq.common import checkpoints
 
 ROOT = Path(__file__).parents[2]
 IMAGES, BATCH = 46, 8  # of these, 44 are trained on: epochs end within batches
-RUN = {"batch_size": BATCH, "accumulation": 2, "workers": 1, "log_every": 5, "sample_every": 1000,
-       "checkpoint_every": 3, "keep_checkpoints": 2, "trackers": [], "mixed_precision": "no"}  # fmt: skip
+RUN = {
+    "batch_size": BATCH,
+    "accumulation": 2,
+    "workers": 1,
+    "log_every": 5,
+    "sample_every": 1000,
+    "checkpoint_every": 3,
+    "keep_checkpoints": 2,
+    "trackers": [],
+    "mixed_precision": "no",
+}
 TOKENIZER = {
-    "model": {"channels": 8, "channel_multipliers": [1, 2], "layers_per_block": 1, "latent_channels": 4,
-              "norm_groups": 4},
+    "model": {
+        "channels": 8,
+        "channel_multipliers": [1, 2],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_groups": 4,
+    },
     "quantizer": {"name": "vq", "codebook_size": 64},
     "nsvq": {"replace": {"after": 0}, "freeze": {"latest": 10, "warmup": 4, "ramp": 2}},
     "loss": {"perceptual": "none", "discriminator_channels": 8, "discriminator_layers": 1},
@@ -42,7 +56,7 @@ TOKENIZER = {
     "optim": {"ema_decay": 0.9},
     "validation": {"every": 4, "images": 2, "probe_images": 2, "statistics_images": 16},
     "run": RUN,
-}  # fmt: skip
+}
 DIFFUSION = {
     "steps": 132,
     "model": {"size": "tiny", "depth": 2, "width": 32, "heads": 2},
@@ -68,19 +82,41 @@ def prepare(folder: Path) -> dict[str, list[str]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 18, 3), dtype=np.uint8)).save(path)
     torch.manual_seed(0)
-    VQModel(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, vq_embed_dim=3, num_vq_embeddings=32,
-            mid_block_add_attention=False).save_pretrained(folder / "vq")  # fmt: skip
+    VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        vq_embed_dim=3,
+        num_vq_embeddings=32,
+        mid_block_add_attention=False,
+    ).save_pretrained(folder / "vq")
     shared = ["--data", str(folder / "images"), "--data.image_size", "16", "--data.holdout", "0.05"]
     for name, config in (("tokenizer", TOKENIZER), ("diffusion", DIFFUSION), ("autoregressive", AUTOREGRESSIVE)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return {
         "tokenizer": ["--config", str(folder / "tokenizer.yaml"), *shared],
-        "diffusion": ["--config", str(folder / "diffusion.yaml"), *shared, "--tokenizer", str(folder / "vq"),
-                      "--cache", str(folder / "latents")],
-        "autoregressive": ["--config", str(folder / "autoregressive.yaml"), *shared, "--tokenizer", str(folder / "vq"),
-                           "--cache", str(folder / "codes")],
-    }  # fmt: skip
+        "diffusion": [
+            "--config",
+            str(folder / "diffusion.yaml"),
+            *shared,
+            "--tokenizer",
+            str(folder / "vq"),
+            "--cache",
+            str(folder / "latents"),
+        ],
+        "autoregressive": [
+            "--config",
+            str(folder / "autoregressive.yaml"),
+            *shared,
+            "--tokenizer",
+            str(folder / "vq"),
+            "--cache",
+            str(folder / "codes"),
+        ],
+    }
 
 
 def start(stage: str, arguments: list[str], out: Path) -> subprocess.Popen:
@@ -201,9 +237,12 @@ def main() -> None:
             landed = disturb(stage, arguments, folder, options.kills)
             if landed == 0:
                 sys.exit(f"{stage}: no kill fell into the writing of a checkpoint; give more --kills")
-            print(f"{stage}: {options.kills} kills, {landed} of them in the writing of a checkpoint; weights, "
-                  "state, metrics and samples equal those of an undisturbed run; "
-                  f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{stage}: {options.kills} kills, {landed} of them in the writing of a checkpoint; weights, "
+                "state, metrics and samples equal those of an undisturbed run; "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -17,15 +17,27 @@ ABOUT = {
     "objective": "rectified flow, shifted by s = 1.5",
     "config": {
         "data": {"source": "someone/pets"},
-        "optim": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip_grad_norm": 1.0, "warmup_steps": 50,
-                  "ema_decay": 0.999},
+        "optim": {
+            "lr": 1e-4,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.0,
+            "clip_grad_norm": 1.0,
+            "warmup_steps": 50,
+            "ema_decay": 0.999,
+        },
         "model": {"variant": "dit", "class_dropout": 0.1},
         "run": {"batch_size": 256, "mixed_precision": "bf16"},
     },
-    "latents": {"key": {"image_size": 16, "flips": 2, "crops": 1, "latents": "continuous", "tokenizer": "abc123"},
-                "shape": [2, 3, 4, 4], "count": 5000, "bad_images": 7,
-                "mean": [0.1, -0.2, 0.0], "std": [0.9, 1.1, 1.0], "overall_std": 1.01},
-}  # fmt: skip
+    "latents": {
+        "key": {"image_size": 16, "flips": 2, "crops": 1, "latents": "continuous", "tokenizer": "abc123"},
+        "shape": [2, 3, 4, 4],
+        "count": 5000,
+        "bad_images": 7,
+        "mean": [0.1, -0.2, 0.0],
+        "std": [0.9, 1.1, 1.0],
+        "overall_std": 1.01,
+    },
+}
 
 
 def _random_dit(**options):

@@ -135,8 +135,12 @@ def test_images_are_their_tokens_decoded_and_hang_on_their_own_seed_alone(pipeli
 
 def test_the_callback_sees_every_token_and_the_bar_counts_them(tokens_folder, capsys):
     pipeline, seen = ClassConditionalPipeline.from_pretrained(tokens_folder), []
-    pipeline([0, 1, 2], seeds=[0, 1, 2], batch_size=2, callback_on_step_end=lambda _, i, t, values: seen.append(
-        (i, t, *values["tokens"].shape)))  # fmt: skip
+    pipeline(
+        [0, 1, 2],
+        seeds=[0, 1, 2],
+        batch_size=2,
+        callback_on_step_end=lambda _, i, t, values: seen.append((i, t, *values["tokens"].shape)),
+    )
     assert seen == [(i, i, count, i + 1) for count in (2, 1) for i in range(16)]
     assert "32/32" in capsys.readouterr().err
 
@@ -172,9 +176,17 @@ def test_a_model_without_classes_is_not_guided(vae, tmp_path):
 
 def test_codes_of_a_quantizer_without_a_table_are_decoded_too(tmp_path):
     torch.manual_seed(1)
-    vae = QuantizerVQModel(quantizer={"name": "fsq", "levels": [4, 4]}, block_out_channels=(8, 8, 8), latent_channels=2,
-                           down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                           norm_num_groups=4, num_vq_embeddings=16, vq_embed_dim=2, sample_size=16).eval()  # fmt: skip
+    vae = QuantizerVQModel(
+        quantizer={"name": "fsq", "levels": [4, 4]},
+        block_out_channels=(8, 8, 8),
+        latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+        vq_embed_dim=2,
+        sample_size=16,
+    ).eval()
     save_pipeline(tmp_path / "pipeline", random_llama(), vae, NAMES)
     pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "pipeline")
     codes = pipeline([1, 2], seeds=[1, 2], output_type="latent").images
@@ -183,12 +195,24 @@ def test_codes_of_a_quantizer_without_a_table_are_decoded_too(tmp_path):
 
 
 def test_sample_py_draws_from_it_and_refuses_keys_of_diffusion(run_script, tokens_folder, pipeline, tmp_path):
-    arguments = ["--pipeline", tokens_folder, "--classes", 4, "tench", "--output", tmp_path / "grid.png", "--per_class",
-                 2, "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "--pipeline",
+        tokens_folder,
+        "--classes",
+        4,
+        "tench",
+        "--output",
+        tmp_path / "grid.png",
+        "--per_class",
+        2,
+        "--device",
+        "cpu",
+    ]
     run_script(sample.main, *arguments, "--temperature", 0.5, "--guidance_schedule", "linear", "--seed", 3)
     grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
-    expected = pipeline([4, 4, 0, 0], seeds=[3, 4, 5, 6], temperature=0.5, guidance_scale=2.0,
-                        guidance_schedule="linear").images  # fmt: skip
+    expected = pipeline(
+        [4, 4, 0, 0], seeds=[3, 4, 5, 6], temperature=0.5, guidance_scale=2.0, guidance_schedule="linear"
+    ).images
     assert np.abs(grid[20:36, 2:18] - np.asarray(expected[2]).astype(int)).max() <= 1
     with pytest.raises(UsageError, match="--steps means nothing to an autoregressive model"):
         run_script(sample.main, *arguments, "--steps", 3)
@@ -201,7 +225,13 @@ def test_sample_py_refuses_keys_of_tokens_for_a_diffusion_model(run_script, fold
 
 def test_card_says_what_generates_what(tokens_folder):
     text = " ".join((tokens_folder / "README.md").read_text().split())
-    facts = ["# Class-conditional autoregressive transformer", "tokens: 4 x 4", "16 codes of 3 dimensions",
-             "Objective: the next code", "7 warm-up steps", "16 to 20 are the classes, 21 is"]  # fmt: skip
+    facts = [
+        "# Class-conditional autoregressive transformer",
+        "tokens: 4 x 4",
+        "16 codes of 3 dimensions",
+        "Objective: the next code",
+        "7 warm-up steps",
+        "16 to 20 are the classes, 21 is",
+    ]
     assert [fact for fact in facts if fact not in text] == []
     assert "The stock pipeline" not in text

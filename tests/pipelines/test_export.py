@@ -157,8 +157,12 @@ def test_modern_ships_its_code_and_loads_where_the_project_is_not(vae, tmp_path)
     folder = tmp_path / "pipeline"
     save_pipeline(folder, to_stock(model), vae, flow_scheduler(1.5), NAMES)
     shipped = folder / "transformer" / "nsvq_dit.py"
-    imported = {word for line in shipped.read_text().splitlines() if line.startswith(("import ", "from "))
-                for word in [line.split()[1].split(".")[0]]}  # fmt: skip
+    imported = {
+        word
+        for line in shipped.read_text().splitlines()
+        if line.startswith(("import ", "from "))
+        for word in [line.split()[1].split(".")[0]]
+    }
     assert imported == {"typing", "torch", "diffusers"}
     name, images = load_elsewhere(folder, tmp_path, class_labels=[0, 4], guidance_scale=3.0)
     assert name == "DiTPipeline"
@@ -185,8 +189,9 @@ def test_a_unet_with_classes_is_guided_in_the_stock_dit_pipeline(vae, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert (type(loaded), type(loaded.transformer)) == (DiTPipeline, UNet2DModel)
     latents, null = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([5, 5])
-    images = loaded([1, 4], guidance_scale=2.0, num_inference_steps=5, generator=torch.Generator().manual_seed(3),
-                    output_type="pt").images  # fmt: skip
+    images = loaded(
+        [1, 4], guidance_scale=2.0, num_inference_steps=5, generator=torch.Generator().manual_seed(3), output_type="pt"
+    ).images
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(5)
     with torch.no_grad():
@@ -219,8 +224,13 @@ def test_a_unet_without_classes_is_the_stock_ldm_pipeline(vae, about, tmp_path):
     own.set_progress_bar_config(disable=True)
     evaluated = []
     own.transformer.register_forward_hook(lambda _, inputs, output: evaluated.append(len(output.sample)))
-    again = own([None, None], generator=torch.Generator().manual_seed(3), num_inference_steps=5, guidance_scale=2.0,
-                output_type="np").images  # fmt: skip
+    again = own(
+        [None, None],
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=5,
+        guidance_scale=2.0,
+        output_type="np",
+    ).images
     torch.testing.assert_close(torch.as_tensor(again), torch.as_tensor(images), rtol=0, atol=1e-5)
     assert evaluated == [2] * 5  # guidance has nothing to guide from
     with pytest.raises(ValueError, match="class 0 does not exist: there are none"):
@@ -241,8 +251,16 @@ def test_an_unconditional_dit_gives_the_same_for_every_label_of_the_stock_pipeli
     save_pipeline(folder, to_stock(model), vae, flow_scheduler(1.5), {})
     loaded = DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
-    images = [loaded([label], guidance_scale=3.0, num_inference_steps=4, generator=torch.Generator().manual_seed(3),
-                     output_type="pt").images for label in (0, 17, 1000)]  # fmt: skip
+    images = [
+        loaded(
+            [label],
+            guidance_scale=3.0,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(3),
+            output_type="pt",
+        ).images
+        for label in (0, 17, 1000)
+    ]
     torch.testing.assert_close(images[1], images[0])
     torch.testing.assert_close(images[2], images[0])
     own = ClassConditionalPipeline.from_pretrained(folder)

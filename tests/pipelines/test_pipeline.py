@@ -59,9 +59,11 @@ def test_an_image_depends_on_its_seed_and_class_but_not_on_its_batch(pipeline):
     assert (latents[1] - latents[3]).abs().max() > 1e-3  # one seed, two classes
 
 
-@pytest.mark.parametrize(("scheduler", "sampler"), [(flow_scheduler(1.5), "sde"),
-                                                    (DDPM(DDPMConfig(prediction="v")).scheduler(), "ddpm")],
-                         ids=["flow", "ddpm"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [(flow_scheduler(1.5), "sde"), (DDPM(DDPMConfig(prediction="v")).scheduler(), "ddpm")],
+    ids=["flow", "ddpm"],
+)
 def test_seeds_hold_for_samplers_that_draw_noise_too(pipeline, scheduler, sampler):
     pipeline.scheduler = scheduler
     how = {"sampler": sampler, "output_type": "latent"}
@@ -114,8 +116,9 @@ def test_autoguidance_goes_from_the_guide_to_the_model(pipeline, tmp_path, rando
     options = {"seeds": [1, 2], "output_type": "latent"}
     alone = images(pipeline, [0, 4], **options)
     assert torch.equal(images(pipeline, [0, 4], guide=guide, guidance_scale=1.0, **options), alone)
-    assert torch.equal(images(pipeline, [0, 4], guide=guide, guidance_scale=0.0, **options),
-                       images(weak, [0, 4], **options))  # fmt: skip
+    assert torch.equal(
+        images(pipeline, [0, 4], guide=guide, guidance_scale=0.0, **options), images(weak, [0, 4], **options)
+    )
     guided = images(pipeline, [0, 4], guide=guide, guidance_scale=2.0, num_inference_steps=1, **options)
     ends = [images(p, [0, 4], num_inference_steps=1, **options) for p in (pipeline, weak)]
     torch.testing.assert_close(guided, ends[1] + 2.0 * (ends[0] - ends[1]), rtol=1e-4, atol=1e-5)
@@ -138,8 +141,14 @@ def test_as_many_steps_as_there_are_timesteps_work(pipeline):
     # Neighbouring timesteps are equal after rounding then, on which the stock lookup of the first step fails.
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=4.0)
     calls = []
-    images(pipeline, [0], seeds=[0], num_inference_steps=600, output_type="latent",
-           callback_on_step_end=lambda *call: calls.append(call[1]))  # fmt: skip
+    images(
+        pipeline,
+        [0],
+        seeds=[0],
+        num_inference_steps=600,
+        output_type="latent",
+        callback_on_step_end=lambda *call: calls.append(call[1]),
+    )
     assert calls == list(range(600))
     assert pipeline.scheduler.step_index == 600
 
@@ -147,8 +156,9 @@ def test_as_many_steps_as_there_are_timesteps_work(pipeline):
 def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional_one(pipeline, monkeypatch):
     evaluated = []
     real = pipeline.transformer.forward
-    monkeypatch.setattr(pipeline.transformer, "forward", lambda x, **k: (evaluated.append(k["class_labels"].tolist()),
-                                                                         real(x, **k))[1])  # fmt: skip
+    monkeypatch.setattr(
+        pipeline.transformer, "forward", lambda x, **k: (evaluated.append(k["class_labels"].tolist()), real(x, **k))[1]
+    )
     options = {"seeds": [1, 2], "output_type": "latent"}
     images(pipeline, [0, 4], guidance_scale=1.0, **options)
     assert evaluated == [[0, 4]] * STEPS

@@ -9,8 +9,28 @@ from nsvq.pipelines.sample import main
 
 def test_picture_has_a_row_a_class_with_one_seed_an_image(run_script, folder, pipeline, tmp_path):
     out = tmp_path / "new" / "grid.png"
-    run_script(main, "--pipeline", folder, "--classes", 4, "tench", "--output", out, "--per_class", 3, "--steps", 2,
-               "--guidance_scale", 1.5, "--seed", 10, "--batch_size", 4, "--device", "cpu")  # fmt: skip
+    run_script(
+        main,
+        "--pipeline",
+        folder,
+        "--classes",
+        4,
+        "tench",
+        "--output",
+        out,
+        "--per_class",
+        3,
+        "--steps",
+        2,
+        "--guidance_scale",
+        1.5,
+        "--seed",
+        10,
+        "--batch_size",
+        4,
+        "--device",
+        "cpu",
+    )
     grid = np.asarray(Image.open(out))
     assert grid.shape == (2 * 18 + 2, 3 * 18 + 2, 3)
     expected = pipeline([4] * 3 + [0] * 3, seeds=range(10, 16), num_inference_steps=2, guidance_scale=1.5).images
@@ -33,8 +53,27 @@ def test_a_number_that_is_the_name_of_a_class_is_that_class(run_script, folder, 
 def test_sampler_and_guide_reach_the_pipeline(run_script, folder, pipeline, random_dit, vae, tmp_path):
     save_pipeline(tmp_path / "weak", to_stock(random_dit(depth=1)), vae, pipeline.scheduler, pipeline.id2label)
     out = tmp_path / "grid.png"
-    run_script(main, "--pipeline", folder, "--classes", 4, "--output", out, "--per_class", 1, "--steps", 3, "--sampler",
-               "heun", "--guide", tmp_path / "weak", "--guidance_scale", 2.0, "--device", "cpu")  # fmt: skip
+    run_script(
+        main,
+        "--pipeline",
+        folder,
+        "--classes",
+        4,
+        "--output",
+        out,
+        "--per_class",
+        1,
+        "--steps",
+        3,
+        "--sampler",
+        "heun",
+        "--guide",
+        tmp_path / "weak",
+        "--guidance_scale",
+        2.0,
+        "--device",
+        "cpu",
+    )
     shown = np.asarray(Image.open(out)).astype(int)
     how = {"seeds": [0], "num_inference_steps": 3, "guidance_scale": 2.0}
     guide = pipeline.load_guide(tmp_path / "weak")
@@ -66,8 +105,9 @@ def test_sampler_and_guide_reach_the_pipeline(run_script, folder, pipeline, rand
 )
 def test_what_cannot_work_is_told_in_one_line(run_script, folder, tmp_path, change, error, message):
     options = {"--pipeline": folder, "--classes": 0, "--output": tmp_path / "grid.png", "--device": "cpu"} | change
-    arguments = [part for key, value in options.items()
-                 for part in (key, *(value if isinstance(value, list) else [value]))]  # fmt: skip
+    arguments = [
+        part for key, value in options.items() for part in (key, *(value if isinstance(value, list) else [value]))
+    ]
     with pytest.raises(UserError) as raised:
         run_script(main, *arguments)
     assert type(raised.value) is error

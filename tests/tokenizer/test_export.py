@@ -15,9 +15,13 @@ from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 def config(dim):
     return ModelConfig(
-        channels=8, channel_multipliers=[1, 2], layers_per_block=1, latent_channels=dim, norm_groups=4,
+        channels=8,
+        channel_multipliers=[1, 2],
+        layers_per_block=1,
+        latent_channels=dim,
+        norm_groups=4,
         mid_attention=True,
-    )  # fmt: skip
+    )
 
 
 def build(quantizer):
@@ -112,8 +116,13 @@ def test_every_index_decodes_and_encodes_through_its_code():
     with pytest.raises(ValueError, match=r"0\.\.16"):
         tokenizer.decode(indices + 1)
     with pytest.raises(ValueError, match="multiples of"):
-        Tokenizer(VQModel(block_out_channels=(32, 32), down_block_types=["DownEncoderBlock2D"] * 2,
-                          up_block_types=["UpDecoderBlock2D"] * 2)).encode(torch.zeros(1, 3, 9, 8))  # fmt: skip
+        Tokenizer(
+            VQModel(
+                block_out_channels=(32, 32),
+                down_block_types=["DownEncoderBlock2D"] * 2,
+                up_block_types=["UpDecoderBlock2D"] * 2,
+            )
+        ).encode(torch.zeros(1, 3, 9, 8))
 
 
 def test_fingerprint_tells_weights_apart(trained):

@@ -153,9 +153,16 @@ def test_batches_of_codes_depend_on_their_position_alone(tmp_path, tokenizer, da
 
 
 def test_quantized_latents_are_refused_where_codes_are_not_their_own_nearest_ones(tmp_path, data, accelerator):
-    model = QuantizerVQModel(quantizer={"name": "fsq", "levels": [8, 8, 8]}, block_out_channels=(8, 8, 8),
-                             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                             norm_num_groups=4, num_vq_embeddings=512, vq_embed_dim=3, sample_size=16)  # fmt: skip
+    model = QuantizerVQModel(
+        quantizer={"name": "fsq", "levels": [8, 8, 8]},
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        num_vq_embeddings=512,
+        vq_embed_dim=3,
+        sample_size=16,
+    )
     with pytest.raises(UsageError, match=r"latents: quantized needs a tokenizer whose codes.*use latents: continuous"):
         open_cache(tmp_path / "latents", Tokenizer(model), data, accelerator, kind="quantized")
 
@@ -262,8 +269,11 @@ def test_a_stale_cache_is_refused(cache, tokenizer, data, accelerator, other_tok
     elif changed == "flip":
         data, what = data.model_copy(update={"flip": False}), "another data.flip"
     else:
-        how, what = {"limit": ({"limit": 20}, "another cache_images"), "crops": ({"crops": 2}, "another cache_crops"),
-                     "latents": ({"kind": "quantized"}, "another setting of latents")}[changed]  # fmt: skip
+        how, what = {
+            "limit": ({"limit": 20}, "another cache_images"),
+            "crops": ({"crops": 2}, "another cache_crops"),
+            "latents": ({"kind": "quantized"}, "another setting of latents"),
+        }[changed]
     with pytest.raises(UserError) as error:
         open_cache(cache.folder, tokenizer, data, accelerator, **how)
     assert str(error.value) == (f"{cache.folder} holds latents of {what}: delete that folder, or give another --cache")
@@ -329,8 +339,11 @@ def test_ranks_divide_the_shards_that_are_missing(cache, data):
     gone = cache.folder / cache.manifest["shards"][1]["file"]
     gone.unlink()
     for ranks, missing in [(1, [1]), (2, [1])]:
-        names = [name for rank in range(ranks) for name, _ in
-                 encode._image_jobs(cache.folder, data, images, Rank(rank, ranks), KEY, 0)[1]]  # fmt: skip
+        names = [
+            name
+            for rank in range(ranks)
+            for name, _ in encode._image_jobs(cache.folder, data, images, Rank(rank, ranks), KEY, 0)[1]
+        ]
         assert names == [cache.manifest["shards"][i]["file"] for i in missing]
     shutil.rmtree(cache.folder)
     jobs = [list(encode._image_jobs(cache.folder, data, images, Rank(rank, 2), KEY, 0)[1]) for rank in range(2)]

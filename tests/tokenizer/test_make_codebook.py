@@ -12,8 +12,15 @@ from nsvq.tokenizer.make_codebook import main
 
 @pytest.fixture
 def clip(tmp_path):
-    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                              image_size=32, patch_size=8, projection_dim=12)  # fmt: skip
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=12,
+    )
     model = CLIPVisionModelWithProjection(config).eval()
     model.save_pretrained(tmp_path / "clip")
     return model

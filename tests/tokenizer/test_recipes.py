@@ -5,8 +5,14 @@ from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[2]
-MAY_DIFFER = ("out:", "quantizer.", "model.latent_channels:", "loss.codebook_weight:", "loss.commitment_weight:",
-              "nsvq.")  # fmt: skip
+MAY_DIFFER = (
+    "out:",
+    "quantizer.",
+    "model.latent_channels:",
+    "loss.codebook_weight:",
+    "loss.commitment_weight:",
+    "nsvq.",
+)
 
 
 def other(differences):

@@ -8,8 +8,32 @@ from nsvq.tokenizer.nsvq_config import NSVQConfig, PullConfig
 from nsvq.tokenizer.schedule import Schedule, ScheduleConfig, plateaued
 
 # A recorded commitment curve in the shape of the paper's Fig. 5: it falls, rises a little, falls slowly, and stays.
-CURVE = [0.9, 0.4, 0.2, 0.1, 0.06, 0.05, 0.045, 0.046, 0.047, 0.044, 0.0436, 0.0435,
-         0.0437, 0.0436, 0.0438, 0.0435, 0.0437, 0.0436, 0.0439, 0.0438, 0.0437, 0.0436, 0.0435, 0.0434]  # fmt: skip
+CURVE = [
+    0.9,
+    0.4,
+    0.2,
+    0.1,
+    0.06,
+    0.05,
+    0.045,
+    0.046,
+    0.047,
+    0.044,
+    0.0436,
+    0.0435,
+    0.0437,
+    0.0436,
+    0.0438,
+    0.0435,
+    0.0437,
+    0.0436,
+    0.0439,
+    0.0438,
+    0.0437,
+    0.0436,
+    0.0435,
+    0.0434,
+]
 
 
 def freeze_epoch_by_eq_57(losses, patience):

@@ -113,8 +113,13 @@ def test_codes_are_revived_within_the_epochs_before_the_first_replacement(run_sc
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_method_trains_by_the_same_command_to_a_tokenizer_that_loads(run_script, tiny, tmp_path, name):
     save_file({"features": torch.randn(64, 5)}, tmp_path / "features.safetensors")
-    options = {"fsq": {"levels": [4, 4, 2, 2]}, "fsp": {"levels": [4, 4, 2, 2]}, "lfq": {}, "bsq": {},
-               "lc": {"features": str(tmp_path / "features.safetensors")}}.get(name, {"codebook_size": 64})  # fmt: skip
+    options = {
+        "fsq": {"levels": [4, 4, 2, 2]},
+        "fsp": {"levels": [4, 4, 2, 2]},
+        "lfq": {},
+        "bsq": {},
+        "lc": {"features": str(tmp_path / "features.safetensors")},
+    }.get(name, {"codebook_size": 64})
     config = read_yaml(tiny) | {"quantizer": {"name": name, **options}, "nsvq": None}
     config["model"]["latent_channels"] = 6 if name in ("lfq", "bsq") else 4  # K = 64 has 6 bits
     config["schedule"]["epochs"] = 2
@@ -179,8 +184,9 @@ def test_a_run_that_signals_stop_in_each_phase_ends_with_the_same_weights_to_the
     command = ["--config", tiny, "--out", parts, *UNEVEN]
     for position, workers in ((44, 0), (92, 1), (133, 0)):  # in the first or second micro-batch of a step
         with pytest.raises(Stopped, match=f"SIGTERM at step {position // 8 + 1}; the same command") as stopped:
-            run_instrumented(train, *command, "--run.workers", workers, record=tmp_path / "parts-record",
-                             signal_at=position)  # fmt: skip
+            run_instrumented(
+                train, *command, "--run.workers", workers, record=tmp_path / "parts-record", signal_at=position
+            )
         assert stopped.value.exit_code == 143
         assert (parts / "stopped").exists()
         assert not (parts / "tokenizer").exists()
@@ -304,8 +310,19 @@ def test_accumulating_micro_batches_equals_one_large_batch(run_script, tiny, tmp
 
 def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_steps(run_instrumented, tiny, tmp_path):
     out, in_step_3 = tmp_path / "out", [22]  # in its second micro-batch
-    run_instrumented(train, "--config", tiny, "--out", out, "--run.accumulation", 2, "--run.checkpoint_every", 1,
-                     record=tmp_path / "record", nan_at=in_step_3)  # fmt: skip
+    run_instrumented(
+        train,
+        "--config",
+        tiny,
+        "--out",
+        out,
+        "--run.accumulation",
+        2,
+        "--run.checkpoint_every",
+        1,
+        record=tmp_path / "record",
+        nan_at=in_step_3,
+    )
     for module in ("encoder", "decoder", "discriminator"):
         assert equal(weights(out, 2, module), weights(out, 3, module))
         assert not equal(weights(out, 3, module), weights(out, 4, module))
@@ -321,8 +338,19 @@ def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_s
 def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_instrumented, tiny, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to step 5") as error:
-        run_instrumented(train, "--config", tiny, "--out", out, "--run.skip_limit", 3, "--run.checkpoint_every", 1,
-                         record=tmp_path / "record", nan_at=[16, 24, 32])  # fmt: skip
+        run_instrumented(
+            train,
+            "--config",
+            tiny,
+            "--out",
+            out,
+            "--run.skip_limit",
+            3,
+            "--run.checkpoint_every",
+            1,
+            record=tmp_path / "record",
+            nan_at=[16, 24, 32],
+        )
     ids = [id for position, id in samples(tmp_path / "record").items() if 32 <= position < 40]
     assert ", ".join(ids) in str(error.value)
     assert (out / "checkpoints" / "step-4").exists()

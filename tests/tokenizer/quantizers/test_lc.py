@@ -27,8 +27,10 @@ def test_codes_start_at_the_same_scale_for_features_of_any_scale_and_offset(tmp_
         assert codes.mean(0).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("content", [None, {"other": torch.zeros(3, 2)}, {"features": torch.full((3, 2), torch.nan)},
-                                     {"features": torch.ones(3, 2)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [None, {"other": torch.zeros(3, 2)}, {"features": torch.full((3, 2), torch.nan)}, {"features": torch.ones(3, 2)}],
+)
 def test_a_file_without_features_is_one_clear_line(tmp_path, content):
     path = tmp_path / "features.safetensors"
     if content is not None:
