@@ -58,7 +58,7 @@ def main() -> None:
     latest = {run: max(files, key=lambda path: path.stat().st_mtime) for run, files in samples.items()}
     places = {
         "reconstructions (originals above)": latest["nsvq"],
-        "samples during training": latest["dit"],
+        "samples during training": latest[config.generator],
         "samples by class": config.out / "generation.png",
         "all of it as one page": page,
         "metrics": f"{config.out / 'nsvq/metrics.jsonl'} {config.out / config.generator / 'metrics.jsonl'}",

@@ -113,3 +113,9 @@ def test_both_stages_end_in_a_measured_folder_that_stock_diffusers_loads(run_scr
     codes = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
     assert codes.shape == (2, 8, 8)
     assert tokenizer.decode(codes).shape == (2, 3, 16, 16)
+
+    (out / "dit").rename(out / "ar")  # GENERATOR=autoregressive has another folder
+    (out / "pipeline").unlink()
+    (out / "pipeline").symlink_to("ar/pipeline")
+    run_script(summarize, "--out", out, "--generator", "ar")
+    assert str(out / "ar" / "metrics.jsonl") in capsys.readouterr().out
