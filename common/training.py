@@ -49,8 +49,8 @@ class Trainer:
     def register(
         self, name: str, modules: dict[str, nn.Module], optimized: dict[str, Optimized], averaged: list, ema: dict
     ) -> None:
-        """`modules` as accelerate prepared them; `optimized`, whose first part's gradient norm has no name; parameters of
-        which `EMAModel(**ema)` keeps an average. Takes up the run's folder, and raises what `Run` does."""
+        """`modules` as accelerate prepared them; `optimized`, whose first part's gradient norm has no name; of the
+        parameters in `averaged`, `EMAModel(**ema)` keeps an average. Takes up the folder; raises what `Run` does."""
         self.modules, self.optimized, self.averaged, self._ema_options = modules, optimized, averaged, ema
         optimizers = {key: part.optimizer for key, part in optimized.items()}
         self.run = Run(self.accelerator, self.config, self.config.out, name, modules, optimizers, self.inputs)
