@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nsvq.data import shards, sources, tables
+from nsvq.data import labels, shards, sources, tables
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage
 from nsvq.data.sources import open_split
@@ -191,7 +191,7 @@ def without_image(images, root: Path) -> list[str]:
     """Of all samples, in every split of the tars, why each has no image that can be read."""
     files, reasons = tables.by_split(images.found.files), []
     for part in files.values():
-        found = shards.Shards(part, sources._fields(DataConfig(source=str(root)), files))
+        found = shards.Shards(part, labels.shard_fields(DataConfig(source=str(root)), files))
         for row in range(len(found)):
             try:
                 found.read(row)
