@@ -98,6 +98,7 @@ class TrainConfig(Config):
             (nsvq.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
             (nsvq.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),
             (nsvq.replace, method.free_table, f"{name} has no free codes to replace; set nsvq.replace: null"),
+            (freeze and freeze.decay is not None, name == "ema", f"{name} has no decay; set nsvq.freeze.decay: null"),
             (consolidate, method.can_consolidate, f"k-means fits no codes of {name}; set nsvq.freeze.consolidate: 0"),
         )
         if unfit := [text for asked, able, text in parts if asked and not able]:

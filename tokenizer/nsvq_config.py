@@ -36,6 +36,7 @@ class FreezeConfig(Config):
     latest: int = Field(50, ge=1, description="Epoch at whose end the encoder is frozen at the latest.")
     warmup: int = Field(3, ge=0, description="Epochs of warmup.")
     ramp: float = Field(2, ge=0, description="Epochs over which the GAN's weight rises to 1 in stage2.")
+    decay: float | None = Field(None, ge=0, lt=1, description="quantizer.decay from then on; null: as before.")
     consolidate: int = Field(0, ge=0, description="Iterations of k-means, from the codes, when the encoder is frozen.")
     consolidate_images: int = Field(10_000, ge=1, description="Training images whose latents it works on.")
 

@@ -46,8 +46,10 @@ class CodebookUpkeep:
             self.quantizer.initialize(latents(count))
 
     def begin_step(self) -> None:
-        """Say to a method that revives codes after how long, if it may."""
+        """Say to a method that revives codes after how long, if it may, and to moving averages how fast they forget."""
         self.quantizer.revive_after = self.schedule.revive_after()
+        if self.schedule.phase != "stage1" and self.config.freeze.decay is not None:
+            self.quantizer.decay = self.config.freeze.decay
 
     def replace(self, counts: Tensor, errors: Tensor) -> int:
         """At the end of an epoch in which the codes won `counts` tokens [K] and left squared `errors` [K], over all

@@ -69,6 +69,18 @@ def test_a_method_may_revive_until_replacement_sets_in(upkeep):
     assert allowed == [5, 5, None, None]
 
 
+def test_averages_forget_as_slowly_as_asked_once_the_encoder_is_frozen(upkeep):
+    keeper, *_ = upkeep("ema", freeze={"decay": 0.5})
+    counts = []
+    for _ in range(7):
+        keeper.begin_step()
+        keeper.quantizer.counts.fill_(1)
+        keeper.quantizer.end_step(True)  # nothing was won
+        counts.append(round(float(keeper.quantizer.counts[0]), 2))
+        keeper.schedule.end_epoch(commitment=1.0 / (1 + keeper.schedule.epoch))
+    assert counts == [0.99] * 5 + [0.5] * 2
+
+
 def test_consolidation_is_lloyds_fixed_point_and_off_by_default(upkeep):
     points = torch.cat([torch.eye(D)[:2] * 9 + 0.01 * torch.randn(2, D) for _ in range(50)] + [torch.randn(200, D)])
     keeper, table, *_ = upkeep()

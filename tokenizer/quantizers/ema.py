@@ -44,6 +44,7 @@ class EMAQuantizer(TableQuantizer):
         self.register_buffer("step_wins", torch.zeros(k), persistent=False)
         self.register_buffer("step_counts", torch.zeros(k), persistent=False)
         self.register_buffer("step_sums", torch.zeros(k, dim), persistent=False)
+        self.decay = config.decay  # another one, where `nsvq.freeze.decay` says so
         self.draws = ranks.Draws()
 
     def initialize(self, latents: Tensor) -> None:
@@ -73,7 +74,7 @@ class EMAQuantizer(TableQuantizer):
     def end_step(self, stepped: bool) -> None:
         for average, step in ((self.counts, self.step_counts), (self.sums, self.step_sums)):
             if stepped:
-                average.lerp_(ranks.total(step), 1 - self.config.decay)
+                average.lerp_(ranks.total(step), 1 - self.decay)
             step.zero_()
         if stepped:
             counts = self.counts[:, None]
