@@ -95,6 +95,8 @@ class MetricsLog:
             if self._flops and (peak := peak_flops(self.accelerator)):
                 values["mfu"] = self._flops[-1][1] * values["images_per_second"] / peak
         values["memory_gib"] = _peak_memory(self.accelerator.device) / 2**30
+        if self.accelerator.device.type == "cuda":
+            values["memory_reserved_gib"] = torch.cuda.max_memory_reserved(self.accelerator.device) / 2**30
         self._time, self._samples = now, samples_seen
         if self.accelerator.is_main_process:
             self._unwritten += json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
