@@ -50,7 +50,8 @@ from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.trainer import TokenizerTrainer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
-IMAGENET = {"images": 1_281_167, "classes": 1000, "bytes": 150e9}  # ILSVRC/imagenet-1k
+IMAGENET, IMAGENET_IMAGES, IMAGENET_BYTES = "ILSVRC/imagenet-1k", 1_281_167, 150e9
+CLASSES = 1000
 GIB = 2**30
 # What CUDA reports as a GPU's memory, GiB; speeds are in common/metrics.py.
 MEMORY = {"B200": 178, "H200": 139, "H100": 79, "A100": 79, "L40S": 44, "L40": 44, "A10": 22, "L4": 22}
@@ -225,7 +226,7 @@ def read(file: Path, words: list[str], tokenizer_file: Path) -> Plan:
 
 
 def _images(config: Any) -> int:
-    return IMAGENET["images"] if config.data.source == "ILSVRC/imagenet-1k" else len(open_split(config.data, "train"))
+    return IMAGENET_IMAGES if config.data.source == IMAGENET else len(open_split(config.data, "train"))
 
 
 def _tokenizer(config: TrainConfig) -> Plan:
@@ -239,7 +240,8 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     pull, accelerator = config.nsvq.pull, _Accelerator(device)
     quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
     if isinstance(quantizer, NearestQuantizer):
-        quantizer.searched = lambda *_: None  # bookkeeping, which may look at values, and takes next to nothing
+        # Bookkeeping, which may look at values, and takes next to nothing.
+        quantizer.searched = lambda *_: None  # type: ignore[method-assign]
     encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
     discriminator = PatchDiscriminator(config.loss.discriminator_channels, config.loss.discriminator_layers)
     metric = None
@@ -290,7 +292,7 @@ def _diffusion(config: diffusion.TrainConfig, tokenizer: TrainConfig) -> Plan:
 
     def make(device: torch.device) -> Step:
         accelerator = _Accelerator(device)
-        model, objective = make_model(config.model, shape, IMAGENET["classes"]), make_objective(config.objective, shape)
+        model, objective = make_model(config.model, shape, CLASSES), make_objective(config.objective, shape)
         trainer = SimpleNamespace(
             config=config, device=device, accelerator=accelerator, objective=objective, model=model, network=model
         )
@@ -314,11 +316,11 @@ def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) 
 
     def make(device: torch.device) -> Step:
         accelerator = _Accelerator(device)
-        llama = make_llama(config.model, codes, IMAGENET["classes"], side**2)
+        llama = make_llama(config.model, codes, CLASSES, side**2)
         if config.model.gradient_checkpointing:
             llama.gradient_checkpointing_enable({"use_reentrant": False})
         model = NextToken(llama, codes, config.model.dropout)
-        null = codes + IMAGENET["classes"]
+        null = codes + CLASSES
         trainer = SimpleNamespace(
             config=config, device=device, accelerator=accelerator, codes=codes, null=null, model=model, network=model
         )
@@ -383,8 +385,8 @@ def report(plan: Plan, counted: Counted, gpus: list[str], number: int, utilizati
     disk = [f"{keep} checkpoints {keep * counted.checkpoint / 1e9:.1f} GB"]
     if plan.latents:
         disk.append(f"token cache {plan.latents / 1e9:.1f} GB")
-    if plan.config.data.source == "ILSVRC/imagenet-1k":
-        disk.append(f"data {IMAGENET['bytes'] / 1e9:.0f} GB, and as much for the cache of `datasets`")
+    if plan.config.data.source == IMAGENET:
+        disk.append(f"data {IMAGENET_BYTES / 1e9:.0f} GB, and as much for the cache of `datasets`")
     share = utilization or UTILIZATION[plan.stage]
     lines = [
         f"counted: {counted.parameters / 1e6:.1f} M parameters; {counted.fixed / GIB:.2f} GiB with gradients, "

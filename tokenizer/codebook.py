@@ -117,7 +117,8 @@ def _kernels() -> ModuleType | None:
     try:
         from nsvq.tokenizer import codebook_triton
 
-        codebook_triton.nearest_code(*torch.zeros(2, 1, 16, device="cuda"), False)
+        code = torch.zeros(1, 16, device="cuda")
+        codebook_triton.nearest_code(code, code, False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -96,6 +96,7 @@ def test_every_kind_of_config_can_be_planned(name):
     assert min(found.parameters, found.saved, found.flops, found.checkpoint) > 0
 
 
+@pytest.mark.slow
 def test_a_method_whose_step_looks_at_values_is_refused_in_a_line():
     with pytest.raises(UserError, match="looks at values"):
         counted("vp", *SMALL, "--quantizer.codebook_size", "16")
