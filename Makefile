@@ -18,7 +18,10 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 TYPED := .venv/typed/nsvq
 FOLDERS := $(filter-out nsvq,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
 
-.PHONY: quickstart test test-fast soak lint format clean help
+# Seconds that a launcher leaves its processes for a checkpoint after SIGTERM.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
+
+.PHONY: quickstart test test-fast soak gpu smoke lint format clean help
 
 quickstart: .venv/installed  ## both stages, evaluation and pipeline; DATA=, OUT=, FEATURES=, GENERATOR=autoregressive
 	$(LAUNCH) tokenizer/train.py --config $(RECIPE)nsvq.yaml --data "$(DATA)" --out "$(OUT)/nsvq"
@@ -41,6 +44,12 @@ test-fast: .venv/installed  ## without the slow tests, for the inner loop
 soak: .venv/installed  ## kill the trainers 20 times each, and compare with runs that nobody disturbed
 	$(BIN)/python tests/harness/soak.py
 
+gpu: .venv/bench  ## on a machine with an NVIDIA GPU: everything that only a GPU can show, in runs/gpu/report.md
+	$(BIN)/python benchmarks/gpu.py $(OPTIONS)
+
+smoke: .venv/installed  ## there, before a day's training: some minutes of both stages of the default recipe at full size
+	$(BIN)/python benchmarks/gpu.py --parts smoke $(OPTIONS)
+
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	rm -rf $(TYPED) && mkdir -p $(TYPED) && ln -s $(addprefix $(CURDIR)/,$(wildcard nsvq/*.py) $(FOLDERS)) $(TYPED)
@@ -54,6 +63,10 @@ clean:  ## remove .venv and runs
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1: /p' Makefile
+
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -17,6 +17,7 @@ from nsvq.common.run import code_version, make_accelerator
 from nsvq.data.understood import announce
 from nsvq.errors import UserError
 from nsvq.pipelines.autoregressive import save_pipeline
+from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
 from nsvq.tokenizer.pretrained import Tokenizer, read_training
 
@@ -31,6 +32,7 @@ def main() -> None:
             "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run"
         )
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
+    codebook.prepare(accelerator.device)
     announce(config.data, accelerator)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
     cache = open_cache(

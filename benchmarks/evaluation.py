@@ -54,7 +54,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 def main() -> None:
     config = configs.parse(BenchmarkConfig, sys.argv[1:])
     report.exact_float32()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
     launch.keep_freed_memory(accelerator.device.type)  # as the evaluations do
     model = VQModel.from_pretrained(config.tokenizer).to(accelerator.device).eval()
     extractor = load_extractor(config.features, None, accelerator, ("fid",)).module

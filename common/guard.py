@@ -39,6 +39,16 @@ class Guard:
             if self._received[number] and self.stop is None:  # it came after the last step
                 signal.raise_signal(number)
 
+    def interrupted(self) -> bool:
+        """Whether a signal has come to this rank: what is long and can be left out should be. Other ranks may know of
+        it later; `interrupted_anywhere` tells all of them."""
+        return any(self._received.values())
+
+    def interrupted_anywhere(self) -> bool:
+        """The same on all ranks; a collective call."""
+        received = torch.tensor(float(self.interrupted()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(received, "sum").item())
+
     def step(self, optimizers: Iterable, values: Iterable[Tensor]) -> bool:
         """Step the `optimizers`, prepared by accelerate and with unscaled gradients, where all scalars in `values` are
         finite on all ranks, and say whether it was done; else leave them and count. Clears the gradients."""

@@ -7,16 +7,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
 import psutil
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from nsvq.errors import Stopped, UsageError, UserError
 
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # set by torchrun and by MPIs
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_CHECKPOINT_SECONDS = 300  # that a launcher should leave its processes after SIGTERM; torchrun leaves 30 by default
+
+# For every `Accelerator`. Ranks wait for one that prepares data, which takes hours for ImageNet; NCCL gives up after
+# ten minutes by default, and takes all ranks along.
+LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(hours=24))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -33,6 +39,10 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        what = str(error).splitlines()[0]
+        print(f"error: the GPU's memory is too small, or another process uses it ({what})", file=sys.stderr, flush=True)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -55,6 +65,15 @@ def check_launcher() -> None:
         what = "this launcher does not start several CPU processes that know each other"
         command = f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node N {sys.argv[0]} ..."
         raise UsageError(f"{what}; this does: {command}")
+
+
+def shutdown_advice() -> str | None:
+    """What to say where a launcher leaves too little time for a checkpoint after SIGTERM, else None."""
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch/distributed/launcher/api.py
+    seconds = float(os.environ.get(name, 30))
+    if "TORCHELASTIC_RUN_ID" not in os.environ or seconds >= _CHECKPOINT_SECONDS:
+        return None
+    return f"after SIGTERM the launcher leaves {seconds:g} s for a checkpoint: export {name}=600 before it starts"
 
 
 def end_with_the_launcher() -> None:

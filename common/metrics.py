@@ -23,8 +23,8 @@ from tqdm import tqdm
 from nsvq.files import atomic_file
 
 # Dense bfloat16 and float16 FLOP/s of a GPU, from NVIDIA's data sheets, by a word of its name.
-_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A10": 125e12}
-_PEAK_FLOPS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A10": 125e12}
+PEAK_FLOPS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12}
 
 
 class RankSums:
@@ -95,6 +95,8 @@ class MetricsLog:
             if self._flops and (peak := peak_flops(self.accelerator)):
                 values["mfu"] = self._flops[-1][1] * values["images_per_second"] / peak
         values["memory_gib"] = _peak_memory(self.accelerator.device) / 2**30
+        if self.accelerator.device.type == "cuda":
+            values["memory_reserved_gib"] = torch.cuda.max_memory_reserved(self.accelerator.device) / 2**30
         self._time, self._samples = now, samples_seen
         if self.accelerator.is_main_process:
             self._unwritten += json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
@@ -125,7 +127,7 @@ def peak_flops(accelerator: Accelerator) -> float | None:
     words = re.split("[ -]", torch.cuda.get_device_name(accelerator.device))
     if "H100" in words and "PCIe" in words:
         return 756e12 * accelerator.num_processes
-    return next((_PEAK_FLOPS[word] * accelerator.num_processes for word in words if word in _PEAK_FLOPS), None)
+    return next((PEAK_FLOPS[word] * accelerator.num_processes for word in words if word in PEAK_FLOPS), None)
 
 
 def show(bar: tqdm, values: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
 from nsvq.common.fsdp import load_module, load_optimizer, unwrapped, whole
-from nsvq.common.launch import keep_freed_memory
+from nsvq.common.launch import LONG_WAIT, keep_freed_memory, shutdown_advice
 from nsvq.common.metrics import MetricsLog, surviving, warn
 from nsvq.errors import Stopped, UsageError, UserError
 from nsvq.files import atomic_file
@@ -48,7 +48,9 @@ class RunConfig(configs.Config):
     seed: int = Field(0, ge=0, description="Seed of weights, data order, augmentation and noise.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("bf16", description="Autocast type of the networks alone.")
     batch_size: int = Field(128, ge=1, description="Images per optimizer step, over all ranks and micro-batches.")
-    accumulation: int = Field(1, ge=1, description="Micro-batches that each rank splits its share of a batch into.")
+    accumulation: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Micro-batches of a rank's share of a batch; auto: the fewest that a GPU's memory holds."
+    )
     workers: int = Field(4, ge=0, description="Data loading processes per rank, or 0.")
     log_every: int = Field(100, ge=1, description="Optimizer steps between two lines of metrics.jsonl.")
     sample_every: int = Field(5_000, ge=1, description="Optimizer steps between two pictures in <out>/samples.")
@@ -72,12 +74,11 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation,
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
         step_scheduler_with_optimizer=False,
         # The loss is a mean over the micro-batch of this rank; buffers are constant, so none is broadcast.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), LONG_WAIT],
     )
     if "wandb" in config.trackers and not is_wandb_available():
         raise UsageError("run.trackers asks for wandb, which is not installed: pip install wandb")
@@ -89,14 +90,18 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
             raise UsageError("FSDP1 is not supported: set fsdp_version: 2 (configs/accelerate/fsdp2.yaml)")
         # Parameters stay float32, as in DDP: autocast casts what it should, and leaves the rest as it is.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if accelerator.is_main_process and (advice := shutdown_advice()):
+        warn(advice)
     keep_freed_memory(accelerator.device.type)
     set_seed(config.seed)
     return accelerator
 
 
 def micro_batch_size(config: RunConfig, accelerator: Accelerator) -> int:
-    """Images in one micro-batch of one rank. Raises `UsageError` where the global batch does not divide evenly."""
-    size, ranks, parts = config.batch_size, accelerator.num_processes, config.accumulation
+    """Images in one micro-batch of one rank, before "auto" has found a smaller one. Raises `UsageError` where the
+    global batch does not divide evenly."""
+    size, ranks = config.batch_size, accelerator.num_processes
+    parts = 1 if config.accumulation == "auto" else config.accumulation
     if size % (ranks * parts):
         what = f"ranks x run.accumulation = {ranks} x {parts}"
         raise UsageError(f"run.batch_size = {size} must be a multiple of {what}")

@@ -16,16 +16,19 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nsvq.common import micro_batches
 from nsvq.common.fsdp import split_like
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means, show
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import Run, micro_batch_size, progress_bar
+from nsvq.errors import UserError
 
 
 class Trainer:
@@ -40,6 +43,7 @@ class Trainer:
     def __init__(self, config: Any, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.micro_batch = micro_batch_size(config.run, accelerator)
+        self.accumulation = config.run.batch_size // (accelerator.num_processes * self.micro_batch)
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers, **ranks}
         self.guard, self.means = Guard(accelerator), Means(accelerator)
@@ -99,11 +103,25 @@ class Trainer:
     def export(self) -> None:
         """The result, after the last step."""
 
+    @contextlib.contextmanager
+    def heaviest(self) -> Iterator[None]:
+        """Inside, `step` takes as much memory as it ever does, and waits for no other rank. What it changes beside
+        gradients, buffers and random states comes back at the end, also after an error."""
+        yield
+
     # The loop
 
     def train(self) -> None:
-        """What is left of the run, and its export. The same command goes on from the newest checkpoint."""
+        """What is left of the run, and its export. The same command goes on from the newest checkpoint. Raises
+        `UserError` where the GPU's memory is too small."""
+        try:
+            self._train()
+        except torch.OutOfMemoryError:
+            raise UserError(micro_batches.advice(self.micro_batch * self.accumulation, self.accumulation)) from None
+
+    def _train(self) -> None:
         with contextlib.closing(self.run) as run:
+            self._cut_batches()
             self._load_or_start()
             batches = iter(self.batches(run.samples_seen))
             bar = progress_bar(self.accelerator, self.total_steps, run.step)
@@ -115,6 +133,39 @@ class Trainer:
             self.export()
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
+
+    def tries_micro_batches(self) -> bool:
+        """Whether "auto" tries what fits. With FSDP ranks wait for each other in the middle of a step, so that one that
+        ran out of memory would stop the others for good."""
+        return self.device.type == "cuda" and not self.accelerator.is_fsdp2
+
+    def _cut_batches(self) -> None:
+        if self.config.run.accumulation == "auto" and self.tries_micro_batches():
+            batch = None
+
+            def fits(number: int) -> bool:
+                nonlocal batch
+                batch = batch or next(iter(self.batches(0)))
+                size = self.micro_batch // number
+                part = {name: values[:size] for name, values in batch.items()}
+                parameters = [p for each in self.optimized.values() for p in each.parameters]
+                modules = list(self.modules.values())
+                return micro_batches.fits(lambda: self._try(part, min(number, 2)), modules, parameters, self.device)
+
+            self.accumulation = micro_batches.fewest(self.micro_batch, fits, self.accelerator, self.run.out)
+            self.micro_batch //= self.accumulation
+            self.loading["batch_size"] = self.micro_batch
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+
+    def _try(self, batch: dict, times: int) -> None:
+        """Forward and backward, without a word to other ranks; the second time beside the first one's gradients."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.heaviest())
+            for module in self.modules.values():
+                stack.enter_context(self.accelerator.no_sync(module))
+            for _ in range(times):
+                self.run.seed_micro_batch(0, self.micro_batch)
+                self.step(batch)
 
     def _load_or_start(self) -> None:
         state = self.run.load()
@@ -137,7 +188,7 @@ class Trainer:
         for part in self.optimized.values():
             part.scale_rates(self.rate_factor())
         micro_batches, results = [], []
-        for number in range(settings.accumulation):
+        for number in range(self.accumulation):
             micro_batches.append(batch := next(batches))
             run.seed_micro_batch(number, self.micro_batch)
             counting = run.counting_flops(self.flops_of, self.micro_batch)
@@ -177,7 +228,7 @@ class Trainer:
             self.watch(values)
         if run.step % settings.sample_every == 0 or last:
             with self.averaged_weights():
-                if self.accelerator.is_main_process:
+                if self.accelerator.is_main_process and not self.guard.interrupted():
                     self.draw()
         self.keep()
         if run.checkpoint_due() or last or self.guard.stop:

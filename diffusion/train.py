@@ -19,6 +19,7 @@ from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.monitor import FrechetMonitor
 from nsvq.pipelines.export import check_classes, save_pipeline, to_stock
+from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
 from nsvq.tokenizer.pretrained import Tokenizer, read_training
 
@@ -33,6 +34,7 @@ def main() -> None:
             "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run"
         )
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
+    codebook.prepare(accelerator.device)
     classes = announce(config.data, accelerator).classes
     if config.model.conditional:
         if len(classes) < 2:

@@ -111,7 +111,11 @@ class DiffusionTrainer(Trainer):
             values = {"lr": group["lr"], "ema_decay": self.ema.cur_decay_value}
         if self.distance and (self.run.step % every == 0 or last):
             with self.averaged_weights():
-                values |= self.distance(self._draw_all_classes, self.config.sampling.fd_samples)
+                distance = self.distance(self._draw_all_classes, self.config.sampling.fd_samples)
+            if self.guard.interrupted_anywhere():
+                self.run.warn("a signal came: no distance here, it would take the time of the checkpoint")
+            else:
+                values |= distance
         return values
 
     @contextlib.contextmanager
@@ -150,7 +154,11 @@ class DiffusionTrainer(Trainer):
                 self.save(folder, self)
 
     def _draw_all_classes(self, numbers: range) -> Tensor:
-        """Samples of all classes in turn: number i has seed i."""
+        """Samples of all classes in turn: number i has seed i. Black ones once the run is to stop, which are not
+        measured."""
+        if self.guard.interrupted():
+            size = self.config.data.image_size
+            return torch.zeros(len(numbers), 3, size, size, device=self.device)
         labels = [i % (len(self.names) or 1) for i in numbers]
         return self._sample(labels, numbers, self.config.sampling.fd_guidance_scale)
 

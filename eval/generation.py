@@ -293,7 +293,7 @@ def main() -> None:
     config = configs.parse(GenerationConfig, sys.argv[1:])
     report.open_output(config.output)
     report.exact_float32()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
     pipeline = load_pipeline(config.pipeline).to(accelerator.device)
     launch.keep_freed_memory(accelerator.device.type)
     pipeline.set_progress_bar_config(disable=True)

@@ -154,7 +154,7 @@ def main() -> None:
     config = configs.parse(ReconstructionConfig, sys.argv[1:])
     report.open_output(config.output)
     report.exact_float32()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
     launch.keep_freed_memory(accelerator.device.type)
     result = evaluate(config, accelerator)
     if result is not None:

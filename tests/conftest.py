@@ -101,7 +101,8 @@ def run_instrumented(monkeypatch, run_script):
     def run(train, *arguments, **spec):
         with monkeypatch.context() as patch:
             trainer = trainer_of(train.__name__.split(".")[1])
-            patch.setattr(trainer, "batches", trainer.batches)  # comes back at the end
+            for name in ("batches", "step", "tries_micro_batches"):
+                patch.setattr(trainer, name, getattr(trainer, name))  # comes back at the end
             instrument(trainer, **{name: str(v) if name == "record" else v for name, v in spec.items()})
             run_script(train.main, *arguments)
 

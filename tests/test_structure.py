@@ -79,3 +79,15 @@ def test_no_module_beside_a_script_hides_one_of_python_or_of_a_library(folder, t
     found = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert found.stdout.split() == []
     assert found.returncode == 0, found.stderr
+
+
+def test_every_process_group_waits_for_hours():
+    """Ranks wait for one that prepares data; NCCL gives up after ten minutes."""
+    calls = [
+        (path.name, {word.arg: ast.unparse(word.value) for word in node.keywords})
+        for path in SOURCES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Accelerator"
+    ]
+    assert len(calls) >= 4
+    assert [name for name, words in calls if "LONG_WAIT" not in words.get("kwargs_handlers", "")] == []

@@ -7,11 +7,14 @@ kernels on a GPU (tokenizer/codebook_triton.py), and plain PyTorch elsewhere (to
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from nsvq.common.metrics import warn
 from nsvq.tokenizer import codebook_tiles
 
 
@@ -97,16 +100,36 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 
 def _passes(z: Tensor) -> ModuleType:
     """The Triton kernels where they run, on a GPU, for latents that fit a tile, with Triton there (as on Linux)."""
-    if not z.is_cuda:
-        return codebook_tiles
+    kernels = _kernels() if z.is_cuda else None
+    return kernels if kernels and z.shape[1] <= kernels.MAX_DIM else codebook_tiles
+
+
+def prepare(device: torch.device) -> None:
+    """Find out now whether the kernels run on `device`, and say it where they do not, not after data is prepared."""
+    if device.type == "cuda":
+        _kernels()
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels, where a small one runs: Triton compiles C at its first launch, for which slim images lack the
+    compiler or Python's headers. What it raises there has many types."""
     try:
         from nsvq.tokenizer import codebook_triton
-    except ImportError:
-        return codebook_tiles
-    return codebook_triton if z.shape[1] <= codebook_triton.MAX_DIM else codebook_tiles
+
+        code = torch.zeros(1, 16, device="cuda")
+        codebook_triton.nearest_code(code, code, False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = f"Triton does not run here ({str(error).strip().splitlines()[0] if str(error).strip() else repr(error)})"
+        cost = "the codebook is searched in plain PyTorch, about 0.5 s more for a step of 128 images and 65,536 codes"
+        warn(f"{why}: {cost}; installing gcc and python3-dev helps")
+        return None
+    return codebook_triton
 
 
-# Custom operators, so that torch.compile keeps one graph.
+# Custom operators, so that torch.compile keeps one graph, with their FLOPs, which torch's counter asks for.
 
 
 @torch.library.custom_op("nsvq::nearest_code", mutates_args=())
@@ -147,6 +170,18 @@ def _(z, codebook, indices, temperature):
     found = z.new_empty(len(z), dtype=torch.int64)
     s = z.new_empty(len(codebook), dtype=torch.float32)
     return found, scalar, scalar.clone(), scalar.clone(), s, torch.empty_like(codebook)
+
+
+@register_flop_formula(torch.ops.nsvq.nearest_code)
+def _(z_shape, codebook_shape, *_, out_shape=None, **__) -> int:
+    """One product of latents and codes. The two more in which TF32 tensor cores make it accurate are not work."""
+    return 2 * z_shape[0] * codebook_shape[0] * codebook_shape[1]
+
+
+@register_flop_formula(torch.ops.nsvq.nonstationary)
+def _(z_shape, codebook_shape, *_, out_shape=None, **__) -> int:
+    """Three products: the search, its scores again, and the weights' product with the latents."""
+    return 3 * 2 * z_shape[0] * codebook_shape[0] * codebook_shape[1]
 
 
 def _keep_gradient(ctx, inputs, output):

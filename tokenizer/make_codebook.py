@@ -117,9 +117,11 @@ def read_parts(parts: Path, label: int | None = None) -> Iterator[Tensor]:
         yield shard["features"] if label is None else shard["features"][shard["labels"] == label]
 
 
-def cluster(batches: Callable[[], Iterator[Tensor]], codes: int, config: CodebookConfig, state: Path) -> Tensor:
-    """k-means that writes its centroids to `state` after each iteration, and goes on from there."""
-    saved = load_file(state) if state.exists() else {}
+def cluster(
+    batches: Callable[[], Iterator[Tensor]], codes: int, config: CodebookConfig, state: Path, device: torch.device
+) -> Tensor:
+    """k-means on `device` that writes its centroids to `state` after each iteration, and goes on from there."""
+    saved = load_file(state, str(device)) if state.exists() else {}  # k-means runs where its start is
     done = int(saved.get("iterations", 0))
 
     def keep(centroids: Tensor) -> None:
@@ -139,11 +141,11 @@ def make(config: CodebookConfig, parts: Path, device: torch.device) -> Tensor:
     """The codebook [K, D]."""
     if config.features is not None:
         points = load_features(config.features).to(device)
-        return cluster(lambda: iter(points.split(2**18)), config.codes, config, parts / "centroids.safetensors")
+        return cluster(lambda: iter(points.split(2**18)), config.codes, config, parts / "centroids.safetensors", device)
     encode_images(config, parts, device)
     if not config.per_class:
         batches = lambda: (points.to(device) for points in read_parts(parts))  # noqa: E731
-        return cluster(batches, config.codes, config, parts / "centroids.safetensors")
+        return cluster(batches, config.codes, config, parts / "centroids.safetensors", device)
     classes = len(open_split(config.data, "train").classes)
     if not classes or config.codes % classes:
         raise UsageError(f"--per_class needs --codes that {classes} classes divide, not {config.codes}")
@@ -151,7 +153,7 @@ def make(config: CodebookConfig, parts: Path, device: torch.device) -> Tensor:
     for label in tqdm(range(classes), "classes"):
         points = torch.cat(list(read_parts(parts, label))).to(device)
         state = parts / f"centroids-{label:06d}.safetensors"
-        found.append(cluster(partial(iter, [points]), config.codes // classes, config, state))
+        found.append(cluster(partial(iter, [points]), config.codes // classes, config, state, device))
     return torch.cat(found)
 
 

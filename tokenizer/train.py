@@ -12,6 +12,7 @@ from pathlib import Path
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import make_accelerator
+from nsvq.tokenizer import codebook
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.trainer import TokenizerTrainer
 
@@ -20,7 +21,9 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "nsv
 
 def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
-    TokenizerTrainer(config, make_accelerator(config.run, config.out)).train()
+    accelerator = make_accelerator(config.run, config.out)
+    codebook.prepare(accelerator.device)
+    TokenizerTrainer(config, accelerator).train()
 
 
 if __name__ == "__main__":

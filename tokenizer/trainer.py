@@ -1,5 +1,6 @@
 """The trainer of stage one: encoder, quantizer, decoder and discriminator through NSVQ's three phases."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
 from nsvq.tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips, phase_weights
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
-from nsvq.tokenizer.quantizers import make_quantizer
+from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.upkeep import CodebookUpkeep
 
@@ -124,6 +125,23 @@ class TokenizerTrainer(Trainer):
             self.weights.pop("nonstationary", None)
         self.optimized["discriminator"].trains = "adversarial" in self.weights
         self.tokens: list[tuple] = []  # of each micro-batch: indices, squared errors, commitment loss
+
+    @contextlib.contextmanager
+    def heaviest(self) -> Iterator[None]:
+        """stage1 with its GAN: all networks have gradients."""
+        counted, self.bad_images = self.bad_images, BadImages(self.config.data.max_bad_fraction)
+        self.phase, self.tokens = "stage1", []
+        self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, 1.0, self.quantizer)
+        self.tau = self.temperature.value() or self.temperature.config.temperature
+        if "nonstationary" not in self.weights:
+            self.tau = None
+        try:
+            with ranks.alone():
+                yield
+        finally:
+            self.live_discriminator.requires_grad_(True)
+            self.quantizer.end_step(stepped=False)
+            self.tokens, self.bad_images = [], counted
 
     def step(self, batch: dict) -> dict[str, Tensor]:
         weights, config = self.weights, self.config
@@ -226,6 +244,8 @@ class TokenizerTrainer(Trainer):
         counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64, device=self.device)
         with self.averaged_weights():
             for batch in eval_batches(self.config.data, "test", limit=self.config.validation.images, **self.loading):
+                if self.guard.interrupted():
+                    break
                 images = batch["image"].to(self.device)
                 output, quantized = self._reconstruct(images)
                 decibels = psnr(to_uint8(output), to_uint8(images))
@@ -234,6 +254,9 @@ class TokenizerTrainer(Trainer):
                 sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
                 if quantized.indices is not None:
                     counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+        if self.guard.interrupted_anywhere():
+            self.run.warn("a signal came: no validation here, it would take the time of the checkpoint")
+            return {}
         decibels, l1, error, images = self.accelerator.reduce(sums, "sum").tolist()
         if not images:
             self.run.warn("no image of the test split that is measured on decodes")

@@ -79,3 +79,15 @@ def test_a_signal_after_the_last_step_is_not_lost(training):
                 pass
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_known_at_once(training):
+    guard, models, optimizers = training
+    for _ in guard.until(lambda: guard.stop is not None):
+        assert not guard.interrupted()
+        assert not guard.interrupted_anywhere()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert guard.interrupted()
+        assert guard.interrupted_anywhere()
+        backward(models)
+        guard.step(optimizers, [torch.tensor(1.0)])

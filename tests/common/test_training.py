@@ -17,7 +17,7 @@ from nsvq.common.config import Config
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import RunConfig, make_accelerator
 from nsvq.common.training import Trainer
-from nsvq.errors import Stopped
+from nsvq.errors import Stopped, UserError
 
 STEPS, BATCH = 12, 6
 
@@ -32,6 +32,7 @@ class Toy(Trainer):
 
     total_steps = STEPS
     kill_at: int | None = None  # a position at whose sample the process is killed
+    fits: int | None = None  # samples in the largest micro-batch that memory holds
 
     def __init__(self, config, accelerator):
         super().__init__(config, accelerator)
@@ -56,7 +57,12 @@ class Toy(Trainer):
         x = batch["x"] + 0.01 * torch.randn_like(batch["x"])
         loss = (self.model(x) - (3 * batch["x"] - 1)).square().mean()
         self.accelerator.backward(loss)
+        if self.fits is not None and len(x) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return {"loss": loss.detach(), "largest": (batch["x"].max(), 1)}
+
+    def tries_micro_batches(self):
+        return self.fits is not None
 
     def draw(self):
         self.events.append(("draw", self.run.step))
@@ -159,3 +165,56 @@ def test_the_average_follows_the_weights_of_each_step(tmp_path):
         before = [decay * a + (1 - decay) * b for a, b in zip(before, now, strict=True)]
     for average, expected in zip(trainer.ema.shadow_params, before, strict=True):
         torch.testing.assert_close(average, expected)
+
+
+def test_auto_takes_the_fewest_micro_batches_that_fit_with_the_bits_of_the_explicit_number(
+    tmp_path, monkeypatch, capsys
+):
+    make(tmp_path / "explicit", accumulation=3).train()
+    monkeypatch.setattr(Toy, "fits", 2)
+    make(tmp_path / "auto").train()
+    assert "run.accumulation auto: 3, micro-batches of 2 images" in capsys.readouterr().out
+    explicit, auto = ((tmp_path / name / "result.json").read_text() for name in ("explicit", "auto"))
+    assert explicit == auto
+    assert metrics(tmp_path / "explicit") == metrics(tmp_path / "auto")
+
+
+def test_a_resumed_run_keeps_the_micro_batches_that_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "fits", 3)
+    make(tmp_path).train()
+    monkeypatch.setattr(Toy, "fits", 6)
+    again = make(tmp_path)
+    again.train()
+    assert (again.accumulation, again.micro_batch) == (2, 3)
+    other = make(tmp_path / "other")  # another folder is another run
+    other.train()
+    assert (other.accumulation, other.micro_batch) == (1, 6)
+
+
+def test_auto_on_a_cpu_is_one_micro_batch_without_a_try(tmp_path):
+    trainer = make(tmp_path)
+    trainer.heaviest = None
+    trainer.train()
+    assert (trainer.accumulation, trainer.accelerator.gradient_accumulation_steps) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "fits", "says"),
+    [
+        (1, 3, "6 images do not fit .* --run.accumulation 2"),
+        (2, 1, "3 images do not fit .* --run.accumulation 3"),
+        (6, 0, "one image does not fit"),
+        ("auto", 0, "one image"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_what_to_set(tmp_path, monkeypatch, accumulation, fits, says):
+    monkeypatch.setattr(Toy, "fits", fits)
+    with pytest.raises(UserError, match=says):
+        make(tmp_path, accumulation=accumulation).train()
+
+
+def test_another_error_of_a_try_is_told_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "fits", 9)
+    monkeypatch.setattr(Toy, "step", lambda self, batch: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        make(tmp_path).train()

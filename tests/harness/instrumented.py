@@ -1,9 +1,10 @@
 """python tests/harness/instrumented.py SPEC [arguments of the trainer]: records each sample that it trains on.
 
 SPEC is JSON: {"stage": "tokenizer", "diffusion" or "autoregressive", "record": FILE, "signal_at": position,
-"nan_at": [positions], "shard": whether networks are split by FSDP2}.
+"nan_at": [positions], "shard": whether networks are split by FSDP2, "fits": [largest micro-batch of each rank]}.
 FILE-rank gets a line [start] for each time that the rank begins to read, and [position, ids] for each micro-batch. The
-rank that loads the sample at `signal_at` gets SIGTERM; the samples at `nan_at` are not numbers.
+rank that loads the sample at `signal_at` gets SIGTERM; the samples at `nan_at` are not numbers. With `fits`, memory
+runs out at the end of larger micro-batches.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
 from nsvq.common import launch, run
@@ -33,9 +35,13 @@ class Sharding(Accelerator):
         )
 
 
-def instrument(trainer: type[Trainer], record: str, signal_at: int = -1, nan_at: Sequence[int] = ()) -> None:
-    """Wrap `trainer.batches`."""
+def instrument(
+    trainer: type[Trainer], record: str, signal_at: int = -1, nan_at: Sequence[int] = (), fits: Sequence[int] = ()
+) -> None:
+    """Wrap `trainer.batches`, and with `fits` its step."""
     original = trainer.batches
+    if fits:
+        trainer.step, trainer.tries_micro_batches = limited(trainer.step, fits), lambda self: True
 
     def recorded(self, start):
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -58,6 +64,18 @@ def instrument(trainer: type[Trainer], record: str, signal_at: int = -1, nan_at:
             position += batch_size * world_size
 
     trainer.batches = recorded
+
+
+def limited(step, fits: Sequence[int]):
+    """`step`, at whose end rank r has run out of memory where it got more than fits[r] samples."""
+
+    def run(self, batch):
+        terms = step(self, batch)
+        if len(next(iter(batch.values()))) > fits[self.accelerator.process_index]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return terms
+
+    return run
 
 
 def trainer_of(stage: str) -> type[Trainer]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from nsvq.tokenizer import codebook_tiles
+from nsvq.tokenizer import codebook, codebook_tiles
 from nsvq.tokenizer.codebook import _centered
 
 pytest.importorskip("triton")
@@ -23,10 +23,10 @@ runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="n
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
 @pytest.mark.slow
 def test_kernels_through_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "not compile", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "not compile and not without", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout
-    assert "17 passed" in done.stdout, done.stdout
+    assert "18 passed" in done.stdout, done.stdout
 
 
 def latents_and_codes(shape):
@@ -113,3 +113,55 @@ def test_kernels_compile_for_gpus_and_fit_the_shared_memory_of_a_consumer_card()
     sizes = [int(line) for line in done.stdout.split()]
     assert len(sizes) == 6
     assert max(sizes) <= 99 * 1024  # bytes a block, compute capability 8.6 and 8.9
+
+
+def test_launches_are_made_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, whichever the tensors are on."""
+    current, launched = [], []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.append(self.tensor.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **_: launched.append((arguments[0].device, *current))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for name in ("_search_kernel", "_softmax_sums_kernel"):
+        monkeypatch.setattr(kernels, name, Kernel())
+    z, codes = torch.zeros(3, 4), torch.zeros(5, 4)
+    kernels.nearest_code(z, codes, False)
+    kernels.softmax_sums(z, codes, torch.zeros(3, dtype=torch.int64), 1.0)
+    assert launched == [(z.device, z.device)] * 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler."), AssertionError()])
+def test_without_a_compiler_the_plain_passes_run_and_one_line_says_what_it_costs(monkeypatch, capsys, error):
+    class OnTheGPU:
+        is_cuda, shape = True, (1, 16)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(*shape))
+    monkeypatch.setattr(kernels, "nearest_code", fail)
+    codebook._kernels.cache_clear()
+    try:
+        codebook.prepare(torch.device("cuda"))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(error) in line
+        assert "0.5 s more for a step" in line
+        assert codebook._passes(OnTheGPU()) is codebook_tiles
+        assert capsys.readouterr().err == ""
+        codebook._kernels.cache_clear()
+        monkeypatch.setattr(kernels, "nearest_code", lambda *_: None)
+        assert codebook._passes(OnTheGPU()) is kernels
+    finally:
+        codebook._kernels.cache_clear()

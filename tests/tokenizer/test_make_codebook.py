@@ -103,7 +103,9 @@ def test_each_class_has_its_own_codes(tmp_path):
     for label in range(3):
         assert torch.equal(torch.cat(list(make_codebook.read_parts(parts, label))), features[labels == label])
         points = features[labels == label]
-        codes = make_codebook.cluster(lambda points=points: iter([points]), 2, config, parts / f"c{label}.safetensors")
+        codes = make_codebook.cluster(
+            lambda points=points: iter([points]), 2, config, parts / f"c{label}.safetensors", torch.device("cpu")
+        )
         assert torch.cdist(codes, centers).argmin(1).tolist() == [label] * 2
 
 
@@ -116,3 +118,14 @@ def test_own_features_need_no_encoder(run_script, tmp_path):
         run_script(
             main, "--features", tmp_path / "own.safetensors", "--codes", 60, "--output", tmp_path / "b.safetensors"
         )
+
+
+def test_a_resumed_k_means_runs_on_the_given_device(monkeypatch, tmp_path):
+    state, seen = tmp_path / "centroids.safetensors", {}
+    save_file({"centroids": torch.zeros(2, 3), "iterations": torch.tensor(1)}, state)
+    load = make_codebook.load_file
+    monkeypatch.setattr(make_codebook, "load_file", lambda path, device: seen.update(loaded=device) or load(path))
+    monkeypatch.setattr(make_codebook, "kmeans", lambda points, codes, start, **_: start)
+    config = make_codebook.CodebookConfig(codes=2, output="x.safetensors")
+    make_codebook.cluster(lambda: iter([]), 2, config, state, torch.device("cuda:1"))
+    assert seen == {"loaded": "cuda:1"}

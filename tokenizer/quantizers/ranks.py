@@ -2,14 +2,30 @@
 
 Tokens are numbered over all ranks: rank r holds r N to (r + 1) N - 1."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank computes as if it were the only one, and waits for no other."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
 
 def world() -> tuple[int, int]:
     """(rank, number of ranks)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _alone else (0, 1)
 
 
 def total(value: Tensor) -> Tensor:

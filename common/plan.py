@@ -1,0 +1,458 @@
+"""What a run will need, from its config alone: memory, FLOPs, disk and hours, without a GPU and without data.
+
+python common/plan.py --config configs/imagenet128/nsvq.yaml                        # every GPU that is known
+python common/plan.py --config configs/imagenet128/dit-xl.yaml --gpu H100 --count 4 --model.gradient_checkpointing
+python common/plan.py --table                                                       # README's hardware table
+Any key of the config may be given. The trainers' own step runs on tensors without values, so parameters, FLOPs and the
+bytes that autograd keeps are counted; peak memory, speed and hours are computed from them, by the constants below.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import lpips
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nsvq.autoregressive import config as autoregressive
+from nsvq.autoregressive.model import NextToken, make_llama
+from nsvq.autoregressive.trainer import AutoregressiveTrainer
+from nsvq.common import config as configs
+from nsvq.common import launch
+from nsvq.common.metrics import PEAK_FLOPS
+from nsvq.common.micro_batches import next_accumulation
+from nsvq.data.bad_images import BadImages
+from nsvq.data.sources import open_split
+from nsvq.diffusion import config as diffusion
+from nsvq.diffusion.model import make_model
+from nsvq.diffusion.objectives import make_objective
+from nsvq.diffusion.trainer import DiffusionTrainer
+from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer import losses
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.quantizers import make_quantizer, ranks
+from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.trainer import TokenizerTrainer
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
+IMAGENET, IMAGENET_IMAGES, IMAGENET_BYTES = "ILSVRC/imagenet-1k", 1_281_167, 150e9
+CLASSES = 1000
+GIB = 2**30
+# What CUDA reports as a GPU's memory, GiB; speeds are in common/metrics.py.
+MEMORY = {"B200": 178, "H200": 139, "H100": 79, "A100": 79, "L40S": 44, "L40": 44, "A10": 22, "L4": 22}
+# Peak memory beyond what is counted: gradients on their way through an image of 128 x 128 (in proportion for others),
+# cuDNN's workspace and CUDA's context, NCCL's buffers, and what fragments take.
+PASSING, WORKSPACE, NCCL, FRAGMENTS = 20 * 2**20, 1.6 * GIB, 0.5 * GIB, 1.05
+# Share of peak FLOP/s: convolutions of float32 norms wait for memory; transformers do not.
+UTILIZATION = {"tokenizer": 0.21, "generator": 0.4}
+# TF32 is half as fast as bfloat16, and the codebook's products take three of it to be accurate.
+TF32_COST, CODEBOOK_COST = 2, 6
+
+
+@dataclass
+class Counted:
+    """Of one image where it says so, else of the run. Bytes and FLOPs of forward and backward."""
+
+    parameters: int
+    fixed: float  # bytes of weights, gradients, optimizers, averages, frozen networks
+    saved: float  # bytes that autograd keeps for an image,
+    saved_once: float  # and for a micro-batch of any size
+    flops: float  # of an image, all networks
+    flops_perceptual: float  # LPIPS's part of it, in TF32
+    flops_codebook: float  # of an image, besides
+    checkpoint: float  # bytes
+
+
+@dataclass
+class Plan:
+    """A config as far as a plan needs it: `step`(images, device) runs forward and backward of a micro-batch."""
+
+    stage: str
+    config: Any
+    images: int  # of the data
+    samples: int  # of the run
+    latents: float  # bytes of the token cache
+    make: Callable[[torch.device], "Step"]
+
+
+@dataclass
+class Step:
+    """`run`(images) with the trainer's own step. Which networks train; `averaged` of them have an average."""
+
+    run: Callable[[int], None]
+    trained: list[nn.Module]
+    averaged: list[nn.Module]
+    frozen: list[nn.Module]
+    accelerator: "_Accelerator"
+
+
+class _Accelerator:
+    """What a trainer's step asks of accelerate's, on tensors without values."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.kept: dict[int, Tensor] = {}  # what autograd keeps now, by storage
+        self.peak = 0  # bytes of it
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bfloat16 by CUDA's rules. torch.autocast itself would look for a GPU."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self.kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def backward(self, loss: Tensor) -> None:
+        if self.device.type == "cpu":
+            loss.backward()
+        self.peak = max(self.peak, sum(t.untyped_storage().nbytes() for t in self.kept.values()))
+        self.kept = {}
+
+    def prepared(self, network: nn.Module) -> Callable:
+        """As `accelerate.prepare` would: under autocast, with float32 results."""
+
+        def call(*arguments: Any) -> Any:
+            with self.autocast():
+                result = network(*arguments)
+            first, *rest = result if isinstance(result, tuple) else (result,)
+            return (first.float(), *rest) if rest else first.float()
+
+        return call
+
+
+def count(plan: Plan) -> Counted:
+    """Raises `UserError` for a method whose step looks at values: these tensors have none."""
+    try:
+        return _count(plan)
+    except RuntimeError as error:  # what torch raises there has many types
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"this config's step looks at values, which a plan has not: {why}") from None
+
+
+def _count(plan: Plan) -> Counted:
+    """Memory by CUDA's rules, forward alone; FLOPs by a backward pass too, which needs a device that is there."""
+    few, many = 2, 6
+    kept = {}
+    with FakeTensorMode(), torch.device("cuda"):
+        step = plan.make(torch.device("cuda"))
+        own = {
+            t.untyped_storage()._cdata
+            for module in (*step.trained, *step.frozen)
+            for t in (*module.parameters(), *module.buffers())
+        }
+
+        def pack(tensor: Tensor) -> Tensor:
+            return tensor if tensor.untyped_storage()._cdata in own else step.accelerator.keep(tensor)
+
+        for images in (few, many):
+            step.accelerator.peak = 0
+            attention = patch.object(F, "scaled_dot_product_attention", _flash_attention)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), attention:
+                step.run(images)
+            kept[images] = step.accelerator.peak
+        parameters = sum(map(_parameters, step.trained))
+        averaged = sum(map(_parameters, step.averaged))
+        others = sum(b.numel() * b.element_size() for m in step.trained for b in m.buffers())
+        frozen = sum(p.numel() * p.element_size() for m in step.frozen for p in (*m.parameters(), *m.buffers()))
+    with FakeTensorMode():
+        step = plan.make(torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            step.run(few)
+    by_module = counter.get_flop_counts()
+    codebook = sum(n for op, n in by_module["Global"].items() if str(op).startswith("nsvq."))
+    perceptual = sum(by_module.get("_Distance", {}).values())
+    saved = (kept[many] - kept[few]) / (many - few)
+    return Counted(
+        parameters=parameters,
+        fixed=16 * parameters + 4 * averaged + others + frozen,
+        saved=saved,
+        saved_once=kept[few] - few * saved,
+        flops=(counter.get_total_flops() - codebook) / few,
+        flops_perceptual=perceptual / few,
+        flops_codebook=codebook / few,
+        checkpoint=12 * parameters + 4 * averaged + others,
+    )
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **__: Any) -> Tensor:
+    """What a GPU would take; without one, torch chooses the formula that keeps N x N numbers."""
+    half = (tensor.bfloat16() for tensor in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention(*half, 0.0, is_causal)[0]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+# The stages
+
+
+def read(file: Path, words: list[str], tokenizer_file: Path) -> Plan:
+    """The plan of a config of any stage."""
+    values = configs.read_config(file)
+    if "tokenizer" not in values:
+        return _tokenizer(configs.parse(TrainConfig, words, file))
+    tokenizer = configs.parse(TrainConfig, [], tokenizer_file)
+    module, kind = (autoregressive, _autoregressive) if "schedule" in values else (diffusion, _diffusion)
+    config = configs.parse(module.TrainConfig, words, file)
+    if config.data.image_size != tokenizer.data.image_size:
+        tokenizer.data.image_size = config.data.image_size
+    return kind(config, tokenizer)
+
+
+def _images(config: Any) -> int:
+    return IMAGENET_IMAGES if config.data.source == IMAGENET else len(open_split(config.data, "train"))
+
+
+def _tokenizer(config: TrainConfig) -> Plan:
+    images = _images(config)
+    samples = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or images).total_samples
+    return Plan("tokenizer", config, images, samples, 0, lambda device: _tokenizer_step(config, device))
+
+
+def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
+    """stage1 with its GAN, which takes the most."""
+    pull, accelerator = config.nsvq.pull, _Accelerator(device)
+    quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
+    if isinstance(quantizer, NearestQuantizer):
+        # Bookkeeping, which may look at values, and takes next to nothing.
+        quantizer.searched = lambda *_: None  # type: ignore[method-assign]
+    encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
+    discriminator = PatchDiscriminator(config.loss.discriminator_channels, config.loss.discriminator_layers)
+    metric = None
+    if (net := config.loss.perceptual) != "none":
+        metric = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+        metric = losses._Distance(metric).eval().requires_grad_(False)
+        for module in metric.modules():  # lpips makes its buffers on the CPU, whatever the default device
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    trainer = SimpleNamespace(
+        config=config,
+        device=device,
+        accelerator=accelerator,
+        phase="stage1",
+        weights=losses.phase_weights(config.loss, pull, "stage1", 1.0, quantizer),
+        tau=pull.temperature if pull else None,
+        encoder=accelerator.prepared(encoder),
+        decoder=accelerator.prepared(decoder),
+        discriminator=accelerator.prepared(discriminator),
+        live_discriminator=discriminator,
+        quantizer=quantizer,
+        lpips=metric,
+        bad_images=BadImages(1.0),
+        tokens=[],
+    )
+    size = config.data.image_size
+
+    def run(images: int) -> None:
+        batch = {"image": torch.rand(images, 3, size, size), "label": torch.zeros(images), "bad": []}
+        with patch.object(ranks.Draws, "generator", lambda self: None):  # which looks at its state
+            TokenizerTrainer.step(trainer, batch)  # type: ignore[arg-type]
+
+    frozen = [metric] if metric else []
+    return Step(run, [encoder, decoder, discriminator], [encoder, decoder], frozen, accelerator)
+
+
+def _latent_shape(tokenizer: TrainConfig) -> tuple[int, int, int]:
+    side = tokenizer.data.image_size // 2 ** (len(tokenizer.model.channel_multipliers) - 1)
+    return tokenizer.model.latent_channels, side, side
+
+
+def _views(config: Any, images: int) -> int:
+    return (config.cache_images or images) * (2 if config.data.flip else 1) * config.cache_crops
+
+
+def _diffusion(config: diffusion.TrainConfig, tokenizer: TrainConfig) -> Plan:
+    images, shape = _images(config), _latent_shape(tokenizer)
+
+    def make(device: torch.device) -> Step:
+        accelerator = _Accelerator(device)
+        model, objective = make_model(config.model, shape, CLASSES), make_objective(config.objective, shape)
+        trainer = SimpleNamespace(
+            config=config, device=device, accelerator=accelerator, objective=objective, model=model, network=model
+        )
+
+        def run(images: int) -> None:
+            names = ("time_normal", "drop_uniform")
+            batch = {name: torch.randn(images, *shape) for name in ("latents", "noise")}
+            batch |= {name: torch.rand(images) for name in names} | {"labels": torch.zeros(images, dtype=torch.int64)}
+            DiffusionTrainer.step(trainer, batch)  # type: ignore[arg-type]
+
+        return Step(run, [model], [model], _frozen(tokenizer), accelerator)
+
+    size = 2.0 * math.prod(shape) * _views(config, images)
+    return Plan("generator", config, images, config.steps * config.run.batch_size, size, make)
+
+
+def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) -> Plan:
+    images, (_, side, _) = _images(config), _latent_shape(tokenizer)
+    with FakeTensorMode():
+        codes = make_quantizer(tokenizer.quantizer, tokenizer.model.latent_channels).codebook_size
+
+    def make(device: torch.device) -> Step:
+        accelerator = _Accelerator(device)
+        llama = make_llama(config.model, codes, CLASSES, side**2)
+        if config.model.gradient_checkpointing:
+            llama.gradient_checkpointing_enable({"use_reentrant": False})
+        model = NextToken(llama, codes, config.model.dropout)
+        null = codes + CLASSES
+        trainer = SimpleNamespace(
+            config=config, device=device, accelerator=accelerator, codes=codes, null=null, model=model, network=model
+        )
+
+        def run(images: int) -> None:
+            batch = {name: torch.zeros(images, *shape, dtype=torch.int64) for name, shape in shapes.items()}
+            AutoregressiveTrainer.step(trainer, batch | {"drop_uniform": torch.rand(images)})  # type: ignore[arg-type]
+
+        shapes: dict[str, tuple[int, ...]] = {"codes": (side, side), "labels": ()}
+        return Step(run, [model], [model], _frozen(tokenizer), accelerator)
+
+    size = (2.0 if codes <= 2**16 else 4.0) * side**2 * _views(config, images)
+    return Plan("generator", config, images, config.schedule.steps * config.run.batch_size, size, make)
+
+
+def _frozen(tokenizer: TrainConfig) -> list[nn.Module]:
+    """The tokenizer's networks, which a generator's trainer has on the GPU."""
+    quantizer = make_quantizer(tokenizer.quantizer, tokenizer.model.latent_channels)
+    return [make_encoder(tokenizer.model), QuantizedDecoder(tokenizer.model, quantizer)]
+
+
+# What is computed of it
+
+
+@dataclass
+class Outcome:
+    """On some GPUs. `accumulation` is None where not one image fits."""
+
+    accumulation: int | None
+    micro_batch: int
+    memory: float  # bytes on each GPU
+    images_per_second: float  # of all GPUs
+    hours: float
+
+
+def outcome(plan: Plan, counted: Counted, gpu: str, gpus: int, utilization: float | None = None) -> Outcome:
+    """Raises `UsageError` where the batch does not divide by the GPUs."""
+    batch = plan.config.run.batch_size
+    if batch % gpus:
+        raise UsageError(f"run.batch_size = {batch} must be a multiple of {gpus} GPUs")
+    share, number = batch // gpus, plan.config.run.accumulation
+    accumulation: int | None = 1 if number == "auto" else number
+    passing = PASSING * (plan.config.data.image_size / 128) ** 2 if plan.stage == "tokenizer" else 0
+
+    def memory(micro_batch: int) -> float:
+        fixed = counted.fixed + (4 * counted.parameters + NCCL if gpus > 1 else 0)  # DDP keeps gradients twice
+        activations = counted.saved_once + micro_batch * (counted.saved + passing)
+        return (fixed + activations) * FRAGMENTS + WORKSPACE
+
+    while accumulation and number == "auto" and memory(share // accumulation) > MEMORY[gpu] * GIB:
+        accumulation = next_accumulation(share, accumulation)
+    work = counted.flops + (TF32_COST - 1) * counted.flops_perceptual + CODEBOOK_COST * counted.flops_codebook
+    rate = (utilization or UTILIZATION[plan.stage]) * PEAK_FLOPS[gpu] * gpus / work
+    micro_batch = share // (accumulation or share)
+    return Outcome(accumulation, micro_batch, memory(micro_batch), rate, plan.samples / rate / 3600)
+
+
+def report(plan: Plan, counted: Counted, gpus: list[str], number: int, utilization: float | None) -> list[str]:
+    """The lines that are printed."""
+    saved, once = counted.saved / 2**20, counted.saved_once / GIB
+    keep = plan.config.run.keep_checkpoints + 1  # a new one is whole before an old one goes
+    disk = [f"{keep} checkpoints {keep * counted.checkpoint / 1e9:.1f} GB"]
+    if plan.latents:
+        disk.append(f"token cache {plan.latents / 1e9:.1f} GB")
+    if plan.config.data.source == IMAGENET:
+        disk.append(f"data {IMAGENET_BYTES / 1e9:.0f} GB, and as much for the cache of `datasets`")
+    share = utilization or UTILIZATION[plan.stage]
+    lines = [
+        f"counted: {counted.parameters / 1e6:.1f} M parameters; {counted.fixed / GIB:.2f} GiB with gradients, "
+        "optimizers, averages and frozen networks",
+        f"counted: {saved:.0f} MiB of activations an image, {once:.2f} GiB a micro-batch (bfloat16 by CUDA's rules)",
+        f"counted: {counted.flops / 1e9:.0f} GFLOP an image, forward and backward, and "
+        f"{counted.flops_codebook / 1e9:.1f} of the codebook, three times that on tensor cores",
+        f"disk: {'; '.join(disk)}",
+        f"computed, at {share:.0%} of the GPU's dense bfloat16 peak, for {plan.samples / 1e6:,.1f} M images:",
+        "| GPUs | run.accumulation | micro-batch | GiB a GPU | images/s | hours |",
+        "|---" * 6 + "|",
+    ]
+    for gpu in gpus:
+        found = outcome(plan, counted, gpu, number, utilization)
+        fits = str(found.accumulation or "not one image fits")
+        lines.append(
+            f"| {number} x {gpu} ({MEMORY[gpu]} GiB) | {fits} | {found.micro_batch} | {found.memory / GIB:.0f} | "
+            f"{found.images_per_second:,.0f} | {found.hours:,.0f} |"
+        )
+    return lines
+
+
+TABLE = [("A10", 1, "one-gpu"), ("H100", 1, "one-gpu"), ("H100", 4, "four-gpus"), ("H100", 8, "four-gpus")]
+
+
+def table() -> list[str]:
+    """README's: the default recipe's two stages on a few machines."""
+    plans = {name: read(CONFIGS / f"{file}.yaml", [], CONFIGS / "nsvq.yaml") for name, file in STAGES.items()}
+    counts = {name: count(plan) for name, plan in plans.items()}
+    lines = [
+        "| computed | `accelerate launch` | stage | accumulation | GiB a GPU | images/s | time |",
+        "|---" * 7 + "|",
+    ]
+    for gpu, gpus, file in TABLE:
+        command = f"`--config_file configs/accelerate/{file}.yaml{' --num_processes 8' if gpus == 8 else ''}`"
+        for name, plan in plans.items():
+            found = outcome(plan, counts[name], gpu, gpus)
+            time = f"{found.hours:.0f} h" if found.hours < 72 else f"{found.hours / 24:.0f} days"
+            machine = f"{gpus} x {24 if gpu == 'A10' else 80} GB ({gpu})"
+            lines.append(
+                f"| {machine} | {command} | {name} | {found.accumulation} (auto) | {found.memory / GIB:.0f} | "
+                f"{found.images_per_second:,.0f} | {time} |"
+            )
+    return lines
+
+
+STAGES = {"tokenizer": "nsvq", "DiT-B": "dit-b"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "nsvq.yaml", help="of any stage")
+    parser.add_argument("--gpu", nargs="+", choices=list(MEMORY), default=list(MEMORY))
+    parser.add_argument("--count", type=int, default=1, help="GPUs")
+    parser.add_argument("--utilization", type=float, help=f"share of peak FLOP/s; default: {UTILIZATION}")
+    parser.add_argument(
+        "--tokenizer_config", type=Path, default=CONFIGS / "nsvq.yaml", help="of a generator's tokenizer"
+    )
+    parser.add_argument("--table", action="store_true", help="print README's hardware table")
+    options, words = parser.parse_known_args(sys.argv[1:])
+    if options.table:
+        print(*table(), sep="\n")
+        return
+    plan = read(options.config, words, options.tokenizer_config)
+    print(*report(plan, count(plan), options.gpu, options.count, options.utilization), sep="\n")
+
+
+if __name__ == "__main__":
+    launch.run(main)

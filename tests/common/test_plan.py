@@ -1,0 +1,141 @@
+"""The counts of common/plan.py against the ones that were made by other means, and what is computed of them."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nsvq.common import plan
+from nsvq.common.config import read_config
+from nsvq.errors import UsageError, UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "imagenet128"
+SMALL = ["--model.channels", "32", "--data.image_size", "32"]
+
+
+def read(name, *words):
+    return plan.read(CONFIGS / f"{name}.yaml", list(words), CONFIGS / "nsvq.yaml")
+
+
+def counted(name, *words):
+    return plan.count(read(name, *words))
+
+
+@pytest.fixture(scope="module")
+def nsvq():
+    made = read("nsvq")
+    return made, plan.count(made)
+
+
+@pytest.mark.slow
+def test_the_default_tokenizer_is_counted_as_a_dispatch_mode_and_a_formula_count_it(nsvq):
+    """456 MiB an image, 1.34 GiB and 546 GFLOP, counted storage by storage and operator by operator on paper."""
+    _, found = nsvq
+    assert found.saved / 2**20 == pytest.approx(456, rel=0.1)
+    assert found.fixed / 2**30 == pytest.approx(1.34, rel=0.1)
+    assert found.flops / 1e9 == pytest.approx(546, rel=0.1)
+    assert found.flops_perceptual / 1e9 == pytest.approx(30, rel=0.1)  # VGG forward on two images, backward on one
+    assert found.flops_codebook == 3 * 2 * 256 * 65_536 * 128
+
+
+@pytest.mark.slow
+def test_a_dit_takes_the_flops_of_its_matrices_and_of_attention():
+    small = ("--model.depth", "3", "--model.width", "384", "--model.heads", "6")
+    found = counted("dit-b", *small)
+    model = plan.make_model(
+        plan.read(CONFIGS / "dit-b.yaml", list(small), CONFIGS / "nsvq.yaml").config.model, (128, 16, 16), 1000
+    )
+    tokens, conditioning = 256, ("adaLN", "time", "modulation", "label", "embed")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    once = [m for name, m in linears.items() if any(word in name.lower() for word in conditioning)]
+    of_tokens = sum(m.weight.numel() for m in linears.values() if m not in once)
+    attention = 3 * 2 * tokens * 384  # multiply-adds a token: q k^T and weights times v
+    assert found.flops == pytest.approx(
+        6 * (tokens * (of_tokens + attention) + sum(m.weight.numel() for m in once)), rel=0.1
+    )
+    assert found.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+def test_activations_are_those_that_a_real_step_keeps():
+    """Against real tensors: a small network on the CPU, without autocast in both."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+    sizes = {}
+
+    def step(device):
+        accelerator = plan._Accelerator(device)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+        run = lambda images: accelerator.backward(model(torch.rand(images, 3, 16, 16)).square().mean())  # noqa: E731
+        return plan.Step(run, [model], [model], [], accelerator)
+
+    found = plan.count(plan.Plan("generator", None, 0, 0, 0, step))
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.rand(4, 3, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        network(x).square().mean()
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    assert 4 * found.saved + found.saved_once == sum(size for at, size in sizes.items() if at not in own)
+    weights = sum(p.numel() for p in network.parameters())
+    assert (found.parameters, found.fixed, found.checkpoint) == (weights, 20 * weights, 16 * weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bsq", "fsp", "ibq", "ar-b", "ldm"])
+def test_every_kind_of_config_can_be_planned(name):
+    words = SMALL if "tokenizer" not in read_config(CONFIGS / f"{name}.yaml") else []
+    words = ["--model.depth", "2"] if name == "ar-b" else ["--model.width", "128"] if name == "ldm" else words
+    found = counted(name, *words)
+    assert min(found.parameters, found.saved, found.flops, found.checkpoint) > 0
+
+
+@pytest.mark.slow
+def test_a_method_whose_step_looks_at_values_is_refused_in_a_line():
+    with pytest.raises(UserError, match="looks at values"):
+        counted("vp", *SMALL, "--quantizer.codebook_size", "16")
+
+
+GIVEN = plan.Counted(64e6, 1.34 * 2**30, 456 * 2**20, 0.12 * 2**30, 545e9, 30e9, 12.9e9, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "accumulation"), [("H100", 1, 1), ("A10", 1, 4), ("A10", 4, 1), ("L40S", 1, 2), ("B200", 1, 1)]
+)
+def test_auto_takes_the_fewest_micro_batches_whose_peak_a_gpu_holds(gpu, gpus, accumulation):
+    made = read("nsvq")
+    found = plan.outcome(made, GIVEN, gpu, gpus)
+    assert found.accumulation == accumulation
+    assert found.micro_batch == 128 // gpus // accumulation
+    assert found.memory <= plan.MEMORY[gpu] * 2**30
+    made.config.run.accumulation = accumulation
+    assert plan.outcome(made, GIVEN, gpu, gpus) == found
+
+
+def test_speed_is_the_peak_times_its_share_over_the_work():
+    """606 images/s of an H100 at 40 %: bfloat16, and TF32 for LPIPS and three times for the codebook."""
+    found = plan.outcome(read("nsvq"), GIVEN, "H100", 1, utilization=0.4)
+    assert found.images_per_second == pytest.approx(606, rel=0.01)
+    assert found.hours == pytest.approx(70 * 1_281_167 / 606 / 3600, rel=0.01)
+
+
+def test_what_cannot_run_is_said():
+    made = read("nsvq")
+    with pytest.raises(UsageError, match="multiple of 3 GPUs"):
+        plan.outcome(made, GIVEN, "H100", 3)
+    large = plan.outcome(made, replace(GIVEN, saved=2**37), "H100", 1)
+    assert large.accumulation is None
+    assert "not one image fits" in "\n".join(plan.report(made, replace(GIVEN, saved=2**37), ["H100"], 1, None))
+
+
+@pytest.mark.slow
+def test_readme_s_hardware_table_is_what_the_plan_prints(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--table"])
+    plan.main()
+    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()

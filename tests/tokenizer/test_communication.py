@@ -1,0 +1,57 @@
+"""What the codebook sends to other ranks in a step (docs/watching.md, Several GPUs)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nsvq.tokenizer.quantizers import ranks
+
+K, D = 40, 6
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Shapes that are all-reduced, with a second rank that has the same numbers."""
+    shapes = []
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: (shapes.append(tuple(tensor.shape)), tensor.mul_(2)))
+    return shapes
+
+
+def step(quantizer):
+    quantizer.train()
+    quantized = quantizer(torch.randn(2, D, 4, 4), 0.35 if quantizer.learns_codes else None)
+    quantizer.end_step(True)
+    return quantized
+
+
+def test_moving_averages_send_their_sums_and_counts_once_a_step(make, sent):
+    """(K d + K) float32, 34 MB for K = 65,536 and d = 128; with revival the counts again, and the latents that
+    dead codes move onto."""
+    quantizer = make("ema")
+    step(quantizer)
+    assert sorted(sent) == [(K,), (K, D)]
+    sent.clear()
+    quantizer.revive_after = 1e9  # none is dead
+    step(quantizer)
+    assert (sent.count((K, D)), sent.count((K,))) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["vq", "simvq", "fsq"])
+def test_methods_that_train_by_gradients_send_nothing_of_their_own(make, sent, name):
+    quantizer = make(name, dim=D) if name != "fsq" else make(name)
+    quantizer.train()
+    quantizer(torch.randn(2, quantizer.dim, 4, 4), 0.35 if quantizer.learns_codes else None)
+    quantizer.end_step(True)
+    assert sent == []
+
+
+def test_a_rank_that_is_alone_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert ranks.world() == (1, 2)
+    with ranks.alone():
+        assert ranks.world() == (0, 1)
+        assert ranks.total(torch.ones(3)).tolist() == [1, 1, 1]  # an all-reduce would raise here
+    assert ranks.world() == (1, 2)
