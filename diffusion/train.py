@@ -18,7 +18,7 @@ from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.monitor import FrechetMonitor
-from nsvq.pipelines.export import check_classes, save_pipeline, to_stock
+from nsvq.pipelines.export import save_pipeline, to_stock
 from nsvq.tokenizer.encode import open_cache
 from nsvq.tokenizer.pretrained import Tokenizer, read_training
 
@@ -34,12 +34,10 @@ def main() -> None:
         )
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
     classes = announce(config.data, accelerator).classes
-    if config.model.conditional:
-        if len(classes) < 2:
-            what = f"one class, {classes[0]!r}" if classes else "no labels"
-            about = "and the model is to learn classes: see the lines above, or set --model.conditional false"
-            raise UsageError(f"{config.data.source} has {what}, {about}")
-        check_classes(len(classes))
+    if config.model.conditional and len(classes) < 2:
+        what = f"one class, {classes[0]!r}" if classes else "no labels"
+        about = "and the model is to learn classes: see the lines above, or set --model.conditional false"
+        raise UsageError(f"{config.data.source} has {what}, {about}")
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
     cache = open_cache(
         config.cache or config.out / "latents",

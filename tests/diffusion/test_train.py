@@ -3,7 +3,6 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,15 +462,6 @@ def test_what_cannot_work_is_told_in_one_line(run_script, arguments, tmp_path, c
     assert text in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out" / "checkpoints").exists()
-
-
-def test_more_classes_than_the_stock_pipeline_has_are_refused_before_training(
-    run_script, arguments, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train, "announce", lambda *_: SimpleNamespace(classes=[str(i) for i in range(1001)]))
-    monkeypatch.setattr(train, "open_cache", None)
-    with pytest.raises(UserError, match="hard-codes 1000 as its null class"):
-        run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 1)
 
 
 @pytest.mark.parametrize(("folder", "what"), [("", "no labels"), ("ant", "one class, 'ant'")])
