@@ -15,7 +15,8 @@ LDM_NAMES = {"transformer": "unet", "vae": "vqvae"}  # what `LDMPipeline` calls 
 
 
 class InstalledCode(DiffusionPipeline):
-    """To be before a class of diffusers' pipelines, whose reader finds this project's classes in place of the shipped ones."""
+    """To stand before a class of diffusers' pipelines: its reader then finds this project's classes in place of those
+    that a folder ships."""
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **options) -> dict[str, Any]:
