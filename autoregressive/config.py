@@ -57,7 +57,7 @@ class TrainConfig(Config):
 
     out: Path = Field(Path("runs/imagenet128-ar-b"), description="Folder of the run; holds the pipeline at the end.")
     tokenizer: Path = Field(
-        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder of the tokenizer: ours, or any diffusers VQModel."
+        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder or Hub id of a VQModel, ours or any."
     )
     cache: Path | None = Field(None, description="Folder of the codes; null is <out>/codes.")
     cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")

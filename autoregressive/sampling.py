@@ -6,11 +6,12 @@ DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) runs it where 
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, VQModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from transformers import LlamaForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -76,6 +77,30 @@ def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(sums, uniforms.to(sums)[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
+def as_list(values) -> list:
+    """One label or seed, or a list, tuple, range, tensor or array of them, as a list of Python's own.
+
+    Raises `ValueError` where they are in rows.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    found = [one.item() if hasattr(one, "item") else one for one in (values if _is_many(values) else [values])]
+    if any(_is_many(one) for one in found):
+        raise ValueError("labels and seeds are one list, not a list of lists")
+    return found
+
+
+def _is_many(values) -> bool:
+    return isinstance(values, list | tuple | range)
+
+
+def generators_of(seeds) -> list[torch.Generator]:
+    """One an image, of seeds as `as_list` takes them. Raises `ValueError` where one is no whole number."""
+    seeds = as_list(seeds)
+    if wrong := [seed for seed in seeds if not isinstance(seed, int) or isinstance(seed, bool)]:
+        raise ValueError(f"seeds must be whole numbers, not {wrong[0]!r}")
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 class TokenPipeline(DiffusionPipeline):
     """Images of classes, by their ids 0 to C - 1 or their names, from a Llama over the codes of a `VQModel`."""
 
@@ -87,13 +112,14 @@ class TokenPipeline(DiffusionPipeline):
         self.null_class = transformer.config.vocab_size - vae.config.num_vq_embeddings - 1
         self.side = math.isqrt(transformer.generation_config.max_new_tokens)  # of the square of tokens
         self.id2label = {i: str(i) for i in range(self.null_class)} | {int(i): n for i, n in (id2label or {}).items()}
+        self.register_to_config(id2label={str(i): name for i, name in self.id2label.items()})  # for from_pipe
 
-    def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
+    def class_ids(self, class_labels: int | str | Sequence[int | str | None] | Tensor | None) -> list[int]:
         """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
 
         Raises `ValueError` where there is no such class, or several.
         """
-        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
+        labels = as_list(class_labels)
         words = [(word.strip(), i) for i, name in self.id2label.items() for word in {name, *name.split(",")}]
         times = Counter(word for word, _ in words)
         known = {word: i for word, i in words if times[word] == 1} | {i: i for i in self.id2label}
@@ -105,14 +131,14 @@ class TokenPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str | None] | None,
+        class_labels: int | str | Sequence[int | str | None] | Tensor | None,
         guidance_scale: float = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        seeds: list[int] | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -120,8 +146,8 @@ class TokenPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Images of the given classes, one each; `sample` says what guidance, temperature, top_k and top_p are.
 
-        class_labels: ids or names; None is "no class".
-        seeds: one an image, which alone decides it: it depends neither on the others nor on `batch_size`.
+        class_labels: ids or names, as a list, range, tensor or array; None is "no class".
+        seeds: one an image, in the same forms, which alone decides it, whatever the others and `batch_size` are.
         generator: one for all images, or one an image, as in stock pipelines; instead of seeds.
         batch_size: images to sample at once; null is all of them.
         output_type: "pil", "np" [N, H, W, 3] or "pt" [N, 3, H, W] in [0, 1], or "latent": codes [N, h, w].
@@ -143,7 +169,7 @@ class TokenPipeline(DiffusionPipeline):
         if seeds is not None:
             if generator is not None:
                 raise ValueError("give seeds or a generator, not both")
-            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+            generator = generators_of(seeds)
         if isinstance(generator, list) and len(generator) != len(ids):
             raise ValueError(f"{len(ids)} images need {len(ids)} seeds or generators, not {len(generator)}")
 
@@ -189,14 +215,16 @@ class TokenPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [N, h, w] -> images [N, 3, H, W] in [0, 1], a few at a time."""
-        return torch.cat([(self._decoded(part) / 2 + 0.5).clamp(0, 1) for part in codes.split(_DECODED_AT_ONCE)])
+        return torch.cat([(_decoded(self.vae, part) / 2 + 0.5).clamp(0, 1) for part in codes.split(_DECODED_AT_ONCE)])
 
-    def _decoded(self, codes: Tensor) -> Tensor:
-        vae, shape = self.vae, (*codes.shape, self.vae.config.vq_embed_dim or self.vae.config.latent_channels)
-        if vae.config.get("lookup_from_codebook"):  # as aMUSEd's, which looks the codes up itself
-            return vae.decode(codes, force_not_quantize=True, shape=shape).sample
-        z_q = vae.quantize.get_codebook_entry(codes.flatten(), shape)  # (B, d, h, w)
-        return vae.decode(z_q, force_not_quantize=True).sample
+
+@apply_forward_hook  # the table, too, is needed on the device, where weights are offloaded
+def _decoded(vae: VQModel, codes: Tensor) -> Tensor:
+    shape = (*codes.shape, vae.config.vq_embed_dim or vae.config.latent_channels)
+    if vae.config.get("lookup_from_codebook"):  # as aMUSEd's, which looks the codes up itself
+        return vae.decode(codes, force_not_quantize=True, shape=shape).sample
+    z_q = vae.quantize.get_codebook_entry(codes.flatten(), shape)  # (B, d, h, w)
+    return vae.decode(z_q, force_not_quantize=True).sample
 
 
 def draw_uniforms(tokens: int, generator: torch.Generator | None) -> Tensor:

@@ -15,26 +15,21 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import code_version, make_accelerator
 from nsvq.data.understood import announce
-from nsvq.errors import UserError
 from nsvq.pipelines.autoregressive import save_pipeline
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
-from nsvq.tokenizer.pretrained import Tokenizer, read_training
+from nsvq.tokenizer.pretrained import Tokenizer, find_tokenizer
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "ar-b.yaml"
 
 
 def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
-    if not (config.tokenizer / "config.json").is_file():
-        raise UserError(
-            f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
-            "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run"
-        )
+    folder = find_tokenizer(config.tokenizer)
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
     codebook.prepare(accelerator.device)
     announce(config.data, accelerator)
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
+    tokenizer = Tokenizer.from_pretrained(folder).to(accelerator.device)
     cache = open_cache(
         config.cache or config.out / "codes",
         tokenizer,
@@ -61,7 +56,7 @@ def save(folder: Path, trainer: AutoregressiveTrainer) -> None:
         "objective": f"cross-entropy of the next code; the learning rate falls to {config.schedule.final:g} of it",
         "config": configs.to_dict(config),
         "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
-        "tokenizer": read_training(config.tokenizer),
+        "tokenizer": trainer.tokenizer.training,
     }
     save_pipeline(folder, trainer.drawing, trainer.tokenizer.model, trainer.names, about)
 

@@ -144,9 +144,15 @@ class Run:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
-            if path.exists() and (changed := self._changes(configs.read_yaml(path))):
+            before = configs.read_yaml(path) if path.exists() else None
+            if before and (changed := self._changes(before)):
                 what = f"holds a run of another config ({'; '.join(changed[:4])})"
                 raise UsageError(f"{self.out} {what}; choose another --out, or delete that folder")
+            for key, fingerprint in (before or {}).get("inputs", {}).items():
+                if self._inputs.get(key, fingerprint) != fingerprint:
+                    print(
+                        f"note: {key} is not what it was at this run's start: it goes on with what is there", flush=True
+                    )
             about = {"nsvq": code_version(), "command": shlex.join(sys.argv), **self._about()}
             with atomic_file(path) as part:
                 part.write_text(yaml.safe_dump(about, sort_keys=False))

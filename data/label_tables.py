@@ -1,8 +1,8 @@
 """Classes that stand in tables beside the images, and the names of ImageNet's classes.
 
-Read are StyleGAN's dataset.json, the metadata.csv and metadata.jsonl of `datasets`, ImageNet's LOC_val_solution.csv,
-the val_annotations.txt of Tiny ImageNet, Kaggle's labels.csv, lists of "file class" lines, and what else has a column
-of the images' names and one of classes.
+Read are StyleGAN's dataset.json, the metadata.csv, .jsonl and .parquet of `datasets`, ImageNet's LOC_val_solution.csv,
+its annotations in XML and its devkit's ground truth, the val_annotations.txt of Tiny ImageNet, Kaggle's labels.csv,
+lists of "file class" lines, and what else has a column of the images' names and one of classes.
 """
 
 import csv
@@ -13,6 +13,10 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+import datasets
+import scipy.io
+from datasets.exceptions import DatasetsError
+
 from nsvq.data.folders import Tree, split_of
 
 # The names of a column, a field or a key that holds classes, in this order, whatever their case.
@@ -22,6 +26,8 @@ _TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 _FILE_NAMES = ("file_name", "filename", "file", "image", "image_id", "imageid", "id", "path", "img", "name")
 _NO_TABLE = re.compile("submission|readme|license|words|wnids|synset|classes|requirements", re.IGNORECASE)
 _KAGGLE = "LOC_val_solution.csv"  # lies up to three folders above the images
+_DEVKIT = "ILSVRC2012_validation_ground_truth.txt"  # lies beside meta.mat, which says what its numbers are
+_XML = "Annotations/CLS-LOC/val"  # a file for each image
 _LARGEST_TABLE = 2**28  # bytes
 _WNID = re.compile(r"n\d{8}")
 
@@ -31,6 +37,8 @@ def add_labels(root: Path, tree: Tree) -> None:
     dataset.json and metadata.* say goes before folders."""
     others = tree.others
     tables = [path for path in others if path.endswith(_TABLES) and not _NO_TABLE.search(path.rpartition("/")[2])]
+    tables += [path for path in others if path.rpartition("/")[2] == "metadata.parquet"]
+    tables += sorted({path.rpartition("/")[0] for path in others if path.rpartition("/")[0].endswith(_XML)})
     above = [f"{'../' * k}{_KAGGLE}" for k in (1, 2, 3) if (root / ("../" * k) / _KAGGLE).is_file()]
     known = {name for rows in tree.splits.values() for _, name in rows if name}
     used = set()
@@ -55,7 +63,8 @@ def add_labels(root: Path, tree: Tree) -> None:
 
 
 def _sure(table: str) -> bool:
-    return table.rpartition("/")[2] in ("dataset.json", "metadata.csv", "metadata.jsonl", _KAGGLE)
+    name = table.rpartition("/")[2]
+    return name in ("dataset.json", "metadata.csv", "metadata.jsonl", "metadata.parquet", _KAGGLE)
 
 
 def _labels_in(root: Path, table: str, images: list[str], known: set) -> list[str | int | None] | None:
@@ -65,7 +74,7 @@ def _labels_in(root: Path, table: str, images: list[str], known: set) -> list[st
         if (root / table).stat().st_size > _LARGEST_TABLE:
             return None
         records = _records(root / table)
-    except (OSError, ValueError, csv.Error, RecursionError):
+    except (OSError, ValueError, KeyError, csv.Error, DatasetsError, RecursionError):
         return None
     if records is None:  # StyleGAN's dataset.json, which says that there are no classes
         return [None] * len(images)
@@ -96,6 +105,17 @@ def _labels_in(root: Path, table: str, images: list[str], known: set) -> list[st
 
 def _records(path: Path) -> list[list] | None:
     """Rows of cells; a first row may hold names. None for a `dataset.json` without labels."""
+    if path.is_dir():
+        found = [(file.stem, re.search(r"<name>(n\d{8})</name>", file.read_text())) for file in path.glob("*.xml")]
+        return [[stem, synset[1]] for stem, synset in found if synset]
+    if path.name == _DEVKIT:  # line i is the number of the class of image i
+        synsets = scipy.io.loadmat(path.with_name("meta.mat"), squeeze_me=True)["synsets"]
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        numbers = enumerate(path.read_text().split(), 1)
+        return [[f"ILSVRC2012_val_{i:08}", wnids[int(number)]] for i, number in numbers]
+    if path.suffix == ".parquet":
+        table = datasets.Dataset.from_parquet(str(path))
+        return [table.column_names, *(list(row.values()) for row in table)]
     if path.suffix in (".json", ".jsonl"):
         text = path.read_text("utf-8-sig")
         lines = [text] if path.suffix == ".json" else text.splitlines()

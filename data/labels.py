@@ -147,12 +147,15 @@ def shard_fields(config: DataConfig, files: dict[str, list[str]]) -> Fields:
     return Fields(image, plain or in_json, last_dot)
 
 
-def label_by_name(config: DataConfig, parts: dict[str, Shards], found: Found) -> bool:
-    """Labels from the folders inside of the tars, or from the tars' names (n01440764.tar), where these tell classes."""
+def label_by_name(config: DataConfig, parts: dict[str, Shards], found: Found, has_labels: bool) -> bool:
+    """Labels from the folders inside of the tars, or from the tars' names (n01440764.tar), where these tell classes and
+    samples have none of their own. Raises `UserError` where the folders are splits."""
     folders, stems = ({part: read(shards) for part, shards in parts.items()} for read in (Shards.folders, Shards.stems))
     placed = classes_of_paths(sorted({f"{folder}/x" for inside in folders.values() for folder in inside if folder}))
     if len({split for split, _ in placed.values()}) > 1:
         raise UserError(f"{config.source}: the tars hold folders for splits: unpack them, and give the folder")
+    if has_labels:
+        return False
     classes = {path[:-2]: name for path, (_, name) in placed.items() if name}
     tars = {stem for inside in stems.values() for stem in inside}
     if len(set(classes.values())) > 1:

@@ -159,7 +159,7 @@ def _open_shards(config: DataConfig, split: str, found: Found) -> Images:
     members, hidden = np.sum([shards.members for shards in parts.values()], 0).tolist()
     found.skipped["hidden or the system's"] += hidden
     found.skipped["labels and other fields"] += members - hidden - sum(map(_images_in, parts.values()))
-    by_name = fields.label is None and label_by_name(config, parts, found)
+    by_name = label_by_name(config, parts, found, fields.label is not None)
     classes: list[str] = []
     labels = np.full(len(parts[name]), -1)
     if fields.label is not None or by_name:

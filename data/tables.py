@@ -220,7 +220,7 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # Out of reach, the library would retry for a long time before it looks into its cache.
-        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers()
+        datasets.config.HF_HUB_OFFLINE = offline or not hub_answers()
         return dict(datasets.load_dataset(id, subset))
     except DatasetNotFoundError:
         raise UserError(f"{id} is no folder here, and no data set on the Hub that you may read: {access}") from None
@@ -237,7 +237,8 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """Whether the Hub is within reach, known in seconds: its library would retry for minutes."""
     request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()

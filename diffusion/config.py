@@ -40,7 +40,9 @@ class TrainConfig(Config):
     """Train a DiT or a U-Net (stage two) in the latent space of a frozen tokenizer."""
 
     out: Path = Field(Path("runs/imagenet128-dit-b"), description="Folder of the run; holds the pipeline at the end.")
-    tokenizer: Path = Field(Path("runs/imagenet128-nsvq/tokenizer"), description="Folder of any diffusers VQModel.")
+    tokenizer: Path = Field(
+        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder or Hub id of a VQModel or AutoencoderKL."
+    )
     cache: Path | None = Field(None, description="Folder of the latents; null is <out>/latents.")
     cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
     cache_crops: int = Field(1, ge=1, description="Crops of an image to encode: the centre one, then ADM's random.")

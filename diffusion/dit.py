@@ -200,8 +200,8 @@ class DiT(ModelMixin, ConfigMixin):
 
 
 class PipelineDiT(DiT):
-    """The same with the call of diffusers' pipelines; labels from `num_classes` on, the 1000 of `DiTPipeline` among
-    them, mean "no class"."""
+    """The same with the call of diffusers' pipelines and their labels: 1000 means "no class", as does a label that no
+    class has, and class i >= 1000 has the label i + 1."""
 
     def forward(self, *inputs: Tensor, return_dict: bool = True, **named: Tensor) -> Transformer2DModelOutput | tuple:
         """See `DiT.forward`."""
@@ -209,4 +209,5 @@ class PipelineDiT(DiT):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def condition(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        return super().condition(timestep, class_labels.clamp(max=self.null_class))
+        own = torch.where(class_labels == 1000, self.null_class, class_labels - (class_labels > 1000).long())
+        return super().condition(timestep, own.clamp(max=self.null_class))

@@ -16,33 +16,27 @@ from nsvq.common.run import code_version, make_accelerator
 from nsvq.data.understood import announce
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.trainer import DiffusionTrainer
-from nsvq.errors import UsageError, UserError
+from nsvq.errors import UsageError
 from nsvq.eval.monitor import FrechetMonitor
-from nsvq.pipelines.export import check_classes, save_pipeline, to_stock
+from nsvq.pipelines.export import save_pipeline, to_stock
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
-from nsvq.tokenizer.pretrained import Tokenizer, read_training
+from nsvq.tokenizer.pretrained import find_tokenizer, open_tokenizer
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "dit-b.yaml"
 
 
 def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
-    if not (config.tokenizer / "config.json").is_file():
-        raise UserError(
-            f"there is no tokenizer at {config.tokenizer}: train one with `accelerate launch "
-            "tokenizer/train.py`, or give --tokenizer <out>/tokenizer of a finished run"
-        )
+    folder = find_tokenizer(config.tokenizer)
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
     codebook.prepare(accelerator.device)
     classes = announce(config.data, accelerator).classes
-    if config.model.conditional:
-        if len(classes) < 2:
-            what = f"one class, {classes[0]!r}" if classes else "no labels"
-            about = "and the model is to learn classes: see the lines above, or set --model.conditional false"
-            raise UsageError(f"{config.data.source} has {what}, {about}")
-        check_classes(len(classes))
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
+    if config.model.conditional and len(classes) < 2:
+        what = f"one class, {classes[0]!r}" if classes else "no labels"
+        about = "and the model is to learn classes: see the lines above, or set --model.conditional false"
+        raise UsageError(f"{config.data.source} has {what}, {about}")
+    tokenizer = open_tokenizer(folder).to(accelerator.device)
     cache = open_cache(
         config.cache or config.out / "latents",
         tokenizer,
@@ -73,7 +67,7 @@ def save(folder: Path, trainer: DiffusionTrainer) -> None:
         "objective": trainer.objective.description,
         "config": configs.to_dict(config),
         "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
-        "tokenizer": read_training(config.tokenizer),
+        "tokenizer": trainer.tokenizer.training,
     }
     vae, scheduler = trainer.tokenizer.model, trainer.objective.scheduler()
     save_pipeline(folder, to_stock(trainer.drawing), vae, scheduler, trainer.names, about)

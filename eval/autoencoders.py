@@ -1,34 +1,11 @@
-"""Any tokenizer folder, ours or a `VQModel` or `AutoencoderKL`: its latents, codes, reconstructions and drift."""
+"""Latents, codes, reconstructions and drift of any tokenizer, with or without a codebook."""
 
 import torch
-from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from nsvq.errors import UsageError
 from nsvq.eval.distributed import in_groups
 from nsvq.tokenizer.pretrained import Tokenizer
-
-
-class ContinuousTokenizer(Tokenizer):
-    """An `AutoencoderKL`: latents are the mode of its posterior, and there is no codebook."""
-
-    codebook_size = 0
-    device = property(lambda self: self.model.device)
-
-    @torch.no_grad()
-    def latents(self, images: Tensor) -> Tensor:
-        return self.model.encode(images).latent_dist.mode() * self.model.config.scaling_factor
-
-
-def open_tokenizer(folder: str) -> Tokenizer:
-    """Read a stock `VQModel` or `AutoencoderKL` folder. Raises `UserError` where there is none."""
-    try:
-        kind = VQModel.load_config(folder).get("_class_name")
-        if kind == "AutoencoderKL":
-            return ContinuousTokenizer(AutoencoderKL.from_pretrained(folder))
-    except (OSError, ValueError):
-        pass  # the tokenizer's own reader says what is wrong
-    return Tokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from nsvq.data.bad_images import BadImages
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
-from nsvq.eval.autoencoders import Drift, open_tokenizer, reconstruct
+from nsvq.eval.autoencoders import Drift, reconstruct
 from nsvq.eval.config import ReconstructionConfig
 from nsvq.eval.distributed import gather_by_index, in_groups
 from nsvq.eval.features import Collector, PytorchFidInception, metric_name
@@ -30,7 +30,7 @@ from nsvq.eval.perceptual import load_networks
 from nsvq.eval.pictures import Examples
 from nsvq.eval.reconstruction_metrics import MEANINGS, add_codebook_metrics, add_frechet_distance, add_image_metrics
 from nsvq.eval.reference import Cache, bad_images, key_of, real_batches
-from nsvq.tokenizer.pretrained import Tokenizer
+from nsvq.tokenizer.pretrained import Tokenizer, open_tokenizer
 
 
 class Measurement:
@@ -87,13 +87,13 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     tokenizer = open_tokenizer(config.tokenizer).to(accelerator.device)
     earlier = open_tokenizer(config.compare).to(accelerator.device) if config.compare else None
     drift = Drift(tokenizer, earlier, config.tokenizer, config.compare) if config.compare else None
-    data = report.data_with_size(config.data, tokenizer.image_size)
+    data = report.data_with_size(config.data, tokenizer.image_size or config.data.image_size)
     if data.image_size % tokenizer.downsampling:
         wanted = f"a multiple of the tokenizer's downsampling, {tokenizer.downsampling}"
         raise UsageError(f"data.image_size = {data.image_size} must be {wanted}")
     open_split(data, config.split)  # before any download: what is wrong with the data is said now
     result: dict[str, Any] = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
-    if data.image_size != tokenizer.image_size:
+    if tokenizer.image_size and data.image_size != tokenizer.image_size:
         warning = f"images of {data.image_size} pixels, for a tokenizer of {tokenizer.image_size}"
         result["warnings"].append(warning)
     measurement = Measurement(config, tokenizer, drift)

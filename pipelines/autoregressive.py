@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline, VQModel
 from transformers import LlamaForCausalLM
 
@@ -20,7 +21,7 @@ from nsvq.errors import UsageError
 from nsvq.files import atomic_folder
 from nsvq.pipelines.card import write_card
 from nsvq.pipelines.class_names import ClassNames
-from nsvq.tokenizer.pretrained import VQ_MODELS
+from nsvq.pipelines.folders import InstalledCode, local_folder, read_index, refuse_options
 
 SHIPPED_MODULE = "nsvq_autoregressive"
 CLASS_NAME = [SHIPPED_MODULE, TokenPipeline.__name__]  # in model_index.json
@@ -28,26 +29,27 @@ CLASS_NAME = [SHIPPED_MODULE, TokenPipeline.__name__]  # in model_index.json
 TOKEN_KEYS, DIFFUSION_KEYS = set(TokenSampling.model_fields), {"guidance_interval", "steps", "sampler", "guide"}
 
 
-class AutoregressivePipeline(ClassNames, TokenPipeline):
+class AutoregressivePipeline(InstalledCode, ClassNames, TokenPipeline):
     """Loads and saves folders of `TokenPipeline`, with this project's code in place of theirs, and names the class that
     was meant where there is none such. `ClassConditionalPipeline.from_pretrained` gives one for such a folder."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "AutoregressivePipeline":
-        """`options` are those of diffusers' own: revision, cache_dir, token, torch_dtype and the like."""
-        source = str(pretrained_model_name_or_path)
-        hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
-        index = DiffusionPipeline.load_config(source, **hub)
-        transformer = LlamaForCausalLM.from_pretrained(source, subfolder="transformer", **options)
-        vae = VQ_MODELS[index["vae"][1]].from_pretrained(source, subfolder="vae", **options)
-        return cls(transformer.eval(), vae.eval(), index.get("id2label"))
+        """As diffusers' own. Raises `ValueError` for a `scheduler`, of which there is none."""
+        if "scheduler" in options:
+            raise ValueError("an autoregressive pipeline has no scheduler: leave it out")
+        if not options.keys() & {"dtype", "torch_dtype"}:  # as diffusers' parts; transformers' keep the stored type
+            options["torch_dtype"] = torch.float32
+        index = read_index(pretrained_model_name_or_path, options)
+        return super().from_pretrained(local_folder(pretrained_model_name_or_path, index, options), **options)
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **ignored) -> None:
-        """Write a folder as training does, class names included; `push_to_hub` uploads the same."""
-        if ignored or not safe_serialization:
-            given = ", ".join(ignored or ["safe_serialization=False"])
-            raise ValueError(f"not supported: {given}; the folder is always safetensors, in one variant")
-        save_pipeline(Path(save_directory), self.transformer, self.vae, self.id2label)
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, **ignored
+    ) -> None:
+        """Write a folder as training does, class names included; `push_to_hub` uploads the same. The weights of a
+        `variant` are written beside those that are there."""
+        refuse_options(ignored, safe_serialization)
+        save_pipeline(Path(save_directory), self.transformer, self.vae, self.id2label, variant=variant)
 
 
 def generates_tokens(pipeline: DiffusionPipeline, given: set[str]) -> bool:
@@ -60,14 +62,21 @@ def generates_tokens(pipeline: DiffusionPipeline, given: set[str]) -> bool:
 
 
 def save_pipeline(
-    folder: Path, transformer: LlamaForCausalLM, vae: VQModel, classes: dict[int, str], about: dict | None = None
+    folder: Path,
+    transformer: LlamaForCausalLM,
+    vae: VQModel,
+    classes: dict[int, str],
+    about: dict | None = None,
+    variant: str | None = None,
 ) -> None:
-    """Write the pipeline folder in one step, in place of what was there.
+    """Write the pipeline folder in one step, in place of what was there; weights of a `variant` beside it.
 
     `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card.
     """
     with atomic_folder(folder) as part:
-        TokenPipeline(transformer, vae).save_pretrained(part)
+        if variant and folder.is_dir():
+            shutil.copytree(folder, part, dirs_exist_ok=True)
+        TokenPipeline(transformer, vae).save_pretrained(part, variant=variant)
         shutil.copyfile(sampling.__file__, part / f"{SHIPPED_MODULE}.py")
         index = part / "model_index.json"
         changes = {"_class_name": CLASS_NAME, "id2label": {str(i): name for i, name in classes.items()}}

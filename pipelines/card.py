@@ -26,15 +26,16 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     index = json.loads((folder / "model_index.json").read_text())
     vae = json.loads((folder / ("vqvae" if "vqvae" in index else "vae") / "config.json").read_text())
     names, variant = index.get("id2label", {}), about["config"]["model"].get("variant", "llama")
+    network = f"The network: {_CITATIONS[variant]}.\n"
     use = _use_tokens(about, names, vae) if variant == "llama" else _use(names, variant, index["_class_name"])
     parts = [
-        _front_matter(about, names, variant),
+        _front_matter(about, names, variant, vae),
         _summary(about, names, vae, variant),
         use,
         _training(about, bool(names)),
         _results(results or {}),
         _limits(len(names), index["scheduler"][1] if "scheduler" in index else None),
-        f"## Citation\n\nThe tokenizer's method, {_NSVQ}.\nThe network: {_CITATIONS[variant]}.\n",
+        "## Citation\n\n" + (f"The tokenizer's method, {_NSVQ}.\n" if _codes(vae) else "") + network,
     ]
     path = folder / "README.md"
     with atomic_file(path) as part:
@@ -42,16 +43,22 @@ def write_card(folder: Path, results: dict[str, dict] | None = None) -> Path:
     return path
 
 
-def _front_matter(about: dict, names: dict[str, str], variant: str) -> str:
+def _codes(vae: dict) -> int:
+    """Of the tokenizer's codebook; 0 without one."""
+    return vae.get("num_vq_embeddings", 0)
+
+
+def _front_matter(about: dict, names: dict[str, str], variant: str, vae: dict) -> str:
     source = about["config"]["data"]["source"]
     from_hub = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
     kind = "class-conditional" if names else "unconditional"
     network = {"unet": "diffusion, unet", "llama": "autoregressive, llama"}.get(variant, "diffusion, dit")
     data = f"\ndatasets: [{source}]" if from_hub else ""
+    method = f", vector-quantization, nsvq, 'arxiv:{PAPER}'" if _codes(vae) else ", nsvq"
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
-tags: [{kind}-image-generation, {network}, vector-quantization, nsvq, 'arxiv:{PAPER}']{data}
+tags: [{kind}-image-generation, {network}{method}]{data}
 # license: to be set by whoever publishes the model; it depends on the training data
 ---
 """
@@ -66,10 +73,17 @@ def _summary(about: dict, names: dict[str, str], vae: dict, variant: str) -> str
     if not channels:
         does, space, what = "It generates them row by row, each given those before it.", "on the codes", "tokens"
     shape = " x ".join(map(str, (height, width, *channels)))
-    return f"""# {kind} on vector-quantized latents
+    tokenizer, on = f"{_codes(vae)} codes of {vae.get('vq_embed_dim')} dimensions", "vector-quantized"
+    if not _codes(vae):
+        tokenizer, on, does = (
+            f"`{vae['_class_name']}`, without a codebook",
+            "continuous",
+            "Its decoder takes any latents.",
+        )
+    return f"""# {kind} on {on} latents
 
 {about["parameters"] / 1e6:.1f} M parameters, trained {space} of a frozen image tokenizer
-({vae["num_vq_embeddings"]} codes of {vae["vq_embed_dim"]} dimensions).
+({tokenizer}).
 {does}
 
 - Images: {key["image_size"]} x {key["image_size"]} pixels; {what}: {shape}

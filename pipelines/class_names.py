@@ -1,6 +1,11 @@
 """Classes by name, for the pipelines."""
 
 import difflib
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nsvq.autoregressive.sampling import as_list
 
 
 class ClassNames:
@@ -9,13 +14,12 @@ class ClassNames:
     id2label: dict[int, str]
     null_class: int
 
-    def class_ids(self, class_labels: int | str | list[int | str | None] | None) -> list[int]:
+    def class_ids(self, class_labels: int | str | Sequence[int | str | None] | Tensor | None) -> list[int]:
         """Ids of classes given by id, by whole name or by one of a name's comma-separated synonyms; None is "no class".
 
         Raises `ValueError` where there is no such class, or several.
         """
-        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-        return [self._class_id(label) for label in labels]
+        return [self._class_id(label) for label in as_list(class_labels)]
 
     def _class_id(self, label: int | str | None) -> int:
         if label is None:

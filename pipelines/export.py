@@ -13,59 +13,54 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline, ModelMixin, UNet2DModel
-from torch import Tensor
+from diffusers import DiTPipeline, DiTTransformer2DModel, LDMPipeline, ModelMixin, UNet2DModel
+from torch import Tensor, nn
 
 from nsvq.diffusion import dit
 from nsvq.diffusion.dit import DiT, PipelineDiT
 from nsvq.diffusion.unet import UNet
-from nsvq.errors import UserError
 from nsvq.files import atomic_folder
 from nsvq.pipelines.card import write_card
-from nsvq.tokenizer.pretrained import VQ_MODELS
+from nsvq.pipelines.folders import SHIPPED_DIT
 
 STOCK_NULL_CLASS = 1000  # DiTPipeline's "no class", whatever the number of classes
 _IN_BLOCKS = {"attention.out": "attn1.to_out.0", "mlp.fc_in": "ff.net.0.proj", "mlp.fc_out": "ff.net.2"}
-SHIPPED_MODULE = "nsvq_dit"  # the name of diffusion/dit.py in a folder
 
 
-def check_classes(count: int) -> None:
-    """Raises `UserError` where the stock pipeline has no room for `count` classes."""
-    if count > (room := STOCK_NULL_CLASS):
-        why = f"the stock DiTPipeline hard-codes {room} as its null class, which leaves room for {room} classes"
-        raise UserError(f"a DiT of {count} classes cannot be exported: {why}")
+def stock_label(class_id: int) -> int:
+    """The label of a class in `DiTPipeline`: its id, but for the place of "no class"."""
+    return class_id + (class_id >= STOCK_NULL_CLASS)
 
 
 def label_table(embeddings: Tensor) -> Tensor:
-    """Class embeddings [C + 1, D], null row last, as the stock table [1001, D]: classes first, null row last. The rows
-    between repeat the null row, so a class that does not exist gives unconditional samples."""
-    classes, null_row = embeddings[:-1], embeddings[-1:]
-    check_classes(len(classes))
-    return torch.cat([classes, null_row.expand(STOCK_NULL_CLASS + 1 - len(classes), -1)])
+    """Class embeddings [C + 1, D], null row last, as the stock table [max(C, 1000) + 1, D], null row at 1000 (see
+    `stock_label`). Rows before it that no class has repeat it: a class that does not exist gives unconditional
+    samples."""
+    first, beyond = embeddings[:-1].tensor_split([STOCK_NULL_CLASS])
+    null_rows = embeddings[-1:].expand(STOCK_NULL_CLASS + 1 - len(first), -1)
+    return torch.cat([first, null_rows, beyond])
 
 
 @torch.no_grad()
 def to_stock(model: DiT | UNet) -> DiTTransformer2DModel | PipelineDiT | UNet2DModel:
-    """The class that a pipeline holds, with the same outputs to float error; the label `model.null_class` becomes 1000.
-    Raises `UserError` where there are more than 1000 classes."""
+    """The class that a pipeline holds, in the weights' type, with the same outputs to float error; the label
+    `model.null_class` becomes 1000, and others what `stock_label` says."""
     if isinstance(model, UNet):
         # With classes, as many embeddings as `DiTPipeline` has labels, so that it takes the U-Net for a transformer.
         options, weights = arguments(model), model.state_dict()
         if options["num_class_embeds"] is not None:
             weights["class_embedding.weight"] = label_table(weights["class_embedding.weight"])
-            options["num_class_embeds"] = STOCK_NULL_CLASS + 1
+            options["num_class_embeds"] = len(weights["class_embedding.weight"])
         stock = UNet2DModel(**options)
         stock.load_state_dict(weights)
-        return stock.eval()
+        return nn.Module.to(stock, model.dtype).eval()
     if model.config.variant == "modern":
-        check_classes(model.config.num_classes)
         # DiTPipeline asks the config for its out_channels.
         shipped = PipelineDiT(**arguments(model) | {"out_channels": model.config.in_channels})
         shipped.load_state_dict(model.state_dict())
-        return shipped.eval()
+        return nn.Module.to(shipped, model.dtype).eval()
     return _stock_dit(model)
 
 
@@ -82,7 +77,7 @@ def _stock_dit(model: DiT) -> DiTTransformer2DModel:
         sample_size=config.sample_size,
         patch_size=config.patch_size,
         activation_fn="gelu",
-        num_embeds_ada_norm=STOCK_NULL_CLASS,
+        num_embeds_ada_norm=max(config.num_classes, STOCK_NULL_CLASS),
         norm_eps=dit.EPS,
     )
     own, layers = model.state_dict(), 2 * config.depth
@@ -102,20 +97,20 @@ def _stock_dit(model: DiT) -> DiTTransformer2DModel:
                 weights[f"{block}.norm1.emb.timestep_embedder.linear_{k}.{kind}"] = own[f"time_embed.linear_{k}.{kind}"]
             weights[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = labels
     stock.load_state_dict(weights)
-    return stock.eval()
+    return nn.Module.to(stock, model.dtype).eval()
 
 
 @torch.no_grad()
 def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
-    """The inverse of `to_stock`, to sample faster: our class of 1000 classes, in the stock one's type and place. It
-    takes the weights out of `stock`, which has none afterwards, so that memory does not hold both. Raises `ValueError`
-    where it is not a model of ours, and leaves it as it is: where its embedders differ or its shape has no
+    """The inverse of `to_stock`, to sample faster: our class of 1000 or more classes, in the stock one's type and
+    place. It takes the weights out of `stock`, which has none afterwards, so that memory does not hold both. Raises
+    `ValueError` where it is not a model of ours, and leaves it as it is: where its embedders differ or its shape has no
     counterpart."""
     config, device, theirs = stock.config, stock.device, stock.state_dict()
     depth, heads = config.num_layers, config.num_attention_heads
     width, layers = heads * config.attention_head_dim, 2 * depth
-    shape = (config.activation_fn, config.num_embeds_ada_norm, config.out_channels, config.norm_elementwise_affine)
-    if shape != ("gelu", STOCK_NULL_CLASS, config.in_channels, False) or not config.attention_bias:
+    shape = (config.activation_fn, config.out_channels, config.norm_elementwise_affine, config.attention_bias)
+    if shape != ("gelu", config.in_channels, False, True) or config.num_embeds_ada_norm < STOCK_NULL_CLASS:
         raise ValueError("the transformer has another architecture than diffusion/dit.py")
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
     embedder = [name.removeprefix(blocks[0]) for name in theirs if name.startswith(f"{blocks[0]}.norm1.emb.")]
@@ -123,13 +118,14 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
         if not all(torch.equal(theirs[block + name], theirs[blocks[0] + name]) for block in blocks):
             raise ValueError("the transformer's blocks embed time and class differently")
     # A tensor goes when it is popped; all are copied, since one of them would keep the file that they are mapped from.
-    torch.nn.Module.to(stock, "meta")
+    nn.Module.to(stock, "meta")
     for block in blocks[1:]:
         for name in embedder:
             del theirs[block + name]
 
     labels = theirs.pop(f"{blocks[0]}.norm1.emb.class_embedder.embedding_table.weight")
-    weights = {"class_embed.weight": labels.clone()}
+    null = STOCK_NULL_CLASS
+    weights = {"class_embed.weight": torch.cat([labels[:null], labels[null + 1 :], labels[null : null + 1]])}
     for kind in ("weight", "bias"):
         for new, old in _names(depth).items():
             weights[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}").clone()
@@ -145,7 +141,7 @@ def from_stock(stock: DiTTransformer2DModel) -> PipelineDiT:
                 shift[2 * i + k], scale[2 * i + k], gate[2 * i + k] = parts[3 * k : 3 * k + 3]
         weights[f"modulation.{kind}"] = rows.flatten(0, 1)
     with init_empty_weights():
-        sizes = (config.sample_size, config.in_channels, STOCK_NULL_CLASS, config.patch_size, depth, width, heads)
+        sizes = (config.sample_size, config.in_channels, len(labels) - 1, config.patch_size, depth, width, heads)
         model = PipelineDiT(*sizes, out_channels=config.out_channels)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
@@ -169,44 +165,31 @@ def arguments(part) -> dict:
 
 
 def save_pipeline(
-    folder: Path, network: ModelMixin, vae: ModelMixin, scheduler, classes: dict[int, str], about: dict | None = None
+    folder: Path,
+    network: ModelMixin,
+    vae: ModelMixin,
+    scheduler,
+    classes: dict[int, str],
+    about: dict | None = None,
+    variant: str | None = None,
 ) -> None:
     """Write the pipeline folder of `network` (see `to_stock`) in one step, class names included, in place of what was
-    there. `about` says how it was trained (see `pipelines.card`), and goes to nsvq.json and the model card."""
+    there; weights of a `variant`, such as "fp16", beside it. `about` says how it was trained (see `pipelines.card`),
+    and goes to nsvq.json and the model card."""
     with atomic_folder(folder) as part:
+        if variant and folder.is_dir():
+            shutil.copytree(folder, part, dirs_exist_ok=True)
         if isinstance(network, UNet2DModel) and network.config.num_class_embeds is None:
-            LDMPipeline(vae, network, scheduler).save_pretrained(part)
+            LDMPipeline(vae, network, scheduler).save_pretrained(part, variant=variant)
         else:
-            DiTPipeline(network, vae, scheduler).save_pretrained(part)
+            DiTPipeline(network, vae, scheduler).save_pretrained(part, variant=variant)
             # DiTPipeline reads its names from here, but does not save them.
-            changes: dict[str, Any] = {"id2label": {str(i): name for i, name in classes.items()}}
+            changes: dict[str, Any] = {"id2label": {str(stock_label(i)): name for i, name in classes.items()}}
             if isinstance(network, PipelineDiT):
-                shutil.copyfile(dit.__file__, part / "transformer" / f"{SHIPPED_MODULE}.py")
-                changes["transformer"] = [SHIPPED_MODULE, PipelineDiT.__name__]
+                shutil.copyfile(dit.__file__, part / "transformer" / f"{SHIPPED_DIT}.py")
+                changes["transformer"] = [SHIPPED_DIT, PipelineDiT.__name__]
             index = part / "model_index.json"
             index.write_text(json.dumps(json.loads(index.read_text()) | changes, indent=2, ensure_ascii=False) + "\n")
         if about is not None:
             (part / "nsvq.json").write_text(json.dumps(about, indent=2) + "\n")
             write_card(part)
-
-
-def read_parts(source: str | Path, **options) -> dict | None:
-    """Arguments of `DiTPipeline` from a folder or Hub repository of an `LDMPipeline` or of "modern", which is read with
-    the code that is installed here: what it ships is not run. None for other pipelines.
-
-    `options` are those of `from_pretrained`: revision, cache_dir, token, torch_dtype and the like."""
-    hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
-    index = DiffusionPipeline.load_config(source, **hub)
-    if index["_class_name"] == "LDMPipeline":
-        network, vae, network_class = "unet", "vqvae", UNet2DModel
-    elif index.get("transformer", [None])[0] == SHIPPED_MODULE:
-        network, vae, network_class = "transformer", "vae", PipelineDiT
-    else:
-        return None
-    scheduler = getattr(diffusers, index["scheduler"][1])
-    return {
-        "transformer": network_class.from_pretrained(source, subfolder=network, **options),
-        "vae": VQ_MODELS[index[vae][1]].from_pretrained(source, subfolder=vae, **options),
-        "scheduler": scheduler.from_pretrained(source, subfolder="scheduler", **hub),
-        "id2label": index.get("id2label"),
-    }

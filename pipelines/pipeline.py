@@ -6,7 +6,7 @@ images = pipeline(["golden retriever", 207], guidance_scale=2.0, seeds=[0, 1]).i
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,42 +14,49 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, ImagePipelineOutput, M
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from nsvq.autoregressive.sampling import generators_of
 from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
 from nsvq.diffusion.samplers import make_sampler, sample, set_steps
 from nsvq.pipelines.autoregressive import CLASS_NAME, AutoregressivePipeline
 from nsvq.pipelines.class_names import ClassNames
-from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, read_parts, save_pipeline, to_stock
+from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, label_table, save_pipeline, stock_label, to_stock
+from nsvq.pipelines.folders import InstalledCode, local_folder, read_index, read_ldm, refuse_options
 
 _DISTANCES = 2**27  # elements of the table of distances that the stock quantizer makes: 512 MiB
+_DECODED_AT_ONCE = 8  # images, by a VAE without a codebook
 
 
-class ClassConditionalPipeline(ClassNames, DiTPipeline):
+class ClassConditionalPipeline(InstalledCode, ClassNames, DiTPipeline):
     """Loads and saves the folders of the stock `DiTPipeline`, and of `LDMPipeline`, whose models have no classes.
 
-    `id2label`: {class id: name}; names are their numbers where model_index.json holds none."""
-
-    null_class = STOCK_NULL_CLASS
+    The constructor takes {label of the stock pipeline: name}, as model_index.json holds it; attribute `id2label` is
+    {class id: name}, which differs from class 1000 on (see `export.stock_label`). Names are numbers where none are
+    given."""
 
     def __init__(self, transformer, vae, scheduler, id2label: dict[int, str] | dict[str, str] | None = None):
         super().__init__(transformer, vae, scheduler, id2label)
-        names = id2label or {i: str(i) for i in range(_trained_classes(transformer))}
-        self.id2label = {int(i): name for i, name in names.items()}
+        names = {int(label) - (int(label) > STOCK_NULL_CLASS): name for label, name in (id2label or {}).items()}
+        self.id2label = names or {i: str(i) for i in range(_trained_classes(transformer))}
+        self.null_class = max(STOCK_NULL_CLASS, max(self.id2label, default=0) + 1)
+        self.register_to_config(id2label={str(stock_label(i)): name for i, name in self.id2label.items()})
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **options
     ) -> "ClassConditionalPipeline | AutoregressivePipeline":
         """As diffusers' own; also from folders that ship code, which is not run: they are read with this project's. A
-        stock DiT of ours becomes our faster class; a folder of an autoregressive model gives its own class."""
-        hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
-        if cls.load_config(pretrained_model_name_or_path, **hub)["_class_name"] == CLASS_NAME:
+        stock DiT of ours becomes our faster class, but one that is passed, or placed by a `device_map`, stays; a folder
+        of an autoregressive model gives its own class."""
+        index = read_index(pretrained_model_name_or_path, options)
+        if index["_class_name"] == CLASS_NAME:
             return AutoregressivePipeline.from_pretrained(pretrained_model_name_or_path, **options)
-        parts = read_parts(pretrained_model_name_or_path, **options)
-        if parts is not None:
-            return cls(**parts)
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
-        if isinstance(pipeline.transformer, DiTTransformer2DModel):
+        folder = local_folder(pretrained_model_name_or_path, index, options)
+        if index["_class_name"] == "LDMPipeline":
+            return cls.from_pipe(read_ldm(folder, options))
+        pipeline = super().from_pretrained(folder, **options)
+        kept = options.get("transformer") is not None or options.get("device_map") is not None
+        if isinstance(pipeline.transformer, DiTTransformer2DModel) and not kept:
             with contextlib.suppress(ValueError):  # of another architecture, it stays
                 pipeline.transformer = from_stock(pipeline.transformer)
         return pipeline
@@ -57,12 +64,11 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, **ignored
     ) -> None:
-        """Write a folder of the stock class, class names included; `push_to_hub` uploads the same."""
-        if ignored or not safe_serialization or variant is not None:
-            given = ", ".join(ignored or (["variant"] if variant is not None else ["safe_serialization=False"]))
-            raise ValueError(f"not supported: {given}; the folder is always safetensors, in one variant")
+        """Write a folder of the stock class, class names included; `push_to_hub` uploads the same. The weights of a
+        `variant` are written beside those that are there."""
+        refuse_options(ignored, safe_serialization)
         network = to_stock(self.transformer) if isinstance(self.transformer, PipelineDiT) else self.transformer
-        save_pipeline(Path(save_directory), network, self.vae, self.scheduler, self.id2label)
+        save_pipeline(Path(save_directory), network, self.vae, self.scheduler, self.id2label, variant=variant)
 
     def load_guide(self, folder: str | Path) -> ModelMixin:
         """The transformer of another pipeline, where this one's is, for autoguidance. Raises `ValueError` where it
@@ -71,19 +77,19 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
         if other.id2label != self.id2label:
             raise ValueError(f"the guide {folder} has other classes than this pipeline: take one of the same data")
         _check_guide(other.transformer, self.transformer)
-        return other.transformer.to(self.device, self.transformer.dtype)
+        return other.transformer.to(self._execution_device, self.transformer.dtype)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str | None] | None,
+        class_labels: int | str | Sequence[int | str | None] | Tensor | None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int = 50,
         sampler: str | None = None,
         guide: ModelMixin | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        seeds: list[int] | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -91,7 +97,7 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Images of the given classes, one each.
 
-        class_labels: ids or names; None is "no class".
+        class_labels: ids or names, as a list, range, tensor or array; None is "no class".
         guidance_scale: null + scale (class - null) of predictions, on all channels; 1 is without guidance, 0
             unconditional.
         guidance_interval: (low, high) in t / 1000, 0 to 1, which is sigma of a rectified flow; outside of it only the
@@ -99,8 +105,8 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
         sampler: a name in `diffusion.samplers.SAMPLERS` that fits the model; null is the folder's own scheduler.
         guide: transformer of a smaller or earlier model of the same latents and classes, for autoguidance: guide +
             scale (transformer - guide), both of the class.
-        seeds: one an image. It alone decides the image's noise, so that an image does not depend on the others, on
-            their number or on `batch_size`, but for float error.
+        seeds: one an image, in the same forms. It alone decides the image's noise, so that an image does not depend on
+            the others, on their number or on `batch_size`, but for float error.
         generator: one for all images, or one an image, as in stock pipelines; instead of seeds.
         batch_size: images to sample at once; null is all of them.
         output_type: "pil", "np" [N, H, W, 3] or "pt" [N, 3, H, W] in [0, 1], or "latent" [N, C, h, w] before decoding.
@@ -127,7 +133,7 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
         if seeds is not None:
             if generator is not None:
                 raise ValueError("give seeds or a generator, not both")
-            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+            generator = generators_of(seeds)
         if isinstance(generator, list) and len(generator) != len(ids):
             raise ValueError(f"{len(ids)} images need {len(ids)} seeds or generators, not {len(generator)}")
 
@@ -137,7 +143,8 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
         config, device = self.transformer.config, self._execution_device
         shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
-        labels = torch.tensor(ids, device=device, dtype=torch.int64)
+        stock_labels = [STOCK_NULL_CLASS if i == self.null_class else stock_label(i) for i in ids]
+        labels = torch.tensor(stock_labels, device=device, dtype=torch.int64)
         batches = [slice(i, i + (batch_size or len(ids))) for i in range(0, len(ids), batch_size or len(ids))]
         done = []
         with self.progress_bar(total=len(batches) * evaluations) as bar:
@@ -168,8 +175,9 @@ class ClassConditionalPipeline(ClassNames, DiTPipeline):
         """Latents [N, C, h, w] -> images [N, 3, H, W] in [0, 1], a few at a time: the quantizer's table of distances
         has N h w x K elements."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        rows = latents.shape[2] * latents.shape[3] * self.vae.config.num_vq_embeddings
-        parts = latents.split(max(1, _DISTANCES // rows))
+        codes = self.vae.config.get("num_vq_embeddings")
+        at_once = _DISTANCES // (latents.shape[2] * latents.shape[3] * codes) if codes else _DECODED_AT_ONCE
+        parts = latents.split(max(1, at_once))
         return torch.cat([(self.vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in parts])
 
 
@@ -202,8 +210,9 @@ def _trained_classes(transformer: ModelMixin) -> int:
             return 0
         table = transformer.class_embedding.weight
     elif isinstance(transformer, PipelineDiT):
-        table = transformer.class_embed.weight
+        table = label_table(transformer.class_embed.weight)
     else:
         table = transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
-    used = (table[:-1] != table[-1]).any(1).nonzero()
-    return int(used.max()) + 1 if len(used) else 0
+    used = (table != table[STOCK_NULL_CLASS]).any(1).nonzero()
+    last = int(used.max()) if len(used) else -1
+    return last + 1 - (last > STOCK_NULL_CLASS)

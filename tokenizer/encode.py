@@ -68,6 +68,8 @@ def open_cache(
     folder = Path(folder)
     if data.image_size % (f := tokenizer.downsampling):
         raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {f}")
+    if kind != "continuous" and not tokenizer.codebook_size:
+        raise UsageError(f"an {type(tokenizer.model).__name__} has no codebook: use latents: continuous, or a VQModel")
     if kind == "quantized":
         _check_codes(tokenizer)
     with accelerator.main_process_first():
@@ -129,7 +131,7 @@ class _Encoding:
 
     def __post_init__(self) -> None:
         side, views = self.data.image_size // self.tokenizer.downsampling, self.key["crops"] * self.key["flips"]
-        self.shape: tuple[int, ...] = (views, self.tokenizer.codebook.shape[1], side, side)
+        self.shape: tuple[int, ...] = (views, self.tokenizer.latent_channels, side, side)
         self.name, self.dtype = tensor_name(self.key), torch.float16
         if self.name == "codes":
             self.shape = (views, side, side)

@@ -5,12 +5,15 @@ codes = tokenizer.encode(images)      # [B, 3, H, W] in [-1, 1] -> [B, h, w]
 images = tokenizer.decode(codes)"""
 
 import json
+import re
 from pathlib import Path
 
 import torch
-from diffusers import VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from nsvq.data.tables import hub_answers
 from nsvq.errors import UserError
 from nsvq.files import state_hash
 from nsvq.tokenizer.codebook import nearest_code
@@ -18,6 +21,7 @@ from nsvq.tokenizer.magvit import MagvitVQModel
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
 
 VQ_MODELS = {model.__name__: model for model in (VQModel, QuantizerVQModel, MagvitVQModel)}
+CONTINUOUS_MODELS = {model.__name__: model for model in (AutoencoderKL, AutoencoderDC, AutoencoderTiny)}
 TRAINING_FILE = "nsvq.json"  # beside the weights of a tokenizer that this project trained
 
 
@@ -27,6 +31,26 @@ def read_training(folder: str | Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def find_tokenizer(source: str | Path) -> Path:
+    """The folder `source`, or the local copy of a tokenizer's Hub id, from the cache where the Hub is out of reach.
+    Raises `UserError` where there is none."""
+    folder, why = Path(source), ""
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        try:
+            wanted = ["config.json", TRAINING_FILE, "*.safetensors", "*.safetensors.index.json"]
+            offline = not hub_answers()
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=offline))
+        except (OSError, ValueError) as error:
+            out_of_reach = "no copy of it is cached, and the Hub is out of reach"
+            why = f" (as a Hub id: {out_of_reach if offline else str(error).splitlines()[0]})"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"there is no tokenizer at {source}: train one with `accelerate launch tokenizer/train.py`, give "
+            f"<out>/tokenizer of a finished run, or the folder or Hub id of a diffusers VQModel{why}"
+        )
+    return folder
+
+
 class Tokenizer(nn.Module):
     """A frozen tokenizer in eval mode around a `VQModel`, attribute `model`. `codebook` holds what the decoder sees of
     each code [K, d]; `downsampling` is the factor f between image and tokens."""
@@ -34,24 +58,29 @@ class Tokenizer(nn.Module):
     def __init__(self, model: VQModel):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.downsampling = 2 ** (len(model.config.block_out_channels) - 1)
-        self.image_size = model.config.sample_size
+        config = model.config
+        widths = config.get("encoder_block_out_channels") or config.block_out_channels
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.image_size: int | None = config.get("sample_size")
+        self.training: dict | None = None  # see `read_training`
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Load `folder`, or a Hub id. Raises `UserError` where no `VQModel`, stock or ours, is there."""
-        try:
-            found = VQModel.load_config(folder).get("_class_name")
-            if found not in VQ_MODELS:
-                raise UserError(f"{folder} holds a {found}, not a VQModel")
-            return cls(VQ_MODELS[found].from_pretrained(folder, use_safetensors=True))
-        except (OSError, json.JSONDecodeError) as error:
-            what = "the <out>/tokenizer folder of a finished tokenizer run, or a diffusers VQModel"
-            raise UserError(f"no tokenizer at {folder}: give {what} ({str(error).splitlines()[0]})") from None
+        """Load `folder`, or a Hub id. Raises `UserError` where no `VQModel`, stock or ours, is there, or one of images
+        that are not RGB."""
+        tokenizer = open_tokenizer(folder)
+        if not isinstance(tokenizer.model, VQModel):
+            raise UserError(f"{folder} holds a {type(tokenizer.model).__name__}, not a VQModel: it has no codes")
+        return tokenizer
 
     @property
     def codebook_size(self) -> int:
-        return self.model.config.num_vq_embeddings
+        """0 without a codebook."""
+        return self.model.config.get("num_vq_embeddings", 0)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.codebook.shape[1]
 
     @property
     def codebook(self) -> Tensor:
@@ -70,7 +99,10 @@ class Tokenizer(nn.Module):
         f = self.downsampling
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
             raise ValueError(f"expected images [B, 3, H, W] with H and W multiples of {f}, got {tuple(images.shape)}")
-        return self.model.encode(images).latents * self.model.config.scaling_factor
+        return self._encoded(images) * self.model.config.scaling_factor
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        return self.model.encode(images).latents
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -111,3 +143,39 @@ class Tokenizer(nn.Module):
         """SHA-256 over config and weights: names this tokenizer in latent caches and results."""
         config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
         return state_hash(self.model, json.dumps(config, sort_keys=True, default=list))
+
+
+class ContinuousTokenizer(Tokenizer):
+    """An autoencoder without a codebook; of an `AutoencoderKL`, latents are the mode of its posterior. `shift_factor`
+    is not subtracted: the stock `DiTPipeline` does not add it."""
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.config.latent_channels
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        coded = self.model.encode(images)
+        if isinstance(self.model, AutoencoderKL):
+            return coded.latent_dist.mode()
+        return coded.latent if isinstance(self.model, AutoencoderDC) else coded.latents
+
+
+def open_tokenizer(source: str | Path) -> Tokenizer:
+    """Read a tokenizer of any kind from a folder or by its Hub id. Raises `UserError` where there is none."""
+    folder = find_tokenizer(source)
+    try:
+        found = VQModel.load_config(folder).get("_class_name")
+        if found not in VQ_MODELS | CONTINUOUS_MODELS:
+            known = ", ".join([VQModel.__name__, *CONTINUOUS_MODELS])
+            raise UserError(f"{source} holds a {found}, which is no tokenizer that is known here: {known}")
+        kind: type = ContinuousTokenizer if found in CONTINUOUS_MODELS else Tokenizer
+        model = (VQ_MODELS | CONTINUOUS_MODELS)[found].from_pretrained(folder, use_safetensors=True)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer at {source}: {str(error).splitlines()[0]}") from None
+    inside = model.config.in_channels
+    if (channels := (inside, model.config.get("out_channels", inside))) != (3, 3):
+        what = f"{channels[0]} channel{'s' * (channels[0] != 1)} in and {channels[1]} out"
+        raise UserError(f"{source} is a tokenizer of images with {what}: images here have 3, red, green and blue")
+    tokenizer = kind(model)
+    tokenizer.training = read_training(folder)
+    return tokenizer

@@ -233,6 +233,13 @@ def test_what_lies_elsewhere_but_is_the_same_goes_on(accelerator, tmp_path):
             Run(accelerator, Settings(source="elsewhere"), tmp_path, "test", {}, {}, other)
 
 
+def test_what_lies_at_the_same_place_and_has_changed_is_said(accelerator, tmp_path, capsys):
+    said = "note: source is not what it was at this run's start: it goes on with what is there"
+    for fingerprint, expected in (("a", False), ("a", False), ("b", True), ("b", False)):
+        Run(accelerator, Settings(source="here"), tmp_path, "test", {}, {}, {"source": fingerprint})
+        assert (said in capsys.readouterr().out) == expected
+
+
 def test_a_run_of_a_program_that_lacked_a_key_goes_on_with_its_default(accelerator, tmp_path):
     run, _ = make(accelerator, tmp_path)
     run.save({})

@@ -8,6 +8,7 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 from nsvq.data import __main__ as look
@@ -186,6 +187,17 @@ READ = {
         {1: "b", 2: "a", 3: "b", 4: "a"},
         "classes are those in metadata.csv",
     ),
+    "metadata.parquet": (
+        flat(4)
+        | {
+            "metadata.parquet": datasets.Dataset.from_dict(
+                {"file_name": [f"{i}.png" for i in range(1, 5)], "label": [*"baba"]}
+            )
+        },
+        {"train": 4},
+        {1: "b", 2: "a", 3: "b", 4: "a"},
+        "classes are those in metadata.parquet",
+    ),
     "Kaggle's csv": (
         under("train", flat(4))
         | {
@@ -323,6 +335,12 @@ REFUSED = {
         "a tar of tars: unpack it",
     ),
     "splits in a tar": (None, {"a.tar": SPLITS}, 1, "the tars hold folders for splits: unpack them"),
+    "splits in a tar with labels": (
+        None,
+        {"a.tar": under("train", SHARD) | under("val", SHARD)},
+        1,
+        "the tars hold folders for splits: unpack them",
+    ),
     "two folders of one split": (None, under("val", TWO) | under("valid", TWO), 1, "are both the split validation"),
     "a held-out part without images": (None, flat(1), 1, "leaves none on one side"),
     "one split alone": (None, under("test", TWO), 2, "has no split 'train': set data.train_split to one of test"),
@@ -381,6 +399,24 @@ KAGGLE = {
 }
 
 
+def devkit() -> dict:
+    """As ILSVRC2012_devkit_t12 has it: numbers in an order of its own, and what they are."""
+    numbers = {WNIDS[c]: i for i, c in enumerate(np.random.default_rng(1).permutation(1000), 1)}
+    kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O")]
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": np.array([(i, wnid, "a, b") for wnid, i in numbers.items()], kinds)})
+    truth = "".join(f"{numbers[WNIDS[c]]}\n" for c in ORDER)
+    return {"ILSVRC2012_validation_ground_truth.txt": truth, "meta.mat": meta.getvalue(), "readme.txt": "x"}
+
+
+DEVKIT = devkit()
+COUNTED = {f"ILSVRC2012_val_{i:08}.JPEG": PICTURE for i in range(1, 1001)}
+XML = {
+    f"ILSVRC2012_val_{i:08}.xml": f"<annotation>\n<object>\n<name>{WNIDS[c]}</name>\n</object></annotation>"
+    for i, c in enumerate(ORDER)
+}
+
+
 def timm(split: str, count: int) -> dict:
     order = range(1000) if split == "train" else ORDER
     samples = [(f"{WNIDS[c]}_{i}", c) for i, c in enumerate(order)]
@@ -409,6 +445,18 @@ IMAGENET = {
         "",
     ),
     "imagenet_train": (under("imagenet_train", TRAIN) | under("imagenet_val", SORTED), ""),
+    "the devkit's ground truth": (
+        {**under("train", TRAIN), **under("val", COUNTED), **under("ILSVRC2012_devkit_t12/data", DEVKIT)},
+        "",
+    ),
+    "annotations in XML": (
+        {
+            **under("Data/CLS-LOC/train", TRAIN),
+            **under("Data/CLS-LOC/val", FLAT),
+            **under("Annotations/CLS-LOC/val", XML),
+        },
+        "",
+    ),
     "timm's shards": (
         {"imagenet-train-0.tar": timm("train", 1000), "imagenet-validation-0.tar": timm("val", 1000)},
         "",

@@ -3,11 +3,10 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from instrumented import attempts, samples
 from PIL import Image
 from safetensors.torch import load_file
@@ -465,13 +464,28 @@ def test_what_cannot_work_is_told_in_one_line(run_script, arguments, tmp_path, c
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_more_classes_than_the_stock_pipeline_has_are_refused_before_training(
-    run_script, arguments, tmp_path, monkeypatch
+def test_a_network_trains_on_the_latents_of_an_autoencoder_and_samples_in_the_stock_pipeline(
+    run_script, arguments, tmp_path
 ):
-    monkeypatch.setattr(train, "announce", lambda *_: SimpleNamespace(classes=[str(i) for i in range(1001)]))
-    monkeypatch.setattr(train, "open_cache", None)
-    with pytest.raises(UserError, match="hard-codes 1000 as its null class"):
-        run_script(main, *arguments, "--out", tmp_path / "out", "--steps", 1)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    kl = AutoencoderKL(**blocks, block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=3, scaling_factor=0.3)
+    kl.save_pretrained(tmp_path / "kl")
+    for key, value in {"--tokenizer": tmp_path / "kl", "--cache": tmp_path / "cache"}.items():
+        arguments[arguments.index(key) + 1] = value
+    with pytest.raises(UsageError, match="an AutoencoderKL has no codebook: use latents: continuous"):
+        run_script(main, *arguments, "--out", tmp_path / "quantized", "--latents", "quantized")
+    run_script(main, *arguments, "--out", tmp_path / "out")
+    folder = tmp_path / "out" / "pipeline"
+    own = ClassConditionalPipeline.from_pretrained(folder)
+    stock = DiffusionPipeline.from_pretrained(folder)
+    assert type(stock.vae) is AutoencoderKL
+    how = {"guidance_scale": 2.0, "num_inference_steps": 2, "output_type": "pt"}
+    images = stock([0, 1], generator=[torch.Generator().manual_seed(i) for i in (3, 4)], **how).images
+    torch.testing.assert_close(own([0, 1], seeds=[3, 4], **how).images, images, rtol=0, atol=1e-4)
+    card = (folder / "README.md").read_text()
+    assert "(`AutoencoderKL`, without a codebook)" in card
+    assert "quantize" not in card
 
 
 @pytest.mark.parametrize(("folder", "what"), [("", "no labels"), ("ant", "one class, 'ant'")])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
@@ -15,6 +15,7 @@ from nsvq.errors import UsageError, UserError
 from nsvq.eval import autoencoders, perceptual, reconstruction, reconstruction_metrics
 from nsvq.eval.features import Collector
 from nsvq.eval.reconstruction import main
+from nsvq.tokenizer.pretrained import open_tokenizer
 
 
 @pytest.fixture
@@ -245,10 +246,33 @@ def test_an_autoencoder_without_a_codebook_is_measured_too(measure, tmp_path, to
     x = torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         expected = to_uint8(model.decode(model.encode(x).latent_dist.mode()).sample)
-        ours = to_uint8(autoencoders.reconstruct(autoencoders.open_tokenizer(tmp_path / "kl"), x)["image"])
+        ours = to_uint8(autoencoders.reconstruct(open_tokenizer(tmp_path / "kl"), x)["image"])
     assert (ours != expected).float().mean() < 1e-2
     with pytest.raises(UsageError, match="must both have a codebook"):
         measure("--compare", tmp_path / "kl")
+
+
+@pytest.mark.parametrize("kind", ["dc", "tiny"])
+def test_autoencoders_that_are_no_vae_are_measured_too(measure, tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "dc":
+        stages = {"block_out_channels": (16, 16), "block_types": "ResBlock", "layers_per_block": (1, 1)}
+        options = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in stages.items()}
+        options |= {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "scaling_factor": 0.41}
+        model = AutoencoderDC(
+            latent_channels=4, encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()), **options
+        )
+    else:
+        sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        model = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    model.eval().save_pretrained(tmp_path / kind)
+    result = measure("--data.image_size", 16, tokenizer=tmp_path / kind)
+    assert set(result["metrics"]) == {"psnr", "psnr_batch", "ssim", "rfd_tiny"}
+    tokenizer, x = open_tokenizer(tmp_path / kind), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert tokenizer.downsampling == 2
+    with torch.no_grad():
+        expected = model(x).sample if kind == "dc" else model.decode(model.encode(x).latents).sample
+    torch.testing.assert_close(autoencoders.reconstruct(tokenizer, x)["image"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stock_model_that_looks_its_codes_up_itself_gives_the_same_numbers(measure, tokenizer_folder, tmp_path):
@@ -267,7 +291,7 @@ def test_the_pictures_show_the_worst_and_the_best_originals_above_reconstruction
 ):
     result = measure()
     scores = {}
-    tokenizer = autoencoders.open_tokenizer(tokenizer_folder)
+    tokenizer = open_tokenizer(tokenizer_folder)
     for file in image_files(image_folder):
         original = np.asarray(Image.open(file))
         x = torch.tensor(original).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -21,7 +21,6 @@ from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.model import SIZES
 from nsvq.diffusion.samplers import flow_scheduler
 from nsvq.diffusion.unet import make_unet
-from nsvq.errors import UserError
 from nsvq.pipelines.export import from_stock, save_pipeline, to_stock
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
@@ -268,12 +267,42 @@ def test_an_unconditional_dit_gives_the_same_for_every_label_of_the_stock_pipeli
     assert own([None], num_inference_steps=4, seeds=[3], output_type="pt").images.shape == (1, 3, 16, 16)
 
 
-def test_a_thousand_classes_are_exported_and_more_are_refused():
-    model = DiT(4, 3, num_classes=1000, depth=1, width=16, heads=2)
-    table = to_stock(model).transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
-    assert torch.equal(table, model.class_embed.weight)
-    with pytest.raises(UserError, match="stock DiTPipeline hard-codes 1000 as its null class"):
-        to_stock(DiT(4, 3, num_classes=1001, depth=1, width=16, heads=2))
+@pytest.mark.parametrize("kind", ["dit", "modern", "unet"])
+def test_more_than_a_thousand_classes_leave_1000_to_no_class_in_the_stock_pipeline(kind, vae, tmp_path):
+    torch.manual_seed(4)
+    count = 1203
+    if kind == "unet":
+        model = random_unet(count)
+    else:
+        model = DiT(4, 3, num_classes=count, depth=1, width=16, heads=2, variant=kind)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder, names = tmp_path / "pipeline", {i: f"name {i}" for i in range(count)}
+    save_pipeline(folder, to_stock(model), vae, flow_scheduler(1.5), names)
+    own = ClassConditionalPipeline.from_pretrained(folder)
+    own.set_progress_bar_config(disable=True)
+    assert own.id2label == names
+    assert own.class_ids(["name 999", "name 1000", "name 1202", None]) == [999, 1000, 1202, count]
+    assert ClassConditionalPipeline(own.transformer, vae, own.scheduler).id2label == {i: str(i) for i in range(count)}
+    stock = DiTPipeline(own.transformer if kind == "modern" else to_stock(model), vae, own.scheduler, names)
+    stock = stock if kind == "modern" else DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    if kind != "modern":
+        assert stock.get_label_ids(["name 999", "name 1000"]) == [999, 1001]
+    labels, latents = torch.tensor([0, 999, 1000, 1202, count]), torch.randn(5, 3, 4, 4)
+    time = torch.full((5,), 300)
+    with torch.no_grad():
+        expected = model(latents, time, labels)
+        got = own.transformer(latents, timestep=time, class_labels=torch.tensor([0, 999, 1001, 1203, 1000])).sample
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (expected[2] - expected[4]).abs().max() > 1e-3
+    how = {"guidance_scale": 3.0, "num_inference_steps": 2, "output_type": "pt"}
+    generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    same = stock([999, 1001], generator=generator, **how).images
+    torch.testing.assert_close(own([999, 1000], seeds=[1, 2], **how).images, same, rtol=0, atol=1e-4)
+    own.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert again["id2label"] == json.loads((folder / "model_index.json").read_text())["id2label"]
 
 
 def test_a_saved_folder_names_classes_of_diffusers_only(folder):

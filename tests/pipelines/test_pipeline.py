@@ -305,5 +305,5 @@ def test_what_is_pushed_to_the_hub_loads_with_stock_diffusers_and_gives_equal_im
     options = {"seeds": [3], "num_inference_steps": 2, "output_type": "pt"}
     assert torch.equal(again([1], **options).images, pipeline([1], **options).images)
     assert isinstance(DiffusionPipeline.from_pretrained(repository).transformer, DiTTransformer2DModel)
-    with pytest.raises(ValueError, match="not supported: variant; the folder is always safetensors"):
-        pipeline.save_pretrained(tmp_path / "other", variant="fp16")
+    with pytest.raises(ValueError, match="not supported: max_shard_size; weights are always safetensors"):
+        pipeline.save_pretrained(tmp_path / "other", max_shard_size="1GB")
