@@ -139,9 +139,12 @@ class Run:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
-            if path.exists() and (changed := self._changes(configs.read_yaml(path))):
-                what = f"holds a run of another config ({'; '.join(changed[:4])})"
-                raise UsageError(f"{self.out} {what}; choose another --out, or delete that folder")
+            if path.exists():
+                before = configs.read_yaml(path)
+                if changed := self._changes(before):
+                    what = f"holds a run of another config ({'; '.join(changed[:4])})"
+                    raise UsageError(f"{self.out} {what}; choose another --out, or delete that folder")
+                self._inputs = (before.get("inputs") or {}) | self._inputs  # what only the first start reads
             about = {"nsvq": code_version(), "command": shlex.join(sys.argv), **self._about()}
             with atomic_file(path) as part:
                 part.write_text(yaml.safe_dump(about, sort_keys=False))

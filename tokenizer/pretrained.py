@@ -39,15 +39,18 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Load `folder`, or a Hub id. Raises `UserError` where no `VQModel`, stock or ours, is there."""
+        """Load `folder`, or a Hub id. Raises `UserError` where no whole `VQModel`, stock or ours, is there."""
         try:
             found = VQModel.load_config(folder).get("_class_name")
             if found not in VQ_MODELS:
                 raise UserError(f"{folder} holds a {found}, not a VQModel")
-            return cls(VQ_MODELS[found].from_pretrained(folder, use_safetensors=True))
-        except (OSError, json.JSONDecodeError) as error:
+            model, loading = VQ_MODELS[found].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        except (OSError, ValueError) as error:  # the second: no JSON, or a tensor of another shape
             what = "the <out>/tokenizer folder of a finished tokenizer run, or a diffusers VQModel"
             raise UserError(f"no tokenizer at {folder}: give {what} ({str(error).splitlines()[0]})") from None
+        if missing := sorted(loading["missing_keys"]):
+            raise UserError(f"{folder} lacks {len(missing)} tensors of its {found}: {', '.join(missing[:8])}")
+        return cls(model)
 
     @property
     def codebook_size(self) -> int:
