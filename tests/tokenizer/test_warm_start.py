@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.train import main
 from nsvq.tokenizer.warm_start import warm_start
 
+ROOT = Path(__file__).parents[2]
 ATTENDING = ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -236,18 +238,7 @@ def test_an_encoder_frozen_from_the_start_never_moves_and_the_rest_refines(run_s
     out = tmp_path / "out"
     options = ["--nsvq.freeze.latest", 0, "--nsvq.freeze.warmup", 2, "--nsvq.freeze.ramp", 1]
     options += ["--nsvq.freeze.consolidate", 2, "--nsvq.freeze.consolidate_images", 32]
-    run_script(
-        main,
-        "--config",
-        tiny,
-        "--out",
-        out,
-        *options,
-        "--nsvq.freeze.consolidate",
-        2,
-        "--nsvq.freeze.consolidate_images",
-        32,
-    )
+    run_script(main, "--config", tiny, "--out", out, *options)
     rows = metrics(out)
     assert [row["phase"] for row in rows] == ["warmup"] * 4 + ["stage2"] * 8
     assert all(row.get("drift_rms", 0) == 0 for row in rows)
@@ -299,3 +290,26 @@ def test_impossible_starts_end_at_once_and_leave_nothing(run_script, tiny, tmp_p
     with pytest.raises(UserError, match=message):
         run_script(main, "--config", tiny, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_quantizer_is_where_a_new_training_ends_in_a_third_of_its_steps(run_script, tmp_path):
+    """Issue 23, done-when 0: from a finished `vq` to `ema` with twice the codes."""
+    config = read_yaml(ROOT / "configs/quickstart/nsvq.yaml")
+    config["data"]["image_size"] = 16
+    config["model"] |= {"channels": 8, "channel_multipliers": [1, 2]}
+    config["quantizer"]["codebook_size"] = 64
+    config["schedule"]["epoch_samples"] = 160
+    config["optim"]["ema_decay"] = 0.95
+    config["validation"] |= {"every": 100, "images": 64, "statistics_images": 64}
+    (tmp_path / "nsvq.yaml").write_text(json.dumps(config))
+    shutil.copy(ROOT / "configs/quickstart/warm.yaml", tmp_path)
+    other = ["--quantizer.name", "ema", "--quantizer.codebook_size", "128", "--nsvq.revive", "5"]
+    fast = ["--run.mixed_precision", "no"]
+    run_script(main, "--config", tmp_path / "nsvq.yaml", "--out", tmp_path / "old", *fast)
+    run_script(main, "--config", tmp_path / "nsvq.yaml", "--out", tmp_path / "new", *fast, *other)
+    source = ["--init_from", tmp_path / "old" / "tokenizer"]
+    run_script(main, "--config", tmp_path / "warm.yaml", "--out", tmp_path / "warm", *fast, *other, *source)
+    new, warm = metrics(tmp_path / "new")[-1], metrics(tmp_path / "warm")[-1]
+    assert warm["step"] <= new["step"] / 3
+    assert warm["utilization"] >= 0.99
+    assert warm["val_psnr"] >= new["val_psnr"]
