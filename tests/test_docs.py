@@ -120,12 +120,7 @@ def test_the_page_on_warm_starts_runs_as_it_stands(run_script, clone, capsys):
         "and 64 codes",
         "no codes (init_codes is false)",
     ]
-    for name in (
-        "quickstart/warm",
-        "quickstart/warm-ema",
-        "imagenet256-vqgan-finetune",
-        "imagenet256-vqgan-transplant",
-    ):
+    runs = ["quickstart/warm", "quickstart/warm-ema", "imagenet256-vqgan-finetune", "imagenet256-vqgan-transplant"]
+    for name in runs:
         assert Tokenizer.from_pretrained(clone / "runs" / name / "tokenizer").image_size == 32
-    rows = yaml.safe_load((clone / "runs" / "imagenet256-vqgan-transplant" / "config.yaml").read_text())
-    assert "init_from" in rows["inputs"]
+        assert "init_from" in yaml.safe_load((clone / "runs" / name / "config.yaml").read_text())["inputs"]
