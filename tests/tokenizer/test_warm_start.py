@@ -17,6 +17,7 @@ from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder, make_encoder
 from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.train import main
+from nsvq.tokenizer.upkeep import CodebookUpkeep
 from nsvq.tokenizer.warm_start import warm_start
 
 ROOT = Path(__file__).parents[2]
@@ -234,11 +235,19 @@ def test_the_discriminator_alone_trains_first(run_script, tiny, tmp_path, capsys
     assert len(state["schedule"]["commitments"]) == 3
 
 
-def test_an_encoder_frozen_from_the_start_never_moves_and_the_rest_refines(run_script, tiny, tmp_path):
-    out = tmp_path / "out"
+def test_an_encoder_frozen_from_the_start_never_moves_and_the_rest_refines(run_script, tiny, tmp_path, monkeypatch):
+    out, fitted, real = tmp_path / "out", [], CodebookUpkeep.consolidate
+
+    def consolidate(upkeep, latents):
+        before = upkeep.quantizer.codebook().clone()
+        real(upkeep, latents)
+        fitted.append(not torch.equal(before, upkeep.quantizer.codebook()))
+
+    monkeypatch.setattr(CodebookUpkeep, "consolidate", consolidate)
     options = ["--nsvq.freeze.latest", 0, "--nsvq.freeze.warmup", 2, "--nsvq.freeze.ramp", 1]
     options += ["--nsvq.freeze.consolidate", 2, "--nsvq.freeze.consolidate_images", 32]
     run_script(main, "--config", tiny, "--out", out, *options)
+    assert fitted == [True]  # before the first step
     rows = metrics(out)
     assert [row["phase"] for row in rows] == ["warmup"] * 4 + ["stage2"] * 8
     assert all(row.get("drift_rms", 0) == 0 for row in rows)
