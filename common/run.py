@@ -144,15 +144,14 @@ class Run:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock()
             (self.out / "stopped").unlink(missing_ok=True)
-            before = configs.read_yaml(path) if path.exists() else None
+            before = configs.read_yaml(path) if path.exists() else {}
             if before and (changed := self._changes(before)):
                 what = f"holds a run of another config ({'; '.join(changed[:4])})"
                 raise UsageError(f"{self.out} {what}; choose another --out, or delete that folder")
-            for key, fingerprint in (before or {}).get("inputs", {}).items():
-                if self._inputs.get(key, fingerprint) != fingerprint:
-                    print(
-                        f"note: {key} is not what it was at this run's start: it goes on with what is there", flush=True
-                    )
+            kept = before.get("inputs") or {}
+            for key in sorted(key for key in kept if self._inputs.get(key, kept[key]) != kept[key]):
+                print(f"note: {key} is not what it was at this run's start: it goes on with what is there", flush=True)
+            self._inputs = kept | self._inputs  # what only the first start reads
             about = {"nsvq": code_version(), "command": shlex.join(sys.argv), **self._about()}
             with atomic_file(path) as part:
                 part.write_text(yaml.safe_dump(about, sort_keys=False))

@@ -48,6 +48,7 @@ class Trainer:
         self.loading = {"batch_size": self.micro_batch, "workers": config.run.workers, **ranks}
         self.guard, self.means = Guard(accelerator), Means(accelerator)
         self.inputs: dict[str, str] = {}  # see `Run`
+        self.ema: EMAModel | None = None  # after `start`
         self.stateful: dict[str, Any] = {"guard": self.guard, "means": self.means}
 
     def register(

@@ -79,6 +79,8 @@ class TrainConfig(Config):
     }
 
     out: Path = Field(Path("runs/imagenet128-nsvq"), description="Folder of the run; holds the tokenizer at the end.")
+    init_from: str | None = Field(None, description="Tokenizer to start from: a VQModel's folder or Hub id.")
+    init_codes: bool = Field(True, description="Take its codes too, where the quantizer can hold them.")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     quantizer: QuantizerConfig = Field(default_factory=VQConfig, discriminator="name")
@@ -106,6 +108,7 @@ class TrainConfig(Config):
         if freeze and freeze.latest + freeze.warmup >= (epochs := self.schedule.epochs):
             what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
             raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
+        self._check_start()
         size, multipliers, groups = self.data.image_size, self.model.channel_multipliers, self.model.norm_groups
         factor = 2 ** (len(multipliers) - 1)
         if size % factor:
@@ -115,3 +118,18 @@ class TrainConfig(Config):
             if width % groups:
                 raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
         return self
+
+    def _check_start(self) -> None:
+        schedule, freeze = self.schedule, self.nsvq.freeze
+        if freeze and freeze.latest == 0 and self.init_from is None:
+            raise ValueError("nsvq.freeze.latest = 0 freezes an encoder that never trained; give init_from")
+        first = schedule.discriminator_first
+        if not first:
+            return
+        what = f"schedule.discriminator_first = {first:g}"
+        if self.init_from is None or self.loss.adversarial_weight == 0 or schedule.adversarial_after:
+            needs = "init_from, a GAN (loss.adversarial_weight) and schedule.adversarial_after: 0"
+            raise ValueError(f"{what} needs {needs}")
+        if first >= (freeze.latest if freeze else schedule.epochs):
+            other = "where nsvq.freeze.latest is 0, the ramp of stage2 is the discriminator's start"
+            raise ValueError(f"{what} leaves the encoder no epoch to train in; lower it ({other})")

@@ -42,6 +42,8 @@ def phase_weights(
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
     "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
     the quantizer trains with, the codebook loss alone goes on when the encoder is frozen."""
+    if phase == "discriminator":
+        return {"adversarial": 0.0}
     weights: dict[str, float] = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight

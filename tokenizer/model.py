@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nsvq.common.config import Config
@@ -23,14 +23,22 @@ class ModelConfig(Config):
     latent_channels: int = Field(128, ge=1, description="d, the width of latents and (factorized) codes.")
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
+    attention_levels: list[int] = Field([], description="Levels with self-attention after each block; 0 is the first.")
+
+    @model_validator(mode="after")
+    def _levels_are_there(self) -> "ModelConfig":
+        if unknown := sorted(set(self.attention_levels) - set(range(len(self.channel_multipliers)))):
+            last = len(self.channel_multipliers) - 1
+            raise ValueError(f"attention_levels = {unknown}: the levels of channel_multipliers are 0 to {last}")
+        return self
 
 
 def vqmodel_arguments(config: ModelConfig) -> dict[str, Any]:
     """The architecture in the words of diffusers' `VQModel`, which builds the same encoder and decoder."""
-    levels = len(config.channel_multipliers)
+    attends = ["Attn" if level in config.attention_levels else "" for level in range(len(config.channel_multipliers))]
     return {
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": [f"{attention}DownEncoderBlock2D" for attention in attends],
+        "up_block_types": [f"{attention}UpDecoderBlock2D" for attention in reversed(attends)],
         "block_out_channels": [config.channels * m for m in config.channel_multipliers],
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": config.norm_groups,

@@ -33,7 +33,7 @@ class FreezeConfig(Config):
     """The end of the encoder's training, then warmup and stage2 (4.1-4.3); lengths are in epochs."""
 
     patience: int = Field(10, ge=1, description="Epochs without a new lowest commitment loss that trigger the freeze.")
-    latest: int = Field(50, ge=1, description="Epoch at whose end the encoder is frozen at the latest.")
+    latest: int = Field(50, ge=0, description="Epoch at whose end the encoder is frozen at the latest; 0: its start.")
     warmup: int = Field(3, ge=0, description="Epochs of warmup.")
     ramp: float = Field(2, ge=0, description="Epochs over which the GAN's weight rises to 1 in stage2.")
     decay: float | None = Field(None, ge=0, lt=1, description="quantizer.decay from then on; null: as before.")

@@ -66,8 +66,8 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Load `folder`, or a Hub id. Raises `UserError` where no `VQModel`, stock or ours, is there, or one of images
-        that are not RGB."""
+        """Load `folder`, or a Hub id. Raises `UserError` where no whole `VQModel`, stock or ours, is there, or one of
+        images that are not RGB."""
         tokenizer = open_tokenizer(folder)
         if not isinstance(tokenizer.model, VQModel):
             raise UserError(f"{folder} holds a {type(tokenizer.model).__name__}, not a VQModel: it has no codes")
@@ -169,9 +169,13 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
             known = ", ".join([VQModel.__name__, *CONTINUOUS_MODELS])
             raise UserError(f"{source} holds a {found}, which is no tokenizer that is known here: {known}")
         kind: type = ContinuousTokenizer if found in CONTINUOUS_MODELS else Tokenizer
-        model = (VQ_MODELS | CONTINUOUS_MODELS)[found].from_pretrained(folder, use_safetensors=True)
-    except (OSError, json.JSONDecodeError) as error:
+        model, loading = (VQ_MODELS | CONTINUOUS_MODELS)[found].from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:  # the second: no JSON, or a tensor of another shape
         raise UserError(f"cannot read the tokenizer at {source}: {str(error).splitlines()[0]}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{source} lacks {len(missing)} tensors of its {found}: {', '.join(missing[:8])}")
     inside = model.config.in_channels
     if (channels := (inside, model.config.get("out_channels", inside))) != (3, 3):
         what = f"{channels[0]} channel{'s' * (channels[0] != 1)} in and {channels[1]} out"

@@ -1,5 +1,6 @@
 """The three phases of NSVQ (arXiv 2606.11363, 4.1-4.3) as a small state machine that moves at epoch ends.
 
+discriminator   after a warm start, if asked for: the discriminator alone trains
 stage1   everything trains; NS loss and code replacement on
 warmup   encoder frozen; reconstruction, perceptual and codebook losses alone
 stage2   encoder still frozen; the GAN comes back, its weight ramped from 0 to 1"""
@@ -11,7 +12,7 @@ from pydantic import Field
 from nsvq.common.config import Config
 from nsvq.tokenizer.nsvq_config import NSVQConfig
 
-Phase = Literal["stage1", "warmup", "stage2"]
+Phase = Literal["discriminator", "stage1", "warmup", "stage2"]
 
 
 class ScheduleConfig(Config):
@@ -20,6 +21,7 @@ class ScheduleConfig(Config):
     epochs: float = Field(70, gt=0, description="Length of the run.")
     epoch_samples: int | None = Field(None, ge=1, description="Images in an epoch; null is the training set's size.")
     adversarial_after: float = Field(0, ge=0, description="Epochs at the start without a GAN.")
+    discriminator_first: float = Field(0, ge=0, description="Epochs at the start in which it alone trains (init_from).")
 
 
 def plateaued(losses: list[float], patience: int) -> bool:
@@ -33,12 +35,19 @@ class Schedule:
     def __init__(self, config: ScheduleConfig, nsvq: NSVQConfig, epoch_samples: int):
         self.config, self.nsvq, self.epoch_samples = config, nsvq, epoch_samples
         self.phase: Phase = "stage1"
+        if nsvq.freeze and nsvq.freeze.latest == 0:
+            self.phase = "warmup" if nsvq.freeze.warmup else "stage2"
         self.epoch = self.phase_start = 0
         self.commitments: list[float] = []
 
     @property
     def total_samples(self) -> int:
         return round(self.config.epochs * self.epoch_samples)
+
+    def phase_at(self, samples_seen: int) -> Phase:
+        """What a step trains: the phase, or the discriminator alone before it."""
+        first = samples_seen < self.config.discriminator_first * self.epoch_samples
+        return "discriminator" if first else self.phase
 
     def epoch_ended(self, samples_seen: int) -> bool:
         return samples_seen >= (self.epoch + 1) * self.epoch_samples
@@ -50,7 +59,8 @@ class Schedule:
         if freeze is None:
             return False
         if self.phase == "stage1":
-            self.commitments.append(commitment)
+            if self.epoch > self.config.discriminator_first:  # the encoder trained in it
+                self.commitments.append(commitment)
             if plateaued(self.commitments, freeze.patience) or self.epoch >= freeze.latest:
                 self.phase, self.phase_start = "warmup", self.epoch
         if self.phase == "warmup" and self.epoch - self.phase_start >= freeze.warmup:
@@ -61,7 +71,9 @@ class Schedule:
         """Whether dead codes are replaced at the end of the epoch that was just closed (a.3): not without an epoch left
         in which they train."""
         replace, left = self.nsvq.replace, self.config.epochs - self.epoch
-        return replace is not None and self.phase == "stage1" and self.epoch > replace.after and left >= 1
+        if replace is None or self.phase != "stage1" or left < 1:
+            return False
+        return self.epoch > max(replace.after, self.config.discriminator_first)
 
     def revive_after(self) -> float | None:
         """Tokens that the mean code wins before one without any is revived; None once replacement or the freeze has set

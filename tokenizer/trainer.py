@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from nsvq.common import checkpoints
 from nsvq.common import config as configs
 from nsvq.common.fsdp import unwrapped
 from nsvq.common.image_metrics import psnr, to_uint8
@@ -27,6 +28,7 @@ from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.upkeep import CodebookUpkeep
+from nsvq.tokenizer.warm_start import warm_start
 
 PICTURE_IMAGES = 8
 
@@ -51,6 +53,13 @@ class TokenizerTrainer(Trainer):
         quantizer.nonstationary_weight = pull.weight if pull else 0.0
         encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
         discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+        self.inputs = {"data.source": self.images.fingerprint}
+        self.has_codes = False
+        if config.init_from and not checkpoints.complete(config.out / "checkpoints"):
+            with accelerator.main_process_first():  # which downloads it, if any does
+                taken = warm_start(config.init_from, config.model, encoder, decoder, config.init_codes)
+            self.inputs["init_from"], self.has_codes = taken.fingerprint, taken.has_codes
+            accelerator.print(taken.text)
         self.lpips = None
         if loss.perceptual != "none":
             with accelerator.main_process_first():
@@ -73,7 +82,6 @@ class TokenizerTrainer(Trainer):
         self.quantizer = self.live_decoder.quantizer
 
         # State
-        self.inputs = {"data.source": self.images.fingerprint}
         parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
         self.register(
             "tokenizer",
@@ -99,7 +107,11 @@ class TokenizerTrainer(Trainer):
         return train_batches(self.config.data, seed=self.config.run.seed, start=start, **self.loading)
 
     def start(self) -> None:
-        self.upkeep.start(self._first_latents)
+        if not self.has_codes:
+            self.upkeep.start(self._first_latents)
+        if self.schedule.phase != "stage1":
+            self.freeze_encoder()
+            self.upkeep.consolidate(self._training_latents)
 
     def resume(self) -> None:
         if self.schedule.phase != "stage1":
@@ -114,7 +126,7 @@ class TokenizerTrainer(Trainer):
     def begin_step(self) -> None:
         """What this step trains with: phase, weights of the losses, temperature."""
         schedule, seen = self.schedule, self.run.samples_seen
-        self.phase = self.flops_of = schedule.phase
+        self.phase = self.flops_of = schedule.phase_at(seen)
         self.upkeep.begin_step()
         factor = schedule.adversarial_factor(seen)
         self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, factor, self.quantizer)
@@ -124,6 +136,7 @@ class TokenizerTrainer(Trainer):
         if self.tau is None:
             self.weights.pop("nonstationary", None)
         self.optimized["discriminator"].trains = "adversarial" in self.weights
+        self.generator_trains = self.optimized["generator"].trains = self.phase != "discriminator"
         self.tokens: list[tuple] = []  # of each micro-batch: indices, squared errors, commitment loss
 
     @contextlib.contextmanager
@@ -149,24 +162,28 @@ class TokenizerTrainer(Trainer):
         images = batch["image"].to(self.device, non_blocking=True)
         with torch.set_grad_enabled(self.phase == "stage1"):
             z = self.encoder(images)
-        output, quantized = self.decoder(z, self.tau)
+        self.live_decoder.train(self.generator_trains)
+        with torch.set_grad_enabled(self.generator_trains):
+            output, quantized = self.decoder(z, self.tau)
         terms = {"l1": (output - images).abs().mean(), **quantized.losses}
         if config.loss.pixel == "mse":
             terms["mse"] = (output - images).square().mean()
         if "perceptual" in weights:
             terms["perceptual"] = self.lpips(output, images).mean()
-        if "adversarial" in weights:
+        if "adversarial" in weights and self.generator_trains:
             self.live_discriminator.requires_grad_(False)
             with self.accelerator.autocast():
                 terms["adversarial"] = generator_adversarial(self.live_discriminator(output).float())
             self.live_discriminator.requires_grad_(True)
-        terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
-        self.accelerator.backward(terms["loss"])
+        if self.generator_trains:
+            terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
+            self.accelerator.backward(terms["loss"])
         if "adversarial" in weights:
             real, fake = self.discriminator(torch.cat([images, output.detach()])).float().chunk(2)
             terms["discriminator"] = discriminator_hinge(real, fake)
             terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
             self.accelerator.backward(terms["discriminator"])
+        terms.setdefault("loss", terms.get("discriminator"))  # where it alone trains
         errors = None
         if config.nsvq.replace and config.nsvq.replace.weights == "error":
             errors = self.quantizer.squared_errors(z, quantized.z_q)
@@ -175,7 +192,8 @@ class TokenizerTrainer(Trainer):
         return terms
 
     def end_step(self, stepped: bool) -> None:
-        self.quantizer.end_step(stepped)
+        if self.generator_trains:
+            self.quantizer.end_step(stepped)
         if not stepped:
             return
         for indices, errors, commitment in self.tokens:
@@ -233,7 +251,7 @@ class TokenizerTrainer(Trainer):
         becomes a copy of it, since codebook and decoder are fitted to the encoder that trained."""
         self.live_encoder.requires_grad_(False).eval()
         self.live_encoder.zero_grad(set_to_none=True)
-        for average, parameter in zip(self.ema.shadow_params, self.averaged, strict=True):
+        for average, parameter in self._averages():
             if not parameter.requires_grad:
                 average.copy_(parameter)
 
@@ -296,8 +314,11 @@ class TokenizerTrainer(Trainer):
         return output
 
     def _averages_of(self, table: Tensor) -> list[Tensor]:
-        pairs = zip(self.ema.shadow_params, self.averaged, strict=True)
-        return [average for average, parameter in pairs if parameter is table]
+        return [average for average, parameter in self._averages() if parameter is table]
+
+    def _averages(self) -> list[tuple[Tensor, Tensor]]:
+        """(average, parameter) of each; none before the first step."""
+        return list(zip(self.ema.shadow_params, self.averaged, strict=True)) if self.ema else []
 
     @torch.no_grad()
     def _first_latents(self, count: int) -> Tensor:
