@@ -16,6 +16,10 @@ ROOT = Path(__file__).parents[1]
 HARNESS = ROOT / "tests" / "harness"
 sys.path.append(str(HARNESS))  # not tests itself, whose folders are named as the packages are
 
+# Autograd starts its threads at the first backward: for no GPU, as here, and not for the one that a plan pretends, with
+# which no test could fork.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 SLOW_FIXTURES = {"run_script", "run_instrumented", "run_two_ranks", "ranks", "trained"}
 SLOW_FILES = {"test_soak.py", "test_wheel.py"}
 
