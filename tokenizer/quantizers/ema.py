@@ -57,7 +57,7 @@ class EMAQuantizer(TableQuantizer):
         self.sums.copy_(self.weight * (1 - self.config.decay))
 
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
-        if not self.training:
+        if not self.training or ranks.in_backward():
             return
         wins = torch.bincount(indices, minlength=self.codebook_size)
         self.step_wins += wins
@@ -86,7 +86,7 @@ class EMAQuantizer(TableQuantizer):
         self.waited += wins.mean()
         self.waited[wins > 0] = 0
         dead = torch.nonzero(self.waited > self.revive_after).flatten()
-        tokens = len(self.latest) * ranks.world()[1]
+        tokens = sum(ranks.counts(self.latest))
         positions = torch.randperm(tokens, generator=self.draws.generator())[: len(dead)].to(dead.device)
         longest = self.waited[dead].argsort(descending=True, stable=True)
         dead = dead[longest[: len(positions)]]  # where latents are too few, the others move in the next steps
