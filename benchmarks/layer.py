@@ -1,12 +1,12 @@
 """`VectorQuantizer` and `ResidualVectorQuantizer` beside vector-quantize-pytorch, in the same training loops.
 
 pip install --editable '.[bench]'
-python benchmarks/layer.py                                    # about 10 minutes on 2 cores
+python benchmarks/layer.py                                    # about 10 minutes on one core
 python benchmarks/layer.py --tasks drift --codebook_size 4096
 
-Prints a Markdown table. `use`: codes that won one of 65,536 tokens in evaluation after the last step; `lowest`: the same
-share among the last 32 tokens per code, at its worst after the first fifth of the training; `error`: mean squared error
-of test data, over their variance; a time is the median, and a ratio the median of ratios, of steps taken in turns."""
+Prints a Markdown table. `use`: codes that won one of 65,536 tokens in evaluation after the last step; `lowest`: those
+that won one of the last 32 tokens per code in training, at its worst after the first fifth; `error`: mean squared error
+of test data over their variance. Layers take turns; times are medians, and a ratio is the median of ratios."""
 
 import argparse
 import statistics
@@ -28,12 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--codebook_size", type=int, default=1024, help="K")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
     print(f"{machine(device)}; K = {options.codebook_size}, {options.steps} steps\n")
-    print("| task | layer | use | lowest | perplexity / K | error | ms a step | times ours |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| task | layer | use | lowest | perplexity / K | error | ms a step | times ours |\n|---|---|---|---|---|---|---|---|"
+    )
     for task in options.tasks:
         compare(task, options.codebook_size, options.steps, device)
 
@@ -43,7 +45,7 @@ def compare(task: str, size: int, steps: int, device: torch.device) -> None:
     runs = {}
     for name, layer in layers(dim, size, levels).items():
         torch.manual_seed(0)
-        runs[name] = TASKS[task](layer.to(device), dim, steps, device)
+        runs[name] = TASKS[task](layer.to(device), dim, steps)
     seconds = interleaved({name: run.train for name, run in runs.items()}, steps // AT_ONCE - 1, device)
     for name, run in runs.items():
         use, perplexity, error = run.measure()
@@ -73,7 +75,9 @@ def layers(dim: int, size: int, levels: int) -> dict[str, nn.Module]:
 class Run:
     """An autoencoder around a layer, and the data it trains on: `batch(count, generator, progress)`."""
 
-    def __init__(self, layer: nn.Module, encoder: nn.Module, decoder: nn.Module, batch: Callable, count: int, steps: int):
+    def __init__(
+        self, layer: nn.Module, encoder: nn.Module, decoder: nn.Module, batch: Callable, count: int, steps: int
+    ):
         self.layer, self.encoder, self.decoder, self.batch = layer, encoder, decoder, batch
         self.count, self.steps, self.step, self.lowest = count, steps, 0, 1.0
         self.device = next(iter([*layer.parameters(), *layer.buffers()])).device
@@ -150,15 +154,18 @@ class _Images(nn.Module):
         return self.network(x.transpose(1, 2).unflatten(2, (7, 7)))
 
 
-def images(layer: nn.Module, dim: int, steps: int, device: torch.device) -> Run:
+def images(layer: nn.Module, dim: int, steps: int) -> Run:
     """The peer's example: a small convolutional autoencoder of gray images [B, 1, 28, 28], here of random blobs."""
     encoder = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.MaxPool2d(2), nn.GELU(), nn.Conv2d(16, dim, 3, padding=1), nn.MaxPool2d(2)
     )
     decoder = nn.Sequential(
-        nn.Upsample(scale_factor=2), nn.Conv2d(dim, 16, 3, padding=1), nn.GELU(),
-        nn.Upsample(scale_factor=2), nn.Conv2d(16, 1, 3, padding=1),
-    )  # fmt: skip
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(dim, 16, 3, padding=1),
+        nn.GELU(),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(16, 1, 3, padding=1),
+    )
 
     def batch(count: int, draws: torch.Generator, progress: float) -> Tensor:
         x, y, width, height, weight = torch.rand(5, count, 6, 1, 1, generator=draws)
@@ -169,7 +176,7 @@ def images(layer: nn.Module, dim: int, steps: int, device: torch.device) -> Run:
     return Run(layer, _Images(encoder, True), _Images(decoder, False), batch, 64, steps)
 
 
-def residual(layer: nn.Module, dim: int, steps: int, device: torch.device) -> Run:
+def residual(layer: nn.Module, dim: int, steps: int) -> Run:
     """An RQ-VAE, as recommenders use it: vectors [B, 64] of clustered items, a small network on either side."""
     centers = torch.randn(100, 64, generator=torch.Generator().manual_seed(3))
     mix = torch.randn(8, 64, generator=torch.Generator().manual_seed(4))
@@ -184,7 +191,7 @@ def residual(layer: nn.Module, dim: int, steps: int, device: torch.device) -> Ru
     return Run(layer, network(64, dim), network(dim, 64), batch, 1024, steps)
 
 
-def drift(layer: nn.Module, dim: int, steps: int, device: torch.device) -> Run:
+def drift(layer: nn.Module, dim: int, steps: int) -> Run:
     """No encoder: a Gaussian stream [B, d] that widens and walks ten of its deviations away."""
     way = nn.functional.normalize(torch.randn(dim, generator=torch.Generator().manual_seed(5)), dim=0)
     scale = torch.linspace(1, 0.1, dim)

@@ -19,6 +19,7 @@ from nsvq.tokenizer.standalone import StandaloneQuantizer
 
 # Of the method "nsvq": our recipe (configs/imagenet128/nsvq.yaml), at a temperature that fits latents of any scale.
 _NSVQ = {"pull": {"temperature": 0.3, "relative": True}, "revive": 5.0, "replace": {}, "freeze": None}
+_REMEMBERS = 25  # tokens over which a code of mean use is averaged (configs/imagenet128/nsvq.yaml)
 _OFF = dict.fromkeys(NSVQConfig.model_fields)
 
 
@@ -130,7 +131,10 @@ class VectorQuantizer(_Layer):
             parts.check_method(method, kind)
         except ValueError as error:
             raise UsageError(str(error).replace("model.latent_channels", "codebook_dim")) from None
-        self.quantizer = StandaloneQuantizer(config, self.codebook_dim, parts, weights, replace_every, accumulation)
+        remembers = _REMEMBERS if method == "nsvq" and "decay" not in options else None
+        self.quantizer = StandaloneQuantizer(
+            config, self.codebook_dim, parts, weights, replace_every, accumulation, remembers
+        )
         self.codebook_size = self.quantizer.quantizer.codebook_size
         if not takes_size and codebook_size not in (None, self.codebook_size):
             raise UsageError(f"{method} has {self.codebook_size} codes by its other options; leave codebook_size out")

@@ -1,4 +1,4 @@
-"""A quantizer that needs no trainer: its own forward in training starts, revives and replaces codes, and moves averages.
+"""A quantizer that needs no trainer: a forward in training starts, moves, revives and replaces its codes.
 
 The parts are the trainer's (upkeep.py, schedule.py, temperature.py); their clock is counted in tokens, and kept in
 buffers, so that a `state_dict` between two steps is all that a resume needs."""
@@ -21,11 +21,15 @@ class StandaloneQuantizer(nn.Module):
     """Tokens [N, d] -> (z_q [N, d] float32 with its gradient, indices [N], loss, a scalar).
 
     `weights` of the two VQ losses. `accumulation` forwards in training are one step. An epoch, at whose end unused
-    codes are replaced, is `replace_every` K tokens over all ranks. State: `clock` [4], a seed, whether codes have started, finished epochs, tokens of all of them;
-    `distance` [], of the temperature; `usage` [K] and `errors` [K] of the epoch. All of it is the same on all ranks."""
+    codes are replaced, is `replace_every` K tokens over all ranks. `remembers`: tokens over which a code is averaged,
+    in place of a method's `decay`.
 
-    # What this step's forwards saw, for activation checkpointing, which repeats them in the backward pass.
+    State: `clock` [4], a seed, whether codes have started, finished epochs, tokens of all of them; `distance` [], of
+    the temperature; `usage` [K] and `errors` [K] of the epoch. It is the same on all ranks."""
+
+    # What this step's last forward saw, for activation checkpointing, which repeats it in the backward pass.
     tau: float | None = None
+    share = 1.0
     codes_before: dict[str, Tensor]
 
     def __init__(
@@ -36,10 +40,11 @@ class StandaloneQuantizer(nn.Module):
         weights: dict[str, float],
         replace_every: float,
         accumulation: int,
+        remembers: float | None = None,
     ):
         super().__init__()
         self.quantizer = quantizer = make_quantizer(options, dim)
-        self.accumulation = accumulation
+        self.accumulation, self.remembers = accumulation, remembers
         own = {name: weights[name] for name in quantizer.terms} | quantizer.loss_weights()
         if nsvq.pull:
             quantizer.nonstationary_weight = nsvq.pull.weight
@@ -70,17 +75,19 @@ class StandaloneQuantizer(nn.Module):
         if not self.training:
             return self._quantize(z, None)
         if ranks.in_backward():
-            return self._quantize(z, self.tau, self.codes_before)
+            z_q, indices, loss = self._quantize(z, self.tau, self.codes_before)
+            return z_q, indices, loss * self.share
         # A latent that is not finite, as an overflow of float16 leaves it, must reach no code.
-        count, bad = ranks.total(torch.tensor([len(z), int((~z.isfinite()).sum())], device=z.device)).tolist()
+        count, bad = ranks.total(torch.tensor([len(z), int((~z.detach().isfinite()).sum())], device=z.device)).tolist()
+        # DDP takes the mean over ranks, which is that over all tokens only if a rank with more of them weighs more.
+        self.share = len(z) * ranks.world()[1] / max(count, 1)
         if not self.window:
             self._begin_step(z, may_start=count > 0 and not bad)
         z_q, indices, loss = self._quantize(z, self.tau)
         self.window.append(self._count(z, z_q, indices, count, bad))
         if len(self.window) == self.accumulation:
             self._end_step()
-        # DDP takes the mean over ranks, which is that over all tokens only if a rank with more of them weighs more.
-        return z_q, indices, loss * (len(z) * ranks.world()[1] / max(count, 1))
+        return z_q, indices, loss * self.share
 
     def codes(self, indices: Tensor) -> Tensor:
         """Indices [...] -> codes [..., d] float32, of zeros where an index is -1."""
@@ -140,6 +147,8 @@ class StandaloneQuantizer(nn.Module):
         wins, errors, counts, bad = (sum(values) for values in zip(*self.window, strict=True))
         self.window.clear()
         stepped = counts > 0 and not bad
+        if self.remembers:
+            self.quantizer.decay = max(0.8, 1 - counts / (self.remembers * len(wins)))
         self.quantizer.end_step(stepped)
         if stepped:
             self.usage += wins

@@ -35,7 +35,7 @@ class EMAQuantizer(TableQuantizer):
 
     def __init__(self, config: EMAConfig, dim: int):
         super().__init__(config, dim)
-        k = config.codebook_size
+        k, self.decay = config.codebook_size, config.decay
         self.register_buffer("weight", self._start())
         self.register_buffer("counts", torch.zeros(k))
         self.register_buffer("sums", torch.zeros(k, dim))
@@ -53,8 +53,8 @@ class EMAQuantizer(TableQuantizer):
     @torch.no_grad()
     def _start_averages(self) -> None:
         """Codes start as if each had just won one token, which later ones soon outweigh."""
-        self.counts.fill_(1 - self.config.decay)
-        self.sums.copy_(self.weight * (1 - self.config.decay))
+        self.counts.fill_(1 - self.decay)
+        self.sums.copy_(self.weight * (1 - self.decay))
 
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
         if not self.training or ranks.in_backward():
@@ -73,7 +73,7 @@ class EMAQuantizer(TableQuantizer):
     def end_step(self, stepped: bool) -> None:
         for average, step in ((self.counts, self.step_counts), (self.sums, self.step_sums)):
             if stepped:
-                average.lerp_(ranks.total(step), 1 - self.config.decay)
+                average.lerp_(ranks.total(step), 1 - self.decay)
             step.zero_()
         if stepped:
             counts = self.counts[:, None]
