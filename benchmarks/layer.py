@@ -33,9 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     print(f"{machine(device)}; K = {options.codebook_size}, {options.steps} steps\n")
-    print(
-        "| task | layer | use | lowest | perplexity / K | error | ms a step | times ours |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| task | layer | use | lowest | perplexity / K | error | ms a step | times ours |")
+    print("|---|---|---|---|---|---|---|---|")
     for task in options.tasks:
         compare(task, options.codebook_size, options.steps, device)
 

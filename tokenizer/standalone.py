@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.quantizers import QuantizerOptions, make_quantizer, ranks
+from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.schedule import Schedule, ScheduleConfig
 from nsvq.tokenizer.temperature import Temperature
 from nsvq.tokenizer.upkeep import CodebookUpkeep
@@ -78,7 +79,10 @@ class StandaloneQuantizer(nn.Module):
             z_q, indices, loss = self._quantize(z, self.tau, self.codes_before)
             return z_q, indices, loss * self.share
         # A latent that is not finite, as an overflow of float16 leaves it, must reach no code.
-        count, bad = ranks.total(torch.tensor([len(z), int((~z.detach().isfinite()).sum())], device=z.device)).tolist()
+        here = [len(z), int((~z.detach().isfinite()).sum()), int(not len(z))]
+        count, bad, empty = ranks.total(torch.tensor(here, device=z.device)).tolist()
+        if empty and not isinstance(self.quantizer, NearestQuantizer):
+            raise ValueError(f"{self.quantizer.config.name} needs a valid position on every rank; {empty} have none")
         # DDP takes the mean over ranks, which is that over all tokens only if a rank with more of them weighs more.
         self.share = len(z) * ranks.world()[1] / max(count, 1)
         if not self.window:
@@ -96,8 +100,10 @@ class StandaloneQuantizer(nn.Module):
     def _quantize(self, z: Tensor, tau: float | None, buffers: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
         if not len(z):  # a mask may leave none; the parameters take part, since DDP waits for their gradients
             nothing = sum((p.sum() for p in self.quantizer.parameters()), z.sum()) * 0.0
-            self.quantizer.searched(z.detach().float(), z.new_zeros(0, dtype=torch.int64), None)
-            return z.float(), z.new_zeros(0, dtype=torch.int64), nothing.float()
+            none = z.new_zeros(0, dtype=torch.int64)
+            if isinstance(self.quantizer, NearestQuantizer):
+                self.quantizer.searched(z.detach().float(), none, None)
+            return z.float(), none, nothing.float()
         image = z.T[None, :, :, None]  # (1, d, N, 1)
         out = functional_call(self.quantizer, buffers, (image, tau)) if buffers else self.quantizer(image, tau)
         loss = sum(weight * out.losses[name] for name, weight in self.weights.items() if name in out.losses)

@@ -141,6 +141,7 @@ def test_masked_positions_change_nothing():
     before = state(one)
     one(x, torch.zeros(4, 20, dtype=torch.bool))  # of a whole batch
     assert torch.equal(before["quantizer.quantizer.weight"], one.codebook)
+    assert float(VectorQuantizer(2, method="fsq", levels=[8, 5]).eval()(x[..., :2], torch.zeros(4, 20) > 0).loss) == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (6,), (2, 6, 5)])
@@ -218,8 +219,8 @@ def test_unused_codes_are_replaced_at_the_end_of_an_epoch_and_revived_before():
     layer = short(method="vq", nsvq={"replace": {"after": 0, "noise": 0.0}})  # no revival: `vq` cannot
     near, moved = torch.randn(40, 6), []
     for step in range(9):  # 40 tokens each: an epoch is 160
-        with torch.no_grad():
-            if step == 1:
+        if step == 1:
+            with torch.no_grad():
                 layer.quantizer.quantizer.weight[:7] += 100
         before = layer.codebook.detach().clone()
         layer(near)
