@@ -81,7 +81,7 @@ class StandaloneQuantizer(nn.Module):
         # A latent that is not finite, as an overflow of float16 leaves it, must reach no code.
         here = [len(z), int((~z.detach().isfinite()).sum()), int(not len(z))]
         count, bad, empty = ranks.total(torch.tensor(here, device=z.device)).tolist()
-        if empty and not isinstance(self.quantizer, NearestQuantizer):
+        if 0 < empty < ranks.world()[1] and not isinstance(self.quantizer, NearestQuantizer):
             raise ValueError(f"{self.quantizer.config.name} needs a valid position on every rank; {empty} have none")
         # DDP takes the mean over ranks, which is that over all tokens only if a rank with more of them weighs more.
         self.share = len(z) * ranks.world()[1] / max(count, 1)

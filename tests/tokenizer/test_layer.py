@@ -64,17 +64,17 @@ def test_an_rq_vae_on_vectors_keeps_all_codes_of_all_levels_in_use():
     centers, mix = torch.randn(100, 32), torch.randn(8, 32)
     encoder = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16))
     decoder = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 32))
-    layer = ResidualVectorQuantizer(16, 256, 3)
+    layer = ResidualVectorQuantizer(16, 128, 3)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
-    for _ in range(250):
+    for _ in range(100):
         items = centers[torch.randint(100, (512,))] + 0.5 * torch.randn(512, 8) @ mix
         quantized, indices, loss = layer(encoder(items))
         (loss + (decoder(quantized) - items).square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    items = centers[torch.randint(100, (16_384,))] + 0.5 * torch.randn(16_384, 8) @ mix
+    items = centers[torch.randint(100, (8192,))] + 0.5 * torch.randn(8192, 8) @ mix
     indices = layer.eval()(encoder(items)).indices
-    assert min(len(of_level.unique()) for of_level in indices.T) / 256 >= 0.99
+    assert min(len(of_level.unique()) for of_level in indices.T) / 128 >= 0.99
 
 
 # What a forward gives
@@ -141,7 +141,7 @@ def test_masked_positions_change_nothing():
     before = state(one)
     one(x, torch.zeros(4, 20, dtype=torch.bool))  # of a whole batch
     assert torch.equal(before["quantizer.quantizer.weight"], one.codebook)
-    assert float(VectorQuantizer(2, method="fsq", levels=[8, 5]).eval()(x[..., :2], torch.zeros(4, 20) > 0).loss) == 0
+    assert not VectorQuantizer(2, method="fsq", levels=[8, 5])(x[..., :2], torch.zeros(4, 20) > 0).loss
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (6,), (2, 6, 5)])
@@ -333,13 +333,14 @@ def test_training_resumes_to_the_bit():
         assert_equal(state(whole), state(resumed))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_one_graph_in_evaluation_and_breaks_once_in_training():
     torch._dynamo.reset()
-    for layer in (short(codebook_dim=4), ResidualVectorQuantizer(6, 40, 3, replace_every=4)):
+    for layer in (short(codebook_dim=4), ResidualVectorQuantizer(6, 40, 2, replace_every=4)):
         plain = copy.deepcopy(layer)
         x = torch.randn(2, 30, 6)
         compiled = torch.compile(layer, backend="aot_eager")
-        for _ in range(6):
+        for _ in range(4):
             one, other = compiled(x), plain(x)
             assert torch.equal(one.indices, other.indices)
             torch.testing.assert_close(one.quantized, other.quantized)
