@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nsvq.pipelines.pipeline import ClassConditionalPipeline
+    from nsvq.tokenizer.layer import ResidualVectorQuantizer, VectorQuantizer
     from nsvq.tokenizer.pretrained import Tokenizer
 
 __version__ = metadata.version("nsvq")
-__all__ = ["ClassConditionalPipeline", "Tokenizer", "__version__"]
+__all__ = ["ClassConditionalPipeline", "ResidualVectorQuantizer", "Tokenizer", "VectorQuantizer", "__version__"]
 
-_WHERE = {"ClassConditionalPipeline": "nsvq.pipelines.pipeline", "Tokenizer": "nsvq.tokenizer.pretrained"}
+_WHERE = {
+    "ClassConditionalPipeline": "nsvq.pipelines.pipeline",
+    "ResidualVectorQuantizer": "nsvq.tokenizer.layer",
+    "Tokenizer": "nsvq.tokenizer.pretrained",
+    "VectorQuantizer": "nsvq.tokenizer.layer",
+}
 
 
 def __getattr__(name: str) -> object:

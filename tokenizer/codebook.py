@@ -200,4 +200,5 @@ _nonstationary_operator.register_autograd(_scale_gradient, setup_context=_keep_g
 def _centered(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     codebook = codebook.float()
     center = codebook.mean(0)
-    return z.float() - center, codebook - center
+    # An infinite latent is as far from every code as from the padding of a tile; one that is nan takes the first code.
+    return (z.float() - center).nan_to_num_(*3 * [torch.nan]), codebook - center

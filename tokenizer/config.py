@@ -93,18 +93,9 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
-        name, method, nsvq, freeze = self.quantizer.name, QUANTIZERS[self.quantizer.name], self.nsvq, self.nsvq.freeze
-        consolidate = freeze and freeze.consolidate
+        freeze = self.nsvq.freeze
         self.quantizer.check_dim(self.model.latent_channels)
-        parts = (
-            (nsvq.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
-            (nsvq.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),
-            (nsvq.replace, method.free_table, f"{name} has no free codes to replace; set nsvq.replace: null"),
-            (freeze and freeze.decay is not None, name == "ema", f"{name} has no decay; set nsvq.freeze.decay: null"),
-            (consolidate, method.can_consolidate, f"k-means fits no codes of {name}; set nsvq.freeze.consolidate: 0"),
-        )
-        if unfit := [text for asked, able, text in parts if asked and not able]:
-            raise ValueError("; ".join(unfit))
+        self.nsvq.check_method(self.quantizer.name, QUANTIZERS[self.quantizer.name])
         if freeze and freeze.latest + freeze.warmup >= (epochs := self.schedule.epochs):
             what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
             raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from nsvq.common.config import Config
+from nsvq.tokenizer.quantizers.base import Quantizer
 
 
 class PullConfig(Config):
@@ -53,3 +54,17 @@ class NSVQConfig(Config):
     @classmethod
     def _null_is_all_off(cls, values: Any) -> Any:
         return dict.fromkeys(cls.model_fields) if values is None else values
+
+    def check_method(self, name: str, method: type[Quantizer]) -> None:
+        """Raises `ValueError` where a part is on that does not suit the quantizer `name`, of class `method`."""
+        consolidate = self.freeze and self.freeze.consolidate
+        decay = self.freeze and self.freeze.decay is not None
+        parts = (
+            (self.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
+            (self.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),
+            (self.replace, method.free_table, f"{name} has no free codes to replace; set nsvq.replace: null"),
+            (decay, name == "ema", f"{name} has no decay; set nsvq.freeze.decay: null"),
+            (consolidate, method.can_consolidate, f"k-means fits no codes of {name}; set nsvq.freeze.consolidate: 0"),
+        )
+        if unfit := [text for asked, able, text in parts if asked and not able]:
+            raise ValueError("; ".join(unfit))

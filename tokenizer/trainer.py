@@ -23,10 +23,11 @@ from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
-from nsvq.tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips, phase_weights
+from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.temperature import Temperature
 from nsvq.tokenizer.upkeep import CodebookUpkeep
 from nsvq.tokenizer.warm_start import warm_start
 

@@ -5,8 +5,9 @@ from torchvision import models
 
 from nsvq.errors import UserError
 from nsvq.tokenizer.discriminator import PatchDiscriminator
-from nsvq.tokenizer.losses import Temperature, discriminator_hinge, generator_adversarial, load_lpips
+from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips
 from nsvq.tokenizer.nsvq_config import PullConfig
+from nsvq.tokenizer.temperature import Temperature
 
 
 def test_generator_loss_starts_at_log_two_and_falls_as_the_discriminator_is_fooled():

@@ -36,6 +36,7 @@ class EMAQuantizer(TableQuantizer):
     def __init__(self, config: EMAConfig, dim: int):
         super().__init__(config, dim)
         k = config.codebook_size
+        self.decay = config.decay  # until `nsvq.freeze.decay`, or a layer without a trainer, says another
         self.register_buffer("weight", self._start())
         self.register_buffer("counts", torch.zeros(k))
         self.register_buffer("sums", torch.zeros(k, dim))
@@ -44,7 +45,6 @@ class EMAQuantizer(TableQuantizer):
         self.register_buffer("step_wins", torch.zeros(k), persistent=False)
         self.register_buffer("step_counts", torch.zeros(k), persistent=False)
         self.register_buffer("step_sums", torch.zeros(k, dim), persistent=False)
-        self.decay = config.decay  # another one, where `nsvq.freeze.decay` says so
         self.draws = ranks.Draws()
 
     def initialize(self, latents: Tensor) -> None:
@@ -54,11 +54,11 @@ class EMAQuantizer(TableQuantizer):
     @torch.no_grad()
     def _start_averages(self) -> None:
         """Codes start as if each had just won one token, which later ones soon outweigh."""
-        self.counts.fill_(1 - self.config.decay)
-        self.sums.copy_(self.weight * (1 - self.config.decay))
+        self.counts.fill_(1 - self.decay)
+        self.sums.copy_(self.weight * (1 - self.decay))
 
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
-        if not self.training:
+        if not self.training or ranks.in_backward():
             return
         wins = torch.bincount(indices, minlength=self.codebook_size)
         self.step_wins += wins
@@ -87,7 +87,7 @@ class EMAQuantizer(TableQuantizer):
         self.waited += wins.mean()
         self.waited[wins > 0] = 0
         dead = torch.nonzero(self.waited > self.revive_after).flatten()
-        tokens = len(self.latest) * ranks.world()[1]
+        tokens = sum(ranks.counts(self.latest))
         positions = torch.randperm(tokens, generator=self.draws.generator())[: len(dead)].to(dead.device)
         longest = self.waited[dead].argsort(descending=True, stable=True)
         dead = dead[longest[: len(positions)]]  # where latents are too few, the others move in the next steps

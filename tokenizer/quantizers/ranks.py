@@ -1,6 +1,6 @@
 """Sums, rows and random numbers over all ranks, so that R ranks with N tokens each behave as one with R N.
 
-Tokens are numbered over all ranks: rank r holds r N to (r + 1) N - 1."""
+Tokens are numbered over all ranks: those of rank 0 first, then those of rank 1, and so on."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,12 +43,27 @@ def mean(value: Tensor) -> Tensor:
     return value if ranks == 1 else value + (total(value) / ranks - value).detach()
 
 
+def counts(tokens: Tensor) -> list[int]:
+    """How many tokens each rank holds, from this rank's `tokens` [N, d]."""
+    rank, ranks = world()
+    found = torch.zeros(ranks, dtype=torch.int64, device=tokens.device)
+    found[rank] = len(tokens)
+    return total(found).tolist()
+
+
 def rows(tokens: Tensor, positions: Tensor) -> Tensor:
     """Tokens at `positions` [n], which are numbers over all ranks, from this rank's `tokens` [N, d] and the others'."""
-    local = positions - world()[0] * len(tokens)
+    local = positions - sum(counts(tokens)[: world()[0]])
     mine = (local >= 0) & (local < len(tokens))
-    found = torch.where(mine[:, None], tokens[local.clamp(0, len(tokens) - 1)], 0)
+    found = tokens.new_zeros(len(positions), tokens.shape[1])
+    found[mine] = tokens[local[mine]]
     return total(found)
+
+
+def in_backward() -> bool:
+    """Whether the caller runs inside a backward pass: then activation checkpointing repeats a forward there, which must
+    count, draw and move nothing again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Draws(nn.Module):
@@ -60,11 +75,12 @@ class Draws(nn.Module):
         self.register_buffer("state", torch.stack([torch.randint(2**31, ()), torch.tensor(0)]))
 
     def generator(self) -> torch.Generator:
-        """The same on all ranks; in training another one at each call, in evaluation always the same one."""
-        seed, count = self.state.tolist()
-        if self.training:
+        """The same on all ranks; in training another one at each call, in evaluation always the same one. What repeats
+        a forward has that forward's."""
+        if self.training and not in_backward():
             self.state[1] += 1
-        return torch.Generator().manual_seed((seed << 31) + (count + 1 if self.training else 0))
+        seed, count = self.state.tolist()
+        return torch.Generator().manual_seed((seed << 31) + (count if self.training else 0))
 
     def uniform(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """U[0, 1) of [N, *shape] for the N tokens `like` of this rank."""

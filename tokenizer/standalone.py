@@ -1,0 +1,164 @@
+"""A quantizer that needs no trainer: a forward in training starts, moves, revives and replaces its codes.
+
+The parts are the trainer's (upkeep.py, schedule.py, temperature.py); their clock is counted in tokens, and kept in
+buffers, so that a `state_dict` between two steps is all that a resume needs."""
+
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nsvq.tokenizer.nsvq_config import NSVQConfig
+from nsvq.tokenizer.quantizers import QuantizerOptions, make_quantizer, ranks
+from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.schedule import Schedule, ScheduleConfig
+from nsvq.tokenizer.temperature import Temperature
+from nsvq.tokenizer.upkeep import CodebookUpkeep
+
+
+class StandaloneQuantizer(nn.Module):
+    """Tokens [N, d] -> (z_q [N, d] float32 with its gradient, indices [N], loss, a scalar).
+
+    `weights` of the two VQ losses. `accumulation` forwards in training are one step. An epoch, at whose end unused
+    codes are replaced, is `replace_every` K tokens over all ranks. `remembers`: tokens over which a code is averaged,
+    in place of a method's `decay`.
+
+    State: `clock` [4], a seed, whether codes have started, finished epochs, tokens of all of them; `distance` [], of
+    the temperature; `usage` [K] and `errors` [K] of the epoch. It is the same on all ranks."""
+
+    # What this step's last forward saw, for activation checkpointing, which repeats it in the backward pass.
+    tau: float | None = None
+    share = 1.0
+    codes_before: dict[str, Tensor]
+
+    def __init__(
+        self,
+        options: QuantizerOptions,
+        dim: int,
+        nsvq: NSVQConfig,
+        weights: dict[str, float],
+        replace_every: float,
+        accumulation: int,
+        remembers: float | None = None,
+    ):
+        super().__init__()
+        self.quantizer = quantizer = make_quantizer(options, dim)
+        self.accumulation, self.remembers = accumulation, remembers
+        own = {name: weights[name] for name in quantizer.terms} | quantizer.loss_weights()
+        if nsvq.pull:
+            quantizer.nonstationary_weight = nsvq.pull.weight
+            if list(quantizer.parameters()):  # averages follow it in closed form, without a gradient
+                own["nonstationary"] = nsvq.pull.weight
+        self.weights = own
+        k = quantizer.codebook_size
+        self.schedule = Schedule(ScheduleConfig(epochs=sys.maxsize), nsvq, math.ceil(replace_every * k))
+        self.temperature = Temperature(nsvq.pull, dim)
+        # An optimizer's moments of a replaced code have faded by then: an epoch gave it no gradient.
+        self.upkeep = CodebookUpkeep(quantizer, nsvq, self.schedule, None, averages=lambda table: [], seed=0)
+        self.register_buffer("clock", torch.stack([torch.randint(2**31, ()), *torch.zeros(3, dtype=torch.int64)]))
+        self.register_buffer("distance", torch.zeros(()))
+        self.register_buffer("usage", torch.zeros(k, dtype=torch.int64))
+        self.register_buffer("errors", torch.zeros(k))
+        self.window: list[tuple] = []  # of the step's micro-batches: `_count`
+
+    def _apply(self, fn, recurse=True):
+        """`.half()` and `.bfloat16()` of a whole model leave codes alone: averages would stand still in them."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.training:
+            return self._quantize(z, None)
+        if ranks.in_backward():
+            z_q, indices, loss = self._quantize(z, self.tau, self.codes_before)
+            return z_q, indices, loss * self.share
+        # A latent that is not finite, as an overflow of float16 leaves it, must reach no code.
+        here = [len(z), int((~z.detach().isfinite()).sum()), int(not len(z))]
+        count, bad, empty = ranks.total(torch.tensor(here, device=z.device)).tolist()
+        if 0 < empty < ranks.world()[1] and not isinstance(self.quantizer, NearestQuantizer):
+            raise ValueError(f"{self.quantizer.config.name} needs a valid position on every rank; {empty} have none")
+        # DDP takes the mean over ranks, which is that over all tokens only if a rank with more of them weighs more.
+        self.share = len(z) * ranks.world()[1] / max(count, 1)
+        if not self.window:
+            self._begin_step(z, may_start=count > 0 and not bad)
+        z_q, indices, loss = self._quantize(z, self.tau)
+        self.window.append(self._count(z, z_q, indices, count, bad))
+        if len(self.window) == self.accumulation:
+            self._end_step()
+        return z_q, indices, loss * self.share
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Indices [...] -> codes [..., d] float32, of zeros where an index is -1."""
+        return self.quantizer.codes(indices.clamp(min=0)).masked_fill((indices < 0)[..., None], 0.0)
+
+    def _quantize(self, z: Tensor, tau: float | None, buffers: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if not len(z):  # a mask may leave none; the parameters take part, since DDP waits for their gradients
+            nothing = sum((p.sum() for p in self.quantizer.parameters()), z.sum()) * 0.0
+            none = z.new_zeros(0, dtype=torch.int64)
+            if isinstance(self.quantizer, NearestQuantizer):
+                self.quantizer.searched(z.detach().float(), none, None)
+            return z.float(), none, nothing.float()
+        image = z.T[None, :, :, None]  # (1, d, N, 1)
+        out = functional_call(self.quantizer, buffers, (image, tau)) if buffers else self.quantizer(image, tau)
+        loss = sum(weight * out.losses[name] for name, weight in self.weights.items() if name in out.losses)
+        return out.z_q[0, :, :, 0].T, out.indices.flatten(), loss + out.z_q.new_zeros(())
+
+    @torch.no_grad()
+    def _begin_step(self, z: Tensor, may_start: bool) -> None:
+        seed, started, epoch, tokens = self.clock.tolist()
+        if not started and may_start:
+            self._start(z, torch.Generator().manual_seed(seed))
+            self.clock[1] = 1
+        self.schedule.epoch, self.upkeep.seed = epoch, seed
+        if self.schedule.epoch_ended(tokens):  # before a step, as no graph holds the codes then
+            self.schedule.end_epoch(math.nan)
+            self.upkeep.replace(self.usage, self.errors)
+            self.quantizer.end_epoch()
+            self.clock[2] = self.schedule.epoch
+            self.usage.zero_()
+            self.errors.zero_()
+        self.upkeep.begin_step()
+        self.temperature.distance = float(self.distance) or None
+        self.tau = self.temperature.value() if self.schedule.nsvq.pull else None
+        codes = dict(self.quantizer.named_buffers(recurse=False)).get("weight")
+        self.codes_before = {} if codes is None else {"weight": codes.clone()}
+
+    def _start(self, z: Tensor, generator: torch.Generator) -> None:
+        """From latents of this batch of all ranks, each of them once, or all of them several times."""
+        if not (codes := self.quantizer.initial_latents()):
+            return
+        tokens = sum(ranks.counts(z))
+        positions = torch.randperm(tokens, generator=generator)[torch.arange(codes) % tokens].to(z.device)
+        latents = ranks.rows(z.float(), positions)
+        noise = torch.randn(latents.shape, generator=generator).to(latents) * latents.std(correction=0)
+        latents[tokens:] += 1e-3 * noise[tokens:]
+        self.quantizer.initialize(latents)
+
+    @torch.no_grad()
+    def _count(self, z: Tensor, z_q: Tensor, indices: Tensor, count: int, bad: int) -> tuple:
+        """What the end of the step needs of a micro-batch, over all ranks."""
+        errors = self.quantizer.squared_errors(z.T[None, :, :, None], z_q.T[None, :, :, None]).flatten()
+        wins = torch.bincount(indices, minlength=len(self.usage))
+        of_codes = torch.zeros_like(self.errors).index_add_(0, indices, errors)
+        return ranks.total(wins), ranks.total(of_codes), count, bad
+
+    @torch.no_grad()
+    def _end_step(self) -> None:
+        wins, errors, counts, bad = (sum(values) for values in zip(*self.window, strict=True))
+        self.window.clear()
+        stepped = counts > 0 and not bad
+        if self.remembers:
+            self.quantizer.decay = max(0.8, 1 - counts / (self.remembers * len(wins)))
+        self.quantizer.end_step(stepped)
+        if stepped:
+            self.usage += wins
+            self.errors += errors
+            self.clock[3] += counts
+            self.temperature.update(float(errors.sum()) / (counts * self.quantizer.dim))
+            self.distance.fill_(self.temperature.distance)
