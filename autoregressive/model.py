@@ -36,6 +36,9 @@ class ModelConfig(Config):
     tie_embeddings: bool = Field(
         False, description="One table for embeddings and output layer; at K = 65,536 each is 50 M parameters of B."
     )
+    start_from_codes: bool = Field(
+        False, description="Codes that are near start with embeddings and outputs that are near; LlamaGen's do not."
+    )
     class_dropout: float = Field(0.1, ge=0, le=1, description="Share of classes replaced by the null class.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of embeddings, and of what each layer adds to them.")
     gradient_checkpointing: bool = Field(False, description="Trade a third more compute for less memory.")
@@ -88,6 +91,17 @@ def make_llama(config: ModelConfig, codes: int, classes: int, tokens: int) -> Ll
         pad_token_id=null,
     )
     return llama
+
+
+@torch.no_grad()
+def start_from_codes(llama: LlamaForCausalLM, table: Tensor) -> None:
+    """Embeddings and output layer start as random rotations of the codes [K, d] into the width, with mean 0 and Llama's
+    standard deviation of 0.02. Without it the network learns from co-occurrence alone which codes look alike."""
+    codes = table.float().cpu() - table.float().cpu().mean(0)
+    tied = llama.config.tie_word_embeddings
+    for layer in [llama.model.embed_tokens] if tied else [llama.model.embed_tokens, llama.lm_head]:
+        turned = codes @ nn.init.orthogonal_(torch.empty(codes.shape[1], layer.weight.shape[1]))  # (K, D)
+        layer.weight[: len(codes)] = 0.02 * turned / turned.square().mean().sqrt()
 
 
 class NextToken(nn.Module):

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from nsvq.autoregressive.config import TrainConfig
-from nsvq.autoregressive.model import NextToken, make_llama
+from nsvq.autoregressive.model import NextToken, make_llama, start_from_codes
 from nsvq.autoregressive.sampling import draw_uniforms, sample
 from nsvq.common.fsdp import full
 from nsvq.common.optimized import Optimized
@@ -50,6 +50,8 @@ class AutoregressiveTrainer(Trainer):
 
         set_seed(config.run.seed)  # whatever encoding drew
         llama = make_llama(config.model, self.codes, len(self.names), math.prod(cache.shape))
+        if config.model.start_from_codes:
+            start_from_codes(llama, tokenizer.codebook)
         if config.model.gradient_checkpointing:
             llama.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.compile:

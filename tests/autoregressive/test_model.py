@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 
-from nsvq.autoregressive.model import ModelConfig, NextToken, chunked_cross_entropy, make_llama
+from nsvq.autoregressive.model import ModelConfig, NextToken, chunked_cross_entropy, make_llama, start_from_codes
 
 TINY = {"size": "tiny", "depth": 2, "width": 32, "heads": 2}
 
@@ -45,6 +45,20 @@ def test_an_untrained_network_gives_every_code_the_same_chance():
     llama = make_llama(ModelConfig(**TINY), codes=11, classes=3, tokens=6)
     loss = NextToken(llama, 11, 0.1).train()(torch.tensor([11, 12]), torch.randint(11, (2, 6)))
     assert loss.item() == pytest.approx(torch.tensor(11.0).log().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_codes_that_are_near_start_with_near_embeddings_and_outputs(tied):
+    llama = make_llama(ModelConfig(**TINY, tie_embeddings=tied), codes=11, classes=3, tokens=6)
+    classes = llama.model.embed_tokens.weight[11:].clone()
+    table = 5 + 3 * torch.randn(11, 4)
+    start_from_codes(llama, table)
+    assert torch.equal(llama.model.embed_tokens.weight[11:], classes)
+    for layer in (llama.model.embed_tokens, llama.lm_head):
+        rows = layer.weight[:11].detach()
+        assert rows.square().mean().sqrt().item() == pytest.approx(0.02)
+        ratios = torch.pdist(rows) / torch.pdist(table)
+        torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
 
 
 def test_dropout_acts_in_training_on_embeddings_and_on_what_layers_add_and_on_no_weight():
