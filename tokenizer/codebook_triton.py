@@ -177,9 +177,10 @@ def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperatur
     inputs = (z, codebook, z.square().sum(1), codebook.square().sum(1), log_total, winners.int())
     sizes = (latent_count, code_count, dim, 1 / temperature, per_split)
     constants = (_PRECISION, latents, codes, min(_CHUNK, padded), padded)
-    _softmax_sums_kernel[(code_tiles, splits)](
-        *inputs, loss, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=2
-    )
+    with torch.cuda.device_of(z):  # Triton launches on the current device, whatever its arguments
+        _softmax_sums_kernel[(code_tiles, splits)](
+            *inputs, loss, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=2
+        )
     return winners, winner_mass, log_total, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
 
 
@@ -195,9 +196,10 @@ def _search(z, codebook, scale, exclude_self, normalize) -> tuple[Tensor, Tensor
     index, total = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best) if normalize else best
     inputs, sizes = (z, codebook, codebook.square().sum(1)), (latent_count, code_count, dim, scale, per_split)
     constants = (exclude_self, normalize, _PRECISION, _LATENTS, _CODES, min(_CHUNK, _padded(dim)))
-    _search_kernel[(latent_tiles, splits)](
-        *inputs, best, index, total, *sizes, *constants, num_warps=_WARPS, num_stages=_STAGES
-    )
+    with torch.cuda.device_of(z):
+        _search_kernel[(latent_tiles, splits)](
+            *inputs, best, index, total, *sizes, *constants, num_warps=_WARPS, num_stages=_STAGES
+        )
     overall, split = best.max(0)  # the first of equals: the lower index
     indices = index.gather(0, split[None]).squeeze(0).long()
     return indices, overall + (total * (best - overall).exp()).sum(0).log() if normalize else None

@@ -23,6 +23,7 @@ class ModelConfig(Config):
     latent_channels: int = Field(128, ge=1, description="d, the width of latents and (factorized) codes.")
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
+    compile: bool = Field(False, description="torch.compile: a faster step after minutes of compiling at the start.")
 
 
 def vqmodel_arguments(config: ModelConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
+from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
@@ -28,6 +29,7 @@ from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.upkeep import CodebookUpkeep
 
 PICTURE_IMAGES = 8
+_EAGER = torch.compiler.set_stance("force_eager")  # compiling is for steps: each other size of batch would take minutes
 
 
 class TokenizerTrainer(Trainer):
@@ -50,10 +52,14 @@ class TokenizerTrainer(Trainer):
         quantizer.nonstationary_weight = pull.weight if pull else 0.0
         encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
         discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+        if config.model.compile:
+            encoder.compile()
+            decoder.decoder.compile()
         self.lpips = None
         if loss.perceptual != "none":
             with accelerator.main_process_first():
-                self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights).to(self.device)
+                self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights, loss.perceptual_precision)
+                self.lpips.to(self.device)
 
         # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
         groups = [
@@ -61,8 +67,10 @@ class TokenizerTrainer(Trainer):
             {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
             {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
         ]
-        generator_optimizer = torch.optim.Adam(groups, betas=optim.betas)
-        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, betas=optim.betas)
+        on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
+        how = {"betas": optim.betas, "fused": on_gpu or None}
+        generator_optimizer = torch.optim.Adam(groups, **how)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, **how)
         self.encoder, self.decoder, self.discriminator, *optimizers = accelerator.prepare(
             encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
         )
@@ -82,7 +90,7 @@ class TokenizerTrainer(Trainer):
                 "discriminator": Optimized(optimizers[1], list(self.live_discriminator.parameters())),
             },
             parameters,
-            {"decay": optim.ema_decay},
+            {"decay": optim.ema_decay, "foreach": on_gpu},
         )
         self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
@@ -129,6 +137,8 @@ class TokenizerTrainer(Trainer):
         weights, config = self.weights, self.config
         self.bad_images.update(batch)
         images = batch["image"].to(self.device, non_blocking=True)
+        if config.model.compile and images.is_cuda:  # eager group norm would bring each layer back
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.phase == "stage1"):
             z = self.encoder(images)
         output, quantized = self.decoder(z, self.tau)
@@ -163,8 +173,12 @@ class TokenizerTrainer(Trainer):
         for indices, errors, commitment in self.tokens:
             self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
         if self.temperature.config.relative:
-            commitment = torch.stack([commitment for *_, commitment in self.tokens]).mean()
-            self.temperature.update(self.accelerator.reduce(commitment, "mean").item())
+            self.temperature.update(self.guard.told)
+
+    def told(self) -> Tensor | None:
+        if not self.temperature.config.relative:
+            return None
+        return torch.stack([commitment for *_, commitment in self.tokens]).mean()
 
     # An epoch's end, and what is measured
 
@@ -173,7 +187,7 @@ class TokenizerTrainer(Trainer):
         if due:
             if self.accelerator.is_main_process:
                 tau = self.temperature.value() or self.temperature.config.temperature
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), _EAGER:
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
             values["adversarial_weight"] = self.weights.get("adversarial", 0.0)
             values["bad_images"] = self.bad_images.check()
@@ -233,7 +247,7 @@ class TokenizerTrainer(Trainer):
                 error = quantized.losses["commitment"].double() * len(images)
                 sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
                 if quantized.indices is not None:
-                    counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+                    counts += wins(quantized.indices.flatten(), len(counts))
         decibels, l1, error, images = self.accelerator.reduce(sums, "sum").tolist()
         if not images:
             self.run.warn("no image of the test split that is measured on decodes")
@@ -249,6 +263,7 @@ class TokenizerTrainer(Trainer):
         output, _ = self._reconstruct(images)
         self.run.save_picture(torch.cat([images, output.float()]), per_row=len(images))
 
+    @_EAGER
     def export(self) -> None:
         """<out>/tokenizer, with averaged weights."""
         config = self.config
@@ -265,6 +280,7 @@ class TokenizerTrainer(Trainer):
         save(model, config.out / "tokenizer", trained | about)
         print(f"tokenizer: {config.out / 'tokenizer'}")
 
+    @_EAGER
     def _reconstruct(self, images: Tensor) -> tuple:
         self.live_decoder.eval()
         with self.accelerator.autocast():
@@ -276,6 +292,7 @@ class TokenizerTrainer(Trainer):
         pairs = zip(self.ema.shadow_params, self.averaged, strict=True)
         return [average for average, parameter in pairs if parameter is table]
 
+    @_EAGER
     @torch.no_grad()
     def _first_latents(self, count: int) -> Tensor:
         """`count` encoder outputs [count, d], drawn from the first images of the run; the same for any number of
@@ -292,6 +309,7 @@ class TokenizerTrainer(Trainer):
         chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:count]
         return latents[chosen.to(latents.device)]
 
+    @_EAGER
     @torch.no_grad()
     def _training_latents(self, images: int) -> list[Tensor]:
         """Encoder outputs [n, d] float32 of this rank's part of training images, a batch each."""
@@ -300,6 +318,7 @@ class TokenizerTrainer(Trainer):
             z = [self.live_encoder(batch["image"].to(self.device)).float() for batch in batches]
         return [part.permute(0, 2, 3, 1).flatten(0, 2) for part in z]
 
+    @_EAGER
     @torch.no_grad()
     def _averaged_latents(self, count: int) -> Tensor:
         """At least `count` outputs over all ranks of the averaged encoder, this rank's part [n, d]."""

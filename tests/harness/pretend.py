@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
+DEVICE, _META = torch.device("cuda", 0), torch.device("meta", 0)
 ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
 _COPIES = {aten._to_copy, aten.copy_}
@@ -51,7 +51,7 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, value: torch.Tensor):
         how = {"strides": value.stride(), "storage_offset": value.storage_offset(), "dtype": value.dtype}
-        self = torch.Tensor._make_wrapper_subclass(cls, value.size(), device="meta", **how)
+        self = torch.Tensor._make_wrapper_subclass(cls, value.size(), device=_META, **how)
         self.value = value
         return self
 
@@ -108,10 +108,8 @@ class Pretend(TorchDispatchMode):
         was = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # else `Module.to` would leave optimizers behind
         self._patches.callback(torch.__future__.set_swap_module_params_on_conversion, was)
-        for name in ("_lazy_init", "synchronize"):
-            self._patches.enter_context(mock.patch.object(torch.cuda, name, lambda *_: None))
-        self._patches.enter_context(mock.patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0))
-        self._patches.enter_context(mock.patch.object(torch.cuda, "max_memory_reserved", lambda *_: 0))
+        for name in ("_lazy_init", "synchronize", "max_memory_allocated", "max_memory_reserved"):
+            self._patches.enter_context(mock.patch.object(torch.cuda, name, return_value=0))
         self._patches.enter_context(_OnMeta())
         return super().__enter__()
 
@@ -137,7 +135,7 @@ _LISTENERS: list[list[str]] = []
 
 
 def _is_device(device: object) -> bool:
-    return device is not None and torch.device(device).type in ("cuda", "meta")
+    return torch.device(device).type == "cuda" or torch.device(device) == _META  # "meta" alone is meant as such
 
 
 def _run(func, args, kwargs):
@@ -159,7 +157,7 @@ def _run(func, args, kwargs):
         on_device = id(args[0]) in known
     if not on_device:
         return result
-    if packet is aten._local_scalar_dense or not here and wanted is None:
+    if packet is aten._local_scalar_dense or (not here and wanted is None):
         return result
 
     def wrapped(x):
@@ -177,7 +175,7 @@ def _check(packet, args, kwargs, tensors, here, on_device) -> None:
     if packet in _COPIES:
         source = args[1] if packet is aten.copy_ else args[0]
         goal = isinstance(args[0], OnDevice) if packet is aten.copy_ else on_device
-        blocks = not (kwargs.get("non_blocking") or packet is aten.copy_ and len(args) > 2 and args[2])
+        blocks = not (kwargs.get("non_blocking") or (packet is aten.copy_ and len(args) > 2 and args[2]))
         if isinstance(source, OnDevice) != goal and blocks:
             _waits(packet)
         return

@@ -42,20 +42,28 @@ class Draws(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("state", torch.stack([torch.randint(2**31, ()), torch.tensor(0)]))
+        self._known: list[int] | None = None  # `state`, on the host
 
     def generator(self) -> torch.Generator:
         """The same on all ranks; in training another one at each call, in evaluation always the same one."""
-        seed, count = self.state.tolist()
+        if self._known is None:  # asked of the GPU once, since the host would wait for each answer
+            self._known = self.state.tolist()
+        seed, count = self._known
         if self.training:
             self.state[1] += 1
+            self._known = [seed, count + 1]
         return torch.Generator().manual_seed((seed << 31) + (count + 1 if self.training else 0))
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._known = None
 
     def uniform(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """U[0, 1) of [N, *shape] for the N tokens `like` of this rank."""
         rank, ranks = world()
-        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device)
+        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
 
     def normal(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """N(0, 1), the same."""
         rank, ranks = world()
-        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device)
+        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
