@@ -67,6 +67,9 @@ class OnDevice(torch.Tensor):
 
     __array__ = numpy
 
+    def untyped_storage(self):
+        return self.value.untyped_storage()
+
     def __reduce_ex__(self, protocol):
         return self.value.__reduce_ex__(protocol)
 
@@ -110,6 +113,7 @@ class Pretend(TorchDispatchMode):
         self._patches.callback(torch.__future__.set_swap_module_params_on_conversion, was)
         for name in ("_lazy_init", "synchronize", "max_memory_allocated", "max_memory_reserved"):
             self._patches.enter_context(mock.patch.object(torch.cuda, name, return_value=0))
+        self._patches.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="pretended"))
         self._patches.enter_context(_OnMeta())
         return super().__enter__()
 
@@ -171,6 +175,10 @@ def _check(packet, args, kwargs, tensors, here, on_device) -> None:
     generator = kwargs.get("generator")
     if generator is not None and on_device and generator.device.type == "cpu":
         raise Mixed(f"a CPU generator for {packet} on the device")
+    if packet is aten._foreach_copy_:
+        for goal, source in zip(args[0], args[1], strict=True):
+            _check(aten.copy_, (goal, source, *args[2:]), kwargs, [goal, source], here, on_device)
+        return
     elsewhere = [x for x in tensors if not isinstance(x, OnDevice)]
     if packet in _COPIES:
         source = args[1] if packet is aten.copy_ else args[0]
