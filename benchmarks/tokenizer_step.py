@@ -86,9 +86,9 @@ class FlopsByType(FlopCounterMode):
     def _count_flops(self, packet, out, args, kwargs):
         before = self.get_total_flops()
         result = super()._count_flops(packet, out, args, kwargs)
-        made = next(x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
-        name = "float32 (codebook)" if packet in self.custom else str(made.dtype).removeprefix("torch.")
-        self.by_type[name] += self.get_total_flops() - before
+        if flops := self.get_total_flops() - before:
+            made = next(x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            self.by_type["codebook, float32" if packet in self.custom else str(made.dtype)] += flops
         return result
 
 
@@ -103,8 +103,7 @@ def print_flops(step: "TrainingStep") -> None:
     total, images = counter.get_total_flops(), len(step.images)
     print(f"{total / images / 1e9:.1f} GFLOP an image")
     for name, flops in counter.by_type.most_common():
-        if flops:
-            print(f"{flops / total:7.2%} {name}")
+        print(f"{flops / total:7.2%} {name.removeprefix('torch.')}")
 
 
 def load(name: str, codebook_size: int | None) -> TrainConfig:
