@@ -6,16 +6,20 @@ python benchmarks/tokenizer_step.py --batch 8 --codebook_size 8192 --rounds 5
 A step of stage 1 with all of its losses and both optimizers; LPIPS has random weights, which cost the same. --bare
 leaves out LPIPS and GAN, which cost every method the same, so that its ratios are farther from 1 than those of a run.
 Each method has a process of its own, and they take turns; a time is the median of the rounds, a ratio that of ratios,
-memory the peak, weights and all.
+memory the peak, weights and all. --flops counts the reference's FLOPs instead, and in which type they are.
 """
 
 import argparse
 import statistics
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import lpips
 import torch
 from measure import Elsewhere, interleaved, machine, ratio, serve
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from nsvq.common import config as configs
 from nsvq.common.launch import keep_freed_memory
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--bare", action="store_true", help="without LPIPS and GAN")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--flops", action="store_true", help="of one step of the reference, by type; no times")
     parser.add_argument("--method", help="be the process of this method")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -45,6 +50,9 @@ def main() -> None:
         config = load(options.method, options.codebook_size)
         # In the second step optimizers hold their moments.
         serve(lambda: TrainingStep(config, options.batch, options.bare, device), device, calls=2)
+        return
+    if options.flops:
+        print_flops(TrainingStep(load(options.reference, options.codebook_size), options.batch, options.bare, device))
         return
     chosen = {name: getattr(options, name) for name in ("batch", "codebook_size", "bare", "device")}
     steps = {name: Elsewhere(chosen | {"method": name}) for name in options.methods}
@@ -62,6 +70,40 @@ def main() -> None:
             f"| {name} | {quantizer.codebook_size:,} | {quantizer.dim} | {statistics.median(seconds[name]):.3f} | "
             f"{times:.3f} | {step.peak / 2**30:.2f} | {step.peak / steps[reference].peak:.3f} |"
         )
+
+
+class FlopsByType(FlopCounterMode):
+    """FLOPs by the type of what they make. The codebook's operators count the products that their kernels need: one of
+    [N, d] with [d, K] for the search, three with the NS loss."""
+
+    def __init__(self):
+        ops = torch.ops.nsvq
+        formulas = {ops.nearest_code: partial(products, 1), ops.nonstationary: partial(products, 3)}
+        super().__init__(display=False, custom_mapping=formulas)
+        self.custom = set(formulas)
+        self.by_type: Counter[str] = Counter()
+
+    def _count_flops(self, packet, out, args, kwargs):
+        before = self.get_total_flops()
+        result = super()._count_flops(packet, out, args, kwargs)
+        if flops := self.get_total_flops() - before:
+            made = next(x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            self.by_type["codebook, float32" if packet in self.custom else str(made.dtype)] += flops
+        return result
+
+
+def products(count: int, z: tuple, codebook: tuple, *_, **__) -> int:
+    """Of shapes [N, d] and [K, d]."""
+    return count * 2 * z[0] * codebook[0] * z[1]
+
+
+def print_flops(step: "TrainingStep") -> None:
+    with FlopsByType() as counter:
+        step()
+    total, images = counter.get_total_flops(), len(step.images)
+    print(f"{total / images / 1e9:.1f} GFLOP an image")
+    for name, flops in counter.by_type.most_common():
+        print(f"{flops / total:7.2%} {name.removeprefix('torch.')}")
 
 
 def load(name: str, codebook_size: int | None) -> TrainConfig:

@@ -1,6 +1,7 @@
 """The end of an optimizer step: is it finite, and is the run to stop? All ranks get the same answers.
 
-A step costs one all-reduce of three numbers and one look at the device for both questions together."""
+A step costs one all-reduce of four numbers and one look at the device, which is the only one of a step: the GPU works
+on while the host prepares what comes next."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ class Guard:
         self.accelerator = accelerator
         self.skipped = self.in_a_row = 0
         self.stop: signal.Signals | None = None
+        self.told = 0.0
         self._received = dict.fromkeys(_SIGNALS, False)
 
     def until(self, done: Callable[[], bool]) -> Iterator[None]:
@@ -49,12 +51,17 @@ class Guard:
         received = torch.tensor(float(self.interrupted()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(received, "sum").item())
 
-    def step(self, optimizers: Iterable, values: Iterable[Tensor]) -> bool:
+    def step(self, optimizers: Iterable, values: Iterable[Tensor], told: Tensor | None = None) -> bool:
         """Step the `optimizers`, prepared by accelerate and with unscaled gradients, where all scalars in `values` are
-        finite on all ranks, and say whether it was done; else leave them and count. Clears the gradients."""
+        finite on all ranks, and say whether it was done; else leave them and count. Clears the gradients. `told`: a
+        scalar whose mean over all ranks the host is to know; it comes with the same look, and is in `self.told`."""
         finite = torch.stack([value.detach().float() for value in values]).isfinite().all()
-        received = torch.tensor([float(self._received[s]) for s in _SIGNALS], device=finite.device)
-        bad, *stops = self.accelerator.reduce(torch.cat([(~finite).float()[None], received]), "sum").tolist()
+        bad = (~finite).float()
+        # Fills, where copies would have the host wait for the GPU.
+        received = [bad.new_full((), self._received[s]) for s in _SIGNALS]
+        told = bad if told is None else told.detach().float()
+        bad, told, *stops = self.accelerator.reduce(torch.stack([bad, told, *received]), "sum").tolist()
+        self.told = told / self.accelerator.num_processes
         self.stop = next((s for s, count in zip(_SIGNALS, stops, strict=True) if count), None)
         for optimizer in optimizers:
             if not bad:

@@ -52,8 +52,10 @@ class Means(RankSums):
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """`total` is a sum over `count` samples of this rank."""
-        count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
-        self.add_to(name, torch.stack([total.detach().float(), count]))
+        total = total.detach().float()
+        # A fill, where a copy of a number would have the host wait for the GPU.
+        count = count.float() if isinstance(count, Tensor) else total.new_full((), count)
+        self.add_to(name, torch.stack([total, count]))
 
     def take(self) -> dict[str, float]:
         """The means over all ranks, without names that counted nothing; starts anew."""

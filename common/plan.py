@@ -247,7 +247,7 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     metric = None
     if (net := config.loss.perceptual) != "none":
         metric = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-        metric = losses._Distance(metric).eval().requires_grad_(False)
+        metric = losses._Distance(metric, bf16=config.loss.perceptual_precision == "bf16").eval().requires_grad_(False)
         for module in metric.modules():  # lpips makes its buffers on the CPU, whatever the default device
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))

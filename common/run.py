@@ -78,7 +78,10 @@ def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
         step_scheduler_with_optimizer=False,
         # The loss is a mean over the micro-batch of this rank; buffers are constant, so none is broadcast.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), LONG_WAIT],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            LONG_WAIT,
+        ],
     )
     if "wandb" in config.trackers and not is_wandb_available():
         raise UsageError("run.trackers asks for wandb, which is not installed: pip install wandb")

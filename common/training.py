@@ -42,6 +42,7 @@ class Trainer:
 
     def __init__(self, config: Any, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        torch.backends.cudnn.benchmark = True  # the batches of a run have one size
         self.micro_batch = micro_batch_size(config.run, accelerator)
         self.accumulation = config.run.batch_size // (accelerator.num_processes * self.micro_batch)
         ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -83,6 +84,10 @@ class Trainer:
     def rate_factor(self) -> float:
         """The factor on all learning rates in this step."""
         return 1.0
+
+    def told(self) -> Tensor | None:
+        """A scalar of this step that `end_step` finds as a number in `guard.told`, its mean over all ranks."""
+        return None
 
     def end_step(self, stepped: bool) -> None:
         """After the optimizers stepped, or did not because something was not finite."""
@@ -201,7 +206,8 @@ class Trainer:
         training = {name: part for name, part in self.optimized.items() if part.trains}
         norms = {name: part.clip_gradients() for name, part in training.items()}
         losses = [terms["loss"][0] for terms in results]
-        stepped = self.guard.step([part.optimizer for part in training.values()], [*losses, *norms.values()])
+        optimizers = [part.optimizer for part in training.values()]
+        stepped = self.guard.step(optimizers, [*losses, *norms.values()], self.told())
         self.end_step(stepped)
         if stepped:
             self.ema.step(self.averaged)

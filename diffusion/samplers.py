@@ -140,7 +140,8 @@ def sample(
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     scaled = getattr(scheduler, "scale_model_input", lambda latents, t: latents)
     for i, t in enumerate(timesteps):
-        time = _whole(t).to(latents.device).expand(len(latents))  # some schedulers have fractions
+        # Some schedulers have fractions. A fill, where a copy would have the host wait for the GPU at each step.
+        time = torch.full((len(latents),), _whole(t).item(), dtype=t.dtype, device=latents.device)
         inside = guidance_interval[0] <= float(t) / TIMESTEPS <= guidance_interval[1]
         prediction = guided(scaled(latents, t), time, guidance_scale if inside else 1.0)
         latents = scheduler.step(prediction, t, latents, return_dict=False, **drawing)[0]

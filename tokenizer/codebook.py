@@ -35,6 +35,12 @@ def nearest_neighbor_distance(codebook: Tensor) -> Tensor:
     return (codes - codes[nearest]).norm(dim=1)  # of the pair itself: clones are 0.001 apart
 
 
+def wins(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code is in `indices` [N]: [K] int64. For `torch.bincount` the host would wait for the GPU, and
+    torch.compile end its graph."""
+    return indices.new_zeros(codebook_size).scatter_add_(0, indices, torch.ones_like(indices))
+
+
 @dataclass
 class NonStationary:
     """The NS loss (a scalar with a gradient to the codebook alone) and what the softmax says about its sharpness."""

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nsvq.common.metrics import RankSums
-from nsvq.tokenizer.codebook import nearest_neighbor_distance, nonstationary_loss
+from nsvq.tokenizer.codebook import nearest_neighbor_distance, nonstationary_loss, wins
 from nsvq.tokenizer.quantizers import Quantizer
 
 
@@ -51,11 +51,12 @@ class EpochUsage(RankSums):
         tokens (None where nobody asks for them), its mean commitment loss, and B."""
         if indices is not None:
             indices = indices.flatten()
-            self.add_to("counts", torch.bincount(indices, minlength=self.codebook_size))
+            self.add_to("counts", wins(indices, self.codebook_size))
             if errors is not None:
                 errors = errors.flatten().double()
-                self.add_to("errors", torch.bincount(indices, errors, minlength=self.codebook_size))
-        self.add_to("commitment", torch.stack([commitment.detach().double() * images, commitment.new_tensor(images)]))
+                self.add_to("errors", errors.new_zeros(self.codebook_size).scatter_add_(0, indices, errors))
+        total = commitment.detach().double() * images
+        self.add_to("commitment", torch.stack([total, total.new_full((), images)]))
 
     def total(self) -> tuple[Tensor, Tensor, float]:
         """(counts [K], squared errors [K], mean commitment) over all ranks so far."""

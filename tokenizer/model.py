@@ -24,6 +24,7 @@ class ModelConfig(Config):
     norm_groups: int = Field(32, ge=1, description="Groups of each GroupNorm; must divide every level's width.")
     mid_attention: bool = Field(False, description="Self-attention at the lowest resolution (VQGAN: yes, SimVQ: no).")
     attention_levels: list[int] = Field([], description="Levels with self-attention after each block; 0 is the first.")
+    compile: bool = Field(False, description="torch.compile: a faster step after minutes of compiling at the start.")
 
     @model_validator(mode="after")
     def _levels_are_there(self) -> "ModelConfig":

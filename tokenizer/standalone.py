@@ -78,6 +78,10 @@ class StandaloneQuantizer(nn.Module):
         if ranks.in_backward():
             z_q, indices, loss = self._quantize(z, self.tau, self.codes_before)
             return z_q, indices, loss * self.share
+        with ranks.unequal():  # a mask leaves each rank a number of its own
+            return self._train_step(z)
+
+    def _train_step(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A latent that is not finite, as an overflow of float16 leaves it, must reach no code.
         here = [len(z), int((~z.detach().isfinite()).sum()), int(not len(z))]
         count, bad, empty = ranks.total(torch.tensor(here, device=z.device)).tolist()

@@ -19,6 +19,7 @@ from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
+from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
@@ -32,6 +33,7 @@ from nsvq.tokenizer.upkeep import CodebookUpkeep
 from nsvq.tokenizer.warm_start import warm_start
 
 PICTURE_IMAGES = 8
+_EAGER = torch.compiler.set_stance("force_eager")  # compiling is for steps: each other size of batch would take minutes
 
 
 class TokenizerTrainer(Trainer):
@@ -61,10 +63,14 @@ class TokenizerTrainer(Trainer):
                 taken = warm_start(config.init_from, config.model, encoder, decoder, config.init_codes)
             self.inputs["init_from"], self.has_codes = taken.fingerprint, taken.has_codes
             accelerator.print(taken.text)
+        if config.model.compile:
+            encoder.compile()
+            decoder.decoder.compile()
         self.lpips = None
         if loss.perceptual != "none":
             with accelerator.main_process_first():
-                self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights).to(self.device)
+                self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights, loss.perceptual_precision)
+                self.lpips.to(self.device)
 
         # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
         groups = [
@@ -72,8 +78,10 @@ class TokenizerTrainer(Trainer):
             {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
             {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
         ]
-        generator_optimizer = torch.optim.Adam(groups, betas=optim.betas)
-        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, betas=optim.betas)
+        on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
+        how = {"betas": optim.betas, "fused": on_gpu or None}
+        generator_optimizer = torch.optim.Adam(groups, **how)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, **how)
         self.encoder, self.decoder, self.discriminator, *optimizers = accelerator.prepare(
             encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
         )
@@ -92,7 +100,7 @@ class TokenizerTrainer(Trainer):
                 "discriminator": Optimized(optimizers[1], list(self.live_discriminator.parameters())),
             },
             parameters,
-            {"decay": optim.ema_decay},
+            {"decay": optim.ema_decay, "foreach": on_gpu},
         )
         self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
@@ -144,7 +152,7 @@ class TokenizerTrainer(Trainer):
     def heaviest(self) -> Iterator[None]:
         """stage1 with its GAN: all networks have gradients."""
         counted, self.bad_images = self.bad_images, BadImages(self.config.data.max_bad_fraction)
-        self.phase, self.tokens = "stage1", []
+        self.phase, self.generator_trains, self.tokens = "stage1", True, []
         self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, 1.0, self.quantizer)
         self.tau = self.temperature.value() or self.temperature.config.temperature
         if "nonstationary" not in self.weights:
@@ -161,6 +169,8 @@ class TokenizerTrainer(Trainer):
         weights, config = self.weights, self.config
         self.bad_images.update(batch)
         images = batch["image"].to(self.device, non_blocking=True)
+        if config.model.compile and images.is_cuda:  # eager group norm would bring each layer back
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.phase == "stage1"):
             z = self.encoder(images)
         self.live_decoder.train(self.generator_trains)
@@ -200,8 +210,12 @@ class TokenizerTrainer(Trainer):
         for indices, errors, commitment in self.tokens:
             self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
         if self.temperature.config.relative:
-            commitment = torch.stack([commitment for *_, commitment in self.tokens]).mean()
-            self.temperature.update(self.accelerator.reduce(commitment, "mean").item())
+            self.temperature.update(self.guard.told)
+
+    def told(self) -> Tensor | None:
+        if not self.temperature.config.relative:
+            return None
+        return torch.stack([commitment for *_, commitment in self.tokens]).mean()
 
     # An epoch's end, and what is measured
 
@@ -210,7 +224,7 @@ class TokenizerTrainer(Trainer):
         if due:
             if self.accelerator.is_main_process:
                 tau = self.temperature.value() or self.temperature.config.temperature
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), _EAGER:
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
             values["adversarial_weight"] = self.weights.get("adversarial", 0.0)
             values["bad_images"] = self.bad_images.check()
@@ -272,7 +286,7 @@ class TokenizerTrainer(Trainer):
                 error = quantized.losses["commitment"].double() * len(images)
                 sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
                 if quantized.indices is not None:
-                    counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+                    counts += wins(quantized.indices.flatten(), len(counts))
         if self.guard.interrupted_anywhere():
             self.run.warn("a signal came: no validation here, it would take the time of the checkpoint")
             return {}
@@ -291,6 +305,7 @@ class TokenizerTrainer(Trainer):
         output, _ = self._reconstruct(images)
         self.run.save_picture(torch.cat([images, output.float()]), per_row=len(images))
 
+    @_EAGER
     def export(self) -> None:
         """<out>/tokenizer, with averaged weights."""
         config = self.config
@@ -307,6 +322,7 @@ class TokenizerTrainer(Trainer):
         save(model, config.out / "tokenizer", trained | about)
         print(f"tokenizer: {config.out / 'tokenizer'}")
 
+    @_EAGER
     def _reconstruct(self, images: Tensor) -> tuple:
         self.live_decoder.eval()
         with self.accelerator.autocast():
@@ -321,6 +337,7 @@ class TokenizerTrainer(Trainer):
         """(average, parameter) of each; none before the first step."""
         return list(zip(self.ema.shadow_params, self.averaged, strict=True)) if self.ema else []
 
+    @_EAGER
     @torch.no_grad()
     def _first_latents(self, count: int) -> Tensor:
         """`count` encoder outputs [count, d], drawn from the first images of the run; the same for any number of
@@ -337,6 +354,7 @@ class TokenizerTrainer(Trainer):
         chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:count]
         return latents[chosen.to(latents.device)]
 
+    @_EAGER
     @torch.no_grad()
     def _training_latents(self, images: int) -> list[Tensor]:
         """Encoder outputs [n, d] float32 of this rank's part of training images, a batch each."""
@@ -345,6 +363,7 @@ class TokenizerTrainer(Trainer):
             z = [self.live_encoder(batch["image"].to(self.device)).float() for batch in batches]
         return [part.permute(0, 2, 3, 1).flatten(0, 2) for part in z]
 
+    @_EAGER
     @torch.no_grad()
     def _averaged_latents(self, count: int) -> Tensor:
         """At least `count` outputs over all ranks of the averaged encoder, this rank's part [n, d]."""

@@ -65,6 +65,15 @@ def test_weights_of_another_network_are_refused(tmp_path):
         load_lpips("squeeze", tmp_path / "weights.pth")
 
 
+def test_lpips_in_bfloat16_is_the_same_distance_to_a_percent(tmp_path):
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "weights.pth")
+    exact, fast = (load_lpips("squeeze", tmp_path / "weights.pth", precision) for precision in ("fp32", "bf16"))
+    a, b = torch.rand(4, 3, 32, 32) * 2 - 1, torch.rand(4, 3, 32, 32) * 2 - 1
+    assert fast(a, b).dtype == torch.float32
+    torch.testing.assert_close(fast(a, b), exact(a, b), rtol=1e-2, atol=0)
+    assert not torch.equal(fast(a, b), exact(a, b))
+
+
 def test_lpips_keeps_float32_under_autocast(tmp_path):
     torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "weights.pth")
     metric = load_lpips("squeeze", tmp_path / "weights.pth")

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from nsvq.tokenizer.codebook import nonstationary_loss
 from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder
 from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer, ranks
 from nsvq.tokenizer.quantizers.base import NearestQuantizer, rotated
 
@@ -357,3 +358,18 @@ def test_a_tokens_squared_error_is_measured_where_it_is_compared_with_codes(make
     nearest = torch.cdist(flat, quantizer.codebook().double()).square().amin(1)
     errors = quantizer.squared_errors(z, output.z_q)
     torch.testing.assert_close(errors.double(), nearest.view(2, 3, 4), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vq", "ema"])
+@pytest.mark.slow
+def test_a_quantizer_is_part_of_one_graph_with_its_decoder(make, name):
+    """As `accelerate launch --dynamo_backend` compiles them."""
+    quantizer = make(name)
+    config = ModelConfig(
+        channels=4, channel_multipliers=[1], layers_per_block=1, latent_channels=quantizer.dim, norm_groups=2
+    )
+    decoder, z = QuantizedDecoder(config, quantizer), torch.randn(2, quantizer.dim, 4, 4)
+    torch._dynamo.reset()
+    temperature = 1.0 if quantizer.learns_codes else None
+    explained = torch._dynamo.explain(decoder)(z, temperature)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons

@@ -95,14 +95,38 @@ def test_a_run_trains_in_each_phase_what_the_paper_lists(run_script, tiny, tmp_p
     assert all(torch.equal(exported[f"encoder.{name}"], value) for name, value in live.items())
 
 
+def test_a_compiled_run_is_the_same_run(run_script, tiny, tmp_path, monkeypatch):
+    """With Dynamo alone, which captures the graphs that torch.compile makes kernels of: the same checkpoint, to the
+    bit. Only what a step computes is compiled."""
+    graphs, whole = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend=backend, fullgraph=True))
+    epochs = ["--schedule.epochs", 3, "--nsvq.freeze.latest", 1, "--nsvq.freeze.warmup", 1]
+    arguments = ["--config", tiny, "--quantizer.name", "ema", *epochs]
+    run_script(main, *arguments, "--out", tmp_path / "eager")
+    assert not graphs
+    run_script(main, *arguments, "--out", tmp_path / "compiled", "--model.compile", "true")
+    assert len(graphs) == 4  # encoder and decoder, each before and after the freeze
+    for name in ("encoder", "decoder", "discriminator"):
+        assert equal(weights(tmp_path / "eager", 6, name), weights(tmp_path / "compiled", 6, name))
+    exported = [
+        load_file(tmp_path / run / "tokenizer/diffusion_pytorch_model.safetensors") for run in ("eager", "compiled")
+    ]
+    assert equal(*exported)
+
+
 def test_codes_are_revived_within_the_epochs_before_the_first_replacement(run_script, tiny, tmp_path, monkeypatch):
-    steps, real = [], EMAQuantizer.rows_written
+    steps, real = [], EMAQuantizer._start_anew
 
-    def written(quantizer, rows):
-        steps.append(len(rows) if quantizer.training else 0)
-        real(quantizer, rows)
+    def start_anew(quantizer, rows, written):
+        steps.append(int(written.sum()) if quantizer.training else 0)
+        real(quantizer, rows, written)
 
-    monkeypatch.setattr(EMAQuantizer, "rows_written", written)
+    monkeypatch.setattr(EMAQuantizer, "_start_anew", start_anew)
     arguments = ["--quantizer.name", "ema", "--nsvq.revive", 0.5, "--nsvq.replace.after", 2]
     run_script(main, "--config", tiny, "--out", tmp_path / "out", *arguments)
     # The start, a step each until the end of the third epoch (2 steps each), and that end itself, which replaces.

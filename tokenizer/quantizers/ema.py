@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nsvq.tokenizer.codebook import NonStationary
+from nsvq.tokenizer.codebook import NonStationary, wins
 from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.quantizers.vq import TableConfig, TableQuantizer
 
@@ -60,9 +60,9 @@ class EMAQuantizer(TableQuantizer):
     def searched(self, z: Tensor, indices: Tensor, ns: NonStationary | None) -> None:
         if not self.training or ranks.in_backward():
             return
-        wins = torch.bincount(indices, minlength=self.codebook_size)
-        self.step_wins += wins
-        self.step_counts += wins
+        won = wins(indices, self.codebook_size)
+        self.step_wins += won
+        self.step_counts += won
         self.step_sums.index_add_(0, indices, z)
         self.latest = z
         if ns is not None:
@@ -83,20 +83,26 @@ class EMAQuantizer(TableQuantizer):
                 self._revive(ranks.total(self.step_wins))
         self.step_wins.zero_()
 
-    def _revive(self, wins: Tensor) -> None:
-        self.waited += wins.mean()
-        self.waited[wins > 0] = 0
-        dead = torch.nonzero(self.waited > self.revive_after).flatten()
+    def _revive(self, won: Tensor) -> None:
+        """Tensors are as large as if all codes were dead: for their number the host would wait for the GPU."""
+        self.waited += won.mean()
+        self.waited.masked_fill_(won > 0, 0)
         tokens = sum(ranks.counts(self.latest))
-        positions = torch.randperm(tokens, generator=self.draws.generator())[: len(dead)].to(dead.device)
-        longest = self.waited[dead].argsort(descending=True, stable=True)
-        dead = dead[longest[: len(positions)]]  # where latents are too few, the others move in the next steps
-        self.weight[dead] = ranks.rows(self.latest, positions)
-        self.rows_written(dead)
+        positions = torch.randperm(tokens, generator=self.draws.generator())[: len(won)]
+        # Where latents are too few, those that waited longest move first, and the others in the next steps.
+        rows = self.waited.argsort(descending=True, stable=True)[: len(positions)]
+        dead = self.waited[rows] > self.revive_after
+        latents = ranks.rows(self.latest, positions.to(rows.device, non_blocking=True))
+        self.weight[rows] = torch.where(dead[:, None], latents, self.weight[rows])
+        self._start_anew(rows, dead)
 
     @torch.no_grad()
     def rows_written(self, rows: Tensor) -> None:
-        """A written code counts as one of mean use that has just won."""
-        self.waited[rows] = 0
-        self.counts[rows] = self.counts.mean()
-        self.sums[rows] = self.weight[rows] * self.counts[rows, None]
+        self._start_anew(rows, torch.ones_like(rows, dtype=torch.bool))
+
+    def _start_anew(self, rows: Tensor, written: Tensor) -> None:
+        """Those of `rows` [n] that were `written` [n] count as codes of mean use that have just won."""
+        counts = torch.where(written, self.counts.mean(), self.counts[rows])
+        self.waited[rows] = torch.where(written, 0, self.waited[rows])
+        self.sums[rows] = torch.where(written[:, None], self.weight[rows] * counts[:, None], self.sums[rows])
+        self.counts[rows] = counts

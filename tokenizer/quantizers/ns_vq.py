@@ -31,15 +31,23 @@ class NSVQPrecursor(VQ):
     def __init__(self, config: PrecursorConfig, dim: int):
         super().__init__(config, dim)
         self.register_buffer("epochs", torch.tensor(0))
+        self._finished: int | None = None  # `epochs`, on the host
 
     def end_epoch(self) -> None:
         self.epochs += 1
+        self._finished = None
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._finished = None
 
     def search(self, z: Tensor, codebook: Tensor, temperature: float | None) -> tuple[Tensor, NonStationary | None]:
         indices = nearest_code(z, codebook)
         if temperature is None:
             return indices, None
-        temperature = max(1e-8, temperature * self.config.cooling ** self.epochs.item())
+        if self._finished is None:
+            self._finished = self.epochs.item()  # once an epoch, since the host waits for the GPU
+        temperature = max(1e-8, temperature * self.config.cooling**self._finished)
         gain = self.config.pull * len(codebook)
         loss, mass, effective = _ClampedPull.apply(z.detach(), codebook, indices, temperature, gain)
         return indices, NonStationary(loss, mass, effective)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_alone = False
+_alone = _unequal = False
 
 
 @contextlib.contextmanager
@@ -43,9 +43,22 @@ def mean(value: Tensor) -> Tensor:
     return value if ranks == 1 else value + (total(value) / ranks - value).detach()
 
 
+@contextlib.contextmanager
+def unequal() -> Iterator[None]:
+    """Inside, ranks may hold different numbers of tokens, and so have to ask each other for them."""
+    global _unequal
+    _unequal = True
+    try:
+        yield
+    finally:
+        _unequal = False
+
+
 def counts(tokens: Tensor) -> list[int]:
     """How many tokens each rank holds, from this rank's `tokens` [N, d]."""
     rank, ranks = world()
+    if not _unequal:
+        return [len(tokens)] * ranks
     found = torch.zeros(ranks, dtype=torch.int64, device=tokens.device)
     found[rank] = len(tokens)
     return total(found).tolist()
@@ -55,9 +68,8 @@ def rows(tokens: Tensor, positions: Tensor) -> Tensor:
     """Tokens at `positions` [n], which are numbers over all ranks, from this rank's `tokens` [N, d] and the others'."""
     local = positions - sum(counts(tokens)[: world()[0]])
     mine = (local >= 0) & (local < len(tokens))
-    found = tokens.new_zeros(len(positions), tokens.shape[1])
-    found[mine] = tokens[local[mine]]
-    return total(found)
+    there = tokens if len(tokens) else tokens.new_zeros(1, tokens.shape[1])
+    return total(torch.where(mine[:, None], there[local.clamp(0, len(there) - 1)], 0))
 
 
 def in_backward() -> bool:
@@ -73,21 +85,26 @@ class Draws(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("state", torch.stack([torch.randint(2**31, ()), torch.tensor(0)]))
+        self._known: tuple[int, int, int] | None = None  # version of `state`, and its values, on the host
 
     def generator(self) -> torch.Generator:
         """The same on all ranks; in training another one at each call, in evaluation always the same one. What repeats
         a forward has that forward's."""
+        if self._known is None or self._known[0] != self.state._version:  # asked of the GPU no more than it must be
+            self._known = (self.state._version, *self.state.tolist())
+        _, seed, count = self._known
         if self.training and not in_backward():
             self.state[1] += 1
-        seed, count = self.state.tolist()
+            count += 1
+            self._known = (self.state._version, seed, count)
         return torch.Generator().manual_seed((seed << 31) + (count if self.training else 0))
 
     def uniform(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """U[0, 1) of [N, *shape] for the N tokens `like` of this rank."""
         rank, ranks = world()
-        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device)
+        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
 
     def normal(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """N(0, 1), the same."""
         rank, ranks = world()
-        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device)
+        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
