@@ -74,8 +74,8 @@ def rows(tokens: Tensor, positions: Tensor) -> Tensor:
 
 def in_backward() -> bool:
     """Whether the caller runs inside a backward pass: then activation checkpointing repeats a forward there, which must
-    count, draw and move nothing again."""
-    return torch._C._current_graph_task_id() != -1
+    count, draw and move nothing again. A compiled graph repeats no Python."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Draws(nn.Module):
