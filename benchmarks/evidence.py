@@ -1,8 +1,8 @@
 """Run a study: train tokenizers that differ in what the study asks about, measure them, and write one page on it. A
 study may also train a diffusion model on each tokenizer, and measure its samples.
 
-python benchmarks/evidence.py --study configs/evidence/methods.yaml --data ../shared/data/imagenet20-128
-python benchmarks/evidence.py --study configs/evidence/systems.yaml --data DIR --runs vq simvq nsvq --seeds 0 1 --jobs 2
+python benchmarks/evidence.py --study configs/evidence/ratio.yaml --data ../shared/data/imagenet20-128
+python benchmarks/evidence.py --study configs/evidence/ratio.yaml --data DIR --runs vq simvq nsvq --seeds 0 1 --jobs 2
 The same command goes on where it stopped. A finished run is a record in docs/evidence/records, named after what went
 into it, so that studies share runs; the page is docs/evidence/<study>.md. --jobs 0 writes it from the records alone.
 """

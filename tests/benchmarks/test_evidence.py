@@ -34,7 +34,7 @@ def test_every_run_of_every_study_is_a_valid_training_config_of_its_own(path):
 
 
 def test_a_wrong_study_is_told_by_name():
-    base = read_yaml(ROOT / "configs" / "evidence" / "methods.yaml")
+    base = read_yaml(ROOT / "configs" / "evidence" / "ratio.yaml")
     with pytest.raises(UsageError, match="'nobody' is not one of the runs"):
         validate(evidence_study.Study, base | {"against": "nobody"})
     with pytest.raises(UsageError, match="need the study's diffusion config"):
