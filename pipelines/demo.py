@@ -3,6 +3,8 @@
 python pipelines/demo.py --pipeline runs/dit-b/pipeline --tokenizer runs/nsvq/tokenizer runs/vq/tokenizer
 """
 
+import base64
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pydantic import Field
 
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.common.image_metrics import to_uint8
 from nsvq.data.config import Config
 from nsvq.data.images import BadImage
 from nsvq.data.images import decode as decode_file
@@ -33,7 +36,7 @@ except ImportError:
     gr = None
 
 Tokenizers = dict[str, Tokenizer]
-_CODES_SHOWN = 48
+_CODES_SHOWN = 96
 _COLUMNS = 4
 _EXAMPLES = 99  # the last synthetic one
 # Events that run a model wait for each other: a pipeline's scheduler has a state.
@@ -110,14 +113,14 @@ def _generate(pipeline: Pipeline) -> None:
         with gr.Column(min_width=300):
             classes = _classes(pipeline, multiselect=True, max_choices=8)
             count = gr.Slider(1, 8, 4, step=1, label="Images of each class")
-            seed = _number("First seed", 0)
+            seed = _seed("First seed", 0)
             every = gr.Slider(0, 64, 8, step=1, label="Preview", info="Every so many steps; 0: at the end alone.")
             for setting in settings.values():
                 setting.render()
         with gr.Column(min_width=300):
             with gr.Row():
                 start, stop = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-            result = _picture("Samples", height=560)
+            result = _picture("Samples")
             said = gr.Markdown()
 
     def run(classes: list, count: int, seed: int, every: int, *values) -> Iterator:
@@ -172,7 +175,7 @@ def _reconstruct(page: "gr.Blocks", tokenizers: Tokenizers) -> None:
         gr.Markdown(f"### {name}")
         with gr.Row():
             titles = ("Original", "Reconstruction", "Difference, times 4", "Tokens")
-            shown += [_picture(title, min_width=150) for title in titles]
+            shown += [_picture(title) for title in titles]
         shown.append(gr.Markdown())
     gr.Markdown("Tokens of like colours have codes that are near in the codebook.")
 
@@ -202,7 +205,7 @@ def _edit(page: "gr.Blocks", tokenizers: Tokenizers) -> None:
     name = _choice(tokenizers)
     with gr.Row():
         image = _image_input("Image", 8)
-        tokens, decoded = _picture("Tokens: click one", min_width=150), _picture("Decoded", min_width=150)
+        tokens, decoded = _picture("Tokens: click one"), _picture("Decoded")
     said = gr.Markdown()
     with gr.Row():
         row, column = (gr.Slider(0, last_row, 0, step=1, label=label, min_width=120) for label in ("Row", "Column"))
@@ -241,13 +244,11 @@ def _edit(page: "gr.Blocks", tokenizers: Tokenizers) -> None:
             raise UsageError(f"the codes of {name} are 0 to {most}")
         return show(name, first, edit(codes, row, column, *values), row, column)
 
-    def clicked(event: gr.SelectData, state: tuple | None, image: Image.Image, paint: bool, code: int) -> list:
-        if state is None:
-            raise UsageError("choose an image first")
+    def clicked(event: gr.SelectData, state: tuple, image: Image.Image, paint: bool, code: int) -> list:
         side = image.height // len(state[2])
         column, row = (int(at) // side for at in event.index)
-        shown = change(explore.set_code if paint else _same, state, row, column, code)
-        return [row, column, *shown]
+        edited = change(explore.set_code, state, row, column, code) if paint else show(*state, row, column)
+        return [row, column, *edited]
 
     gr.on([page.load, image.change, name.change], start, [name, image, *place], outputs, **_MODEL)
     put.click(partial(change, explore.set_code), [state, *place, code], outputs, **_MODEL)
@@ -259,10 +260,6 @@ def _edit(page: "gr.Blocks", tokenizers: Tokenizers) -> None:
     )
     reset.click(start, [name, image, *place], outputs, **_MODEL)
     tokens.select(clicked, [state, tokens, paint, code], [*place, *outputs], **_MODEL)
-
-
-def _same(codes: torch.Tensor, *ignored) -> torch.Tensor:
-    return codes
 
 
 def _between_images(tokenizers: Tokenizers) -> None:
@@ -286,12 +283,12 @@ def _between_seeds(pipeline: ClassConditionalPipeline) -> None:
         with gr.Column(min_width=300):
             label = _classes(pipeline)
             with gr.Row():
-                one, other = _number("From seed", 0), _number("To seed", 1)
+                one, other = _seed("From seed", 0), _seed("To seed", 1)
             count = gr.Slider(2, 16, 8, step=1, label="Images")
             for setting in settings.values():
                 setting.render()
         with gr.Column(min_width=300):
-            start, result = gr.Button("Interpolate", variant="primary"), _picture("Noise between", height=560)
+            start, result = gr.Button("Interpolate", variant="primary"), _picture("Noise between")
 
     def run(label: int | None, one: int, other: int, count: int, *values) -> Image.Image:
         how = _arguments(settings, values)
@@ -306,23 +303,33 @@ def _codebook(tokenizers: Tokenizers) -> None:
     with gr.Row():
         files = gr.File(label="Images", file_count="multiple", file_types=["image"], height=140)
         count = gr.Slider(1, 256, 64, step=1, label="Synthetic images", info="Where no file is given.")
-        first = gr.Slider(1, 1000, 1, step=_CODES_SHOWN, label="From rank", info="1 is the most used code.")
+        most = max(tokenizer.codebook_size for tokenizer in tokenizers.values())
+        first = gr.Slider(1, most, 1, step=1, label="From rank", info="1 is the most used code.")
     start, said = gr.Button("Look", variant="primary"), gr.Markdown()
-    shown = gr.Gallery(
-        label="Mean patch of each code", columns=6, height="auto", format="png", buttons=[], interactive=False
-    )
+    shown = gr.HTML()
 
     def run(name: str, files: list[str] | None, count: int, first: int) -> tuple:
         tokenizer = tokenizers[name]
         images = _opened(files) if files else [render("test", i, tokenizer.image_size) for i in range(int(count))]
         use = explore.code_use(tokenizer, images)
-        numbers = list(zip(use.codes.tolist(), use.counts.tolist(), use.patches, strict=True))
-        captioned = [(picture(patch), f"code {code}: {times}") for code, times, patch in numbers]
+        chosen = slice(int(first) - 1, int(first) - 1 + _CODES_SHOWN)
         share = f"{len(use.codes):,} of {tokenizer.codebook_size:,} codes in {use.counts.sum():,} tokens"
         about = f"{share} of {len(images)} images; perplexity {use.perplexity:,.0f}."
-        return captioned[int(first) - 1 :][:_CODES_SHOWN], about
+        return f"{about} Below each code's mean patch: its number, and how often it is used.", _table(use, chosen)
 
-    start.click(run, [name, files, count, first], [shown, said], **_MODEL)
+    start.click(run, [name, files, count, first], [said, shown], **_MODEL)
+
+
+def _table(use: explore.CodeUse, chosen: slice) -> str:
+    """HTML that fills rows of any width, which Gradio's gallery does not."""
+    cells = []
+    for code, count, patch in zip(*(column[chosen] for column in use), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(to_uint8(2 * patch - 1).permute(1, 2, 0).numpy()).save(file, "PNG")
+        source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        look = "width: 64px; height: 64px; image-rendering: pixelated"
+        cells.append(f'<div><img src="{source}" alt="code {code}" style="{look}">{code}<br>{count} times</div>')
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px; font-size: 13px">{"".join(cells)}</div>'
 
 
 def _opened(files: list[str]) -> list[Image.Image]:
@@ -335,16 +342,21 @@ def _opened(files: list[str]) -> list[Image.Image]:
 def _image_input(label: str, example: int) -> "gr.Image":
     """An image to upload or paste, or a synthetic one by its number, which is what it starts with."""
     with gr.Column(min_width=150):
-        image = _picture(label, render("test", example, 256), interactive=True, sources=["upload", "clipboard"])
+        image = _picture(
+            label, render("test", example, 256), interactive=True, sources=["upload", "clipboard"], height=300
+        )
         number = gr.Slider(0, _EXAMPLES, example, step=1, label="Synthetic example")
         number.release(lambda i: render("test", int(i), 256), number, image)
     return image
 
 
 def _picture(label: str, value: Image.Image | None = None, **options) -> "gr.Image":
-    """As PNG: WebP, which is the default, would change the pixels. `image_mode` is the file's: `to_rgb` reads it."""
-    how = {"type": "pil", "format": "png", "image_mode": None, "height": 300, "buttons": ["download"]}
-    return gr.Image(value, label=label, **(how | {"interactive": False} | options))
+    """Its label stands above it, since Gradio's would cover a corner, and so some tokens. As PNG: WebP, the default,
+    would change the pixels. `image_mode` None leaves it to `to_rgb`."""
+    how = {"type": "pil", "format": "png", "image_mode": None, "show_label": False, "buttons": [], "interactive": False}
+    with gr.Column(min_width=150):
+        gr.Markdown(label)
+        return gr.Image(value, label=label, alt_text=label, **(how | options))
 
 
 def _choice(tokenizers: Tokenizers) -> "gr.Dropdown":
@@ -359,8 +371,8 @@ def _classes(pipeline: Pipeline, **options) -> "gr.Dropdown":
     return gr.Dropdown(choices, value=value, label="Class", visible=bool(choices), **options)
 
 
-def _number(label: str, value: int) -> "gr.Number":
-    return gr.Number(value, label=label, precision=0, minimum=0, min_width=120)
+def _seed(label: str, value: int) -> "gr.Slider":
+    return gr.Slider(0, 9999, value, step=1, label=label, min_width=120)
 
 
 def _side(tokenizer: Tokenizer) -> int:
