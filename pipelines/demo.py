@@ -71,8 +71,8 @@ def main() -> None:
     launch.keep_freed_memory(device.type)
     try:
         serve(build(pipeline, tokenizers), server_name=config.host, server_port=config.port)
-    except OSError as error:  # the port is taken
-        raise UserError(str(error).splitlines()[0]) from None
+    except OSError:
+        raise UserError(f"port {config.port or 7860} of {config.host} is taken: give another --port") from None
 
 
 def serve(page: "gr.Blocks", **how) -> str:
@@ -245,9 +245,10 @@ def _edit(page: "gr.Blocks", tokenizers: Tokenizers) -> None:
         return show(name, first, edit(codes, row, column, *values), row, column)
 
     def clicked(event: gr.SelectData, state: tuple, image: Image.Image, paint: bool, code: int) -> list:
-        side = image.height // len(state[2])
+        name, first, codes = state
+        side = image.height // len(codes)
         column, row = (int(at) // side for at in event.index)
-        edited = change(explore.set_code, state, row, column, code) if paint else show(*state, row, column)
+        edited = change(explore.set_code, state, row, column, code) if paint else show(name, first, codes, row, column)
         return [row, column, *edited]
 
     gr.on([page.load, image.change, name.change], start, [name, image, *place], outputs, **_MODEL)
