@@ -60,12 +60,17 @@ def ddpm_scheduler(prediction_type: str, noise_schedule: Mapping, sampler: str =
     return scheduler(**common, clip_sample=False, timestep_spacing=spacing)
 
 
+def sampler_names(scheduler: SchedulerMixin) -> tuple[str, ...]:
+    """The samplers that fit the model which `scheduler` belongs to."""
+    flow = scheduler.config.get("prediction_type") == "flow_prediction"
+    return _FLOW_SAMPLERS if flow or type(scheduler).__name__.startswith("FlowMatch") else _DDPM_SAMPLERS
+
+
 def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler of that name for the model that `scheduler` belongs to. Raises `ValueError` where there is none of
     that name, or none for models of this kind."""
-    config = scheduler.config
-    flow = config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch")
-    names = _FLOW_SAMPLERS if flow else _DDPM_SAMPLERS
+    config, names = scheduler.config, sampler_names(scheduler)
+    flow = names is _FLOW_SAMPLERS
     if sampler not in names:
         kind = "rectified flow" if flow else "a DDPM"
         raise ValueError(f"{sampler!r} is no sampler of {kind}: take one of {', '.join(names)}")

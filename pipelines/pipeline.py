@@ -90,6 +90,7 @@ class ClassConditionalPipeline(InstalledCode, ClassNames, DiTPipeline):
         guide: ModelMixin | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
+        latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -108,6 +109,8 @@ class ClassConditionalPipeline(InstalledCode, ClassNames, DiTPipeline):
         seeds: one an image, in the same forms. It alone decides the image's noise, so that an image does not depend on
             the others, on their number or on `batch_size`, but for float error.
         generator: one for all images, or one an image, as in stock pipelines; instead of seeds.
+        latents: the noise to start from [N, C, h, w], as in stock pipelines; what a sampler draws on the way comes
+            from seeds or generator still.
         batch_size: images to sample at once; null is all of them.
         output_type: "pil", "np" [N, H, W, 3] or "pt" [N, 3, H, W] in [0, 1], or "latent" [N, C, h, w] before decoding.
         callback_on_step_end(pipeline, step, timestep, {"latents": latents}) is called after every step of every batch
@@ -142,7 +145,11 @@ class ClassConditionalPipeline(InstalledCode, ClassNames, DiTPipeline):
 
         config, device = self.transformer.config, self._execution_device
         shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}")
+        noise = latents.to(device, self.transformer.dtype)
         stock_labels = [STOCK_NULL_CLASS if i == self.null_class else stock_label(i) for i in ids]
         labels = torch.tensor(stock_labels, device=device, dtype=torch.int64)
         batches = [slice(i, i + (batch_size or len(ids))) for i in range(0, len(ids), batch_size or len(ids))]

@@ -62,7 +62,8 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_every_library_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w-]+", d)[0].lower() for d in project["dependencies"]}
+    wanted = project["dependencies"] + project["optional-dependencies"]["demo"]
+    declared = {re.match(r"[\w-]+", d)[0].lower() for d in wanted}
     distribution = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
     inside = [name for name in SOURCES if _folder(name) != "benchmarks"]
     libraries = {name.split(".")[0] for module in inside for name in IMPORTS[module]} - sys.stdlib_module_names
