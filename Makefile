@@ -14,6 +14,8 @@ THREADS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(THREADS) --dist loadfile
+
 # The folders of a clone, under the names that they have when installed: mypy looks for packages in a path alone.
 TYPED := .venv/typed/nsvq
 FOLDERS := $(filter-out nsvq,$(patsubst %/__init__.py,%,$(wildcard */__init__.py)))
@@ -35,11 +37,11 @@ quickstart: .venv/installed  ## both stages, evaluation and pipeline; DATA=, OUT
 		--output "$(OUT)/generation.json"
 	$(BIN)/python pipelines/summary.py --out "$(OUT)" --generator $(NAME)
 
-test: .venv/installed  ## all tests
-	$(BIN)/pytest
+test: .venv/installed  ## all tests, a process a core
+	$(PYTEST)
 
 test-fast: .venv/installed  ## without the slow tests, for the inner loop
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 soak: .venv/installed  ## kill the trainers 20 times each, and compare with runs that nobody disturbed
 	$(BIN)/python tests/harness/soak.py
