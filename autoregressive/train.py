@@ -35,18 +35,20 @@ def main() -> None:
     codebook.prepare(accelerator.device)
     announce(config.data, accelerator)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
+    folder, how = config.cache or config.out / "codes", {"kind": "codes", "workers": config.run.workers}
     cache = open_cache(
-        config.cache or config.out / "codes",
+        folder,
         tokenizer,
         config.data,
         accelerator,
-        workers=config.run.workers,
         limit=config.cache_images,
         crops=config.cache_crops,
-        kind="codes",
         verify=config.cache_verify,
+        **how,
     )
-    AutoregressiveTrainer(config, accelerator, tokenizer, cache, save).train()
+    as_they_are, limit = config.data.model_copy(update={"flip": False}), config.held_out.images
+    held_out = open_cache(folder / "test", tokenizer, as_they_are, accelerator, split="test", limit=limit, **how)
+    AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save).train()
 
 
 def save(folder: Path, trainer: AutoregressiveTrainer) -> None:
