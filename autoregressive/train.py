@@ -35,19 +35,29 @@ def main() -> None:
     codebook.prepare(accelerator.device)
     announce(config.data, accelerator)
     tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
-    folder, how = config.cache or config.out / "codes", {"kind": "codes", "workers": config.run.workers}
+    folder, workers = config.cache or config.out / "codes", config.run.workers
     cache = open_cache(
         folder,
         tokenizer,
         config.data,
         accelerator,
+        workers=workers,
         limit=config.cache_images,
         crops=config.cache_crops,
+        kind="codes",
         verify=config.cache_verify,
-        **how,
     )
-    as_they_are, limit = config.data.model_copy(update={"flip": False}), config.held_out.images
-    held_out = open_cache(folder / "test", tokenizer, as_they_are, accelerator, split="test", limit=limit, **how)
+    held_out = open_cache(
+        folder / "test",
+        tokenizer,
+        config.data.model_copy(update={"flip": False}),
+        accelerator,
+        workers=workers,
+        limit=config.held_out.images,
+        kind="codes",
+        split="test",
+        verify=config.cache_verify,
+    )
     AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save).train()
 
 

@@ -1,5 +1,5 @@
-"""Fill the token cache, with latents or codes: every image of a split through the frozen tokenizer once, over all ranks,
-in shards. A start after an interruption keeps the shards that are complete."""
+"""Fill the token cache, with latents or codes: every image of a split through the frozen tokenizer once, over all
+ranks, in shards. A start after an interruption keeps the shards that are complete."""
 
 import json
 import math
