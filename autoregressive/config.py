@@ -52,6 +52,13 @@ class SamplingConfig(TokenSampling):
     guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
 
 
+class HeldOutConfig(Config):
+    """Bits an image on test images' codes, with averaged weights: comparable between tokenizers, as the loss is not."""
+
+    images: int | None = Field(2048, ge=1, description="Test images to measure; null is all of them.")
+    every: int = Field(10_000, ge=1, description="Steps between measurements; the last step is measured in any case.")
+
+
 class TrainConfig(Config):
     """Train a transformer that generates the codes of a frozen tokenizer one after the other (stage two)."""
 
@@ -69,5 +76,6 @@ class TrainConfig(Config):
     model: ModelConfig = Field(default_factory=ModelConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    held_out: HeldOutConfig = Field(default_factory=HeldOutConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     run: RunConfig = Field(default_factory=RunConfig)

@@ -25,23 +25,35 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "imagenet128" / "ar-
 
 def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
-    folder = find_tokenizer(config.tokenizer)
+    source = find_tokenizer(config.tokenizer)
     accelerator = make_accelerator(config.run, config.out, may_shard=True)
     codebook.prepare(accelerator.device)
     announce(config.data, accelerator)
-    tokenizer = Tokenizer.from_pretrained(folder).to(accelerator.device)
+    tokenizer = Tokenizer.from_pretrained(source).to(accelerator.device)
+    folder, workers = config.cache or config.out / "codes", config.run.workers
     cache = open_cache(
-        config.cache or config.out / "codes",
+        folder,
         tokenizer,
         config.data,
         accelerator,
-        workers=config.run.workers,
+        workers=workers,
         limit=config.cache_images,
         crops=config.cache_crops,
         kind="codes",
         verify=config.cache_verify,
     )
-    AutoregressiveTrainer(config, accelerator, tokenizer, cache, save).train()
+    held_out = open_cache(
+        folder / "test",
+        tokenizer,
+        config.data.model_copy(update={"flip": False}),
+        accelerator,
+        workers=workers,
+        limit=config.held_out.images,
+        kind="codes",
+        split="test",
+        verify=config.cache_verify,
+    )
+    AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save).train()
 
 
 def save(folder: Path, trainer: AutoregressiveTrainer) -> None:

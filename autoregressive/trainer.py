@@ -24,7 +24,8 @@ _DECODED_AT_ONCE = 8  # images
 
 
 class AutoregressiveTrainer(Trainer):
-    """Trains the network of `config` on the codes of `cache`, which `tokenizer` made. Its clock is the optimizer step.
+    """Trains the network of `config` on the codes of `cache`, which `tokenizer` made, and measures it on those of
+    `held_out`. Its clock is the optimizer step.
 
     save(folder, trainer) writes the pipeline of the weights in `trainer.drawing`.
     """
@@ -38,10 +39,11 @@ class AutoregressiveTrainer(Trainer):
         accelerator: Accelerator,
         tokenizer: Tokenizer,
         cache: LatentCache,
+        held_out: LatentCache,
         save: Callable[[Path, "AutoregressiveTrainer"], None],
     ):
         super().__init__(config, accelerator)
-        self.tokenizer, self.cache, self.save = tokenizer, cache, save
+        self.tokenizer, self.cache, self.held_out, self.save = tokenizer, cache, held_out, save
         key = cache.manifest["key"]
         self.inputs = {"data.source": key["data"], "tokenizer": key["tokenizer"]}
         self.names = dict(enumerate(cache.classes))
@@ -97,8 +99,30 @@ class AutoregressiveTrainer(Trainer):
         return {"loss": loss.detach()}
 
     def measure(self, due: bool, last: bool) -> dict[str, float]:
-        (group, _) = self.optimized["model"].optimizer.param_groups
-        return {"lr": group["lr"], "ema_decay": self.ema.cur_decay_value} if due else {}
+        values = {}
+        if due:
+            (group, _) = self.optimized["model"].optimizer.param_groups
+            values = {"lr": group["lr"], "ema_decay": self.ema.cur_decay_value}
+        if self.run.step % self.config.held_out.every == 0 or last:
+            with self.averaged_weights():
+                values["held_out_bits"] = self.held_out_bits()
+        return values
+
+    @torch.no_grad()
+    def held_out_bits(self) -> float:
+        """-log2 of the probability of an image's codes given its class, mean over `held_out`, of the weights in
+        `drawing`, in float32. A collective call."""
+        network, bits = NextToken(self.drawing, self.codes).eval(), 0.0
+        mine = torch.arange(self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes)
+        for part in mine.split(self.micro_batch):
+            read = [self.held_out.read(i, 0) for i in part.tolist()]
+            tokens = torch.stack([codes.long() for codes, _ in read]).flatten(1).to(self.device)
+            ids = torch.tensor([self.null if label < 0 else self.codes + label for _, label in read])
+            with torch.compiler.set_stance("force_eager"):
+                nats = network(ids.to(self.device), tokens)
+            bits += nats.item() * tokens.numel() / math.log(2)
+        total = torch.tensor(bits, dtype=torch.float64, device=self.device)
+        return self.accelerator.reduce(total, "sum").item() / len(self.held_out)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

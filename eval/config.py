@@ -1,4 +1,4 @@
-"""The options of eval/reconstruction.py and eval/generation.py."""
+"""The options of eval/reconstruction.py, eval/generation.py and eval/probe.py."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,17 +16,11 @@ IMAGENET = "ILSVRC/imagenet-1k"
 _FEATURES = "Feature extractors: names of torch-fidelity, .py files that register one each, or none."
 
 
-class EvaluationConfig(Config):
-    """Options of both evaluations."""
+class MeasuringConfig(Config):
+    """Options of all evaluations."""
 
     data: DataConfig = Field(DataConfig(), description="The images to measure against.")
     output: Path = Field(description="The result, a .json file; its folder is created.")
-    features: list[str] = Field([INCEPTION], min_length=1, description=_FEATURES)
-    features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
-    cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
-    cache_features: bool = Field(
-        False, description="Keep the features of single images there, too, for KID, precision and recall to reuse."
-    )
     batch_size: int = Field(
         64, ge=1, description="Images that a rank loads at once; no number changes: networks see groups of one size."
     )
@@ -36,6 +30,17 @@ class EvaluationConfig(Config):
     def loading(self) -> dict[str, int]:
         """How images are loaded, as arguments of `eval_batches`."""
         return {"batch_size": self.batch_size, "workers": self.workers}
+
+
+class EvaluationConfig(MeasuringConfig):
+    """Options of those that compare sets of images."""
+
+    features: list[str] = Field([INCEPTION], min_length=1, description=_FEATURES)
+    features_weights: Path | None = Field(None, description="Weights of the first extractor; null downloads them.")
+    cache: Path | None = Field(DEFAULT_CACHE, description="Folder that keeps reference statistics; null keeps none.")
+    cache_features: bool = Field(
+        False, description="Keep the features of single images there, too, for KID, precision and recall to reuse."
+    )
 
 
 class ReconstructionConfig(EvaluationConfig):
@@ -58,6 +63,17 @@ class ReconstructionConfig(EvaluationConfig):
         if self.protocol == "simvq" and self.features not in ([INCEPTION], ["none"]):
             raise ValueError(f"protocol simvq measures features of {INCEPTION} alone")
         return self
+
+
+class ProbeConfig(MeasuringConfig):
+    """Measure how well the classes of images are read off a tokenizer's codes."""
+
+    tokenizer: str = Field(description="Folder: <out>/tokenizer, or of a diffusers VQModel or AutoencoderKL.")
+    grid: Literal[1, 2] = Field(1, description="Features: mean code vector of the image, or of each of its quarters.")
+    l2: float = Field(1e-3, gt=0, description="Of the linear probe: times half the squared weights, in its loss.")
+    neighbours: int = Field(20, ge=1, description="Training images that vote on a test image.")
+    train_limit: int | None = Field(None, ge=1, description="Fit on only this many images; null for all.")
+    limit: int | None = Field(None, ge=1, description="Measure only this many test images; null for all.")
 
 
 class GenerationConfig(EvaluationConfig):

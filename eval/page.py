@@ -1,6 +1,6 @@
 """Results as one self-contained HTML page: numbers with their protocol, pictures, code use, and the curves of training.
 
-python eval/page.py --results reconstruction.json generation.json --runs runs/nsvq runs/dit-b --output page.html
+python eval/page.py --results reconstruction.json probe.json generation.json --runs runs/nsvq --output page.html
 
 Everything is inside of the file, pictures too: it can be sent, and opened without a network.
 """
@@ -45,7 +45,7 @@ font-size: 13px; text-align: right; max-width: 200px; } svg text { font: 10px sy
 class PageConfig(configs.Config):
     """Results of eval/ as one HTML page."""
 
-    results: list[Path] = Field(description="Results of eval/reconstruction.py and eval/generation.py.", min_length=1)
+    results: list[Path] = Field(description="Results of the scripts of eval/.", min_length=1)
     runs: list[Path] = Field([], description="Folders of training runs, whose metrics.jsonl gives the curves.")
     output: Path = Field(description="The page, an .html file.")
 

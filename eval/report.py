@@ -1,4 +1,4 @@
-"""What both evaluations share: the result as a file and a table."""
+"""What all evaluations share: the result as a file and a table."""
 
 import hashlib
 import json

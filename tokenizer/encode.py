@@ -1,5 +1,5 @@
-"""Fill the token cache, with latents or codes: every training image through the frozen tokenizer once, over all ranks,
-in shards. A start after an interruption keeps the shards that are complete."""
+"""Fill the token cache, with latents or codes: every image of a split through the frozen tokenizer once, over all
+ranks, in shards. A start after an interruption keeps the shards that are complete."""
 
 import json
 import math
@@ -53,13 +53,14 @@ def open_cache(
     limit: int | None = None,
     crops: int = 1,
     kind: Literal["continuous", "quantized", "codes"] = "continuous",
+    split: Literal["train", "test"] = "train",
     verify: bool = False,
 ) -> LatentCache:
     """The cache at `folder`, encoded first as far as it is not complete. Called on all ranks, which share the work.
 
     Of each image it holds ADM's centre crop and `crops` - 1 of ADM's random crops, and of each crop, with `data.flip`,
     the mirror image. `kind`: the encoder's latents, the vectors of their codes, or the codes themselves. `limit` takes
-    that many images of the training split, spread at random, instead of all. `verify` compares the shards of a complete
+    that many images of the split, spread at random, instead of all. `verify` compares the shards of a complete
     cache with their checksums.
 
     Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, where the disk is too
@@ -73,7 +74,7 @@ def open_cache(
     if kind == "quantized":
         _check_codes(tokenizer)
     with accelerator.main_process_first():
-        images = open_split(data, "train")
+        images = open_split(data, split)
     key = {
         "format": _FORMAT,
         "tokenizer": tokenizer.fingerprint(),
@@ -238,7 +239,7 @@ class _Encoding:
                 shards.append({"file": path.name, "count": count, "bytes": size, "sha256": digest})
         count = sum(shard["count"] for shard in shards)
         if not count:
-            raise UserError(f"{self.folder}: no image of the training split decodes")
+            raise UserError(f"{self.folder}: none of its images decodes")
         counted: dict = {"key": self.key, "count": count, "bad_images": bad, "shape": self.shape}
         counted |= {"dtype": str(self.dtype).removeprefix("torch."), "classes": self.images.classes, "shards": shards}
         if self.name == "codes":

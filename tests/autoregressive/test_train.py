@@ -13,14 +13,18 @@ from nsvq.autoregressive.model import NextToken, make_llama
 from nsvq.autoregressive.train import main
 from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
+from nsvq.data.batches import eval_batches
+from nsvq.data.config import DataConfig
 from nsvq.errors import Stopped, UsageError, UserError
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
+from nsvq.tokenizer.pretrained import Tokenizer
 
 TINY = """
 schedule: {steps: 8, warmup_steps: 2}
 model: {size: tiny, depth: 2, width: 32, heads: 2}
 optim: {lr: 1.0e-3, ema_decay: 0.5}
 sampling: {images: 3}
+held_out: {every: 4}
 run: {batch_size: 8, workers: 0, log_every: 2, sample_every: 100, checkpoint_every: 100, keep_checkpoints: 100,
       trackers: [], mixed_precision: "no"}
 """
@@ -105,6 +109,25 @@ def test_teacher_forced_logits_of_the_exported_folder_are_the_trainers(run_scrip
     assert (out / "samples" / "step-4.png").is_file()
 
 
+def test_bits_on_held_out_codes_are_those_of_a_dense_float64_computation(run_script, arguments, tmp_path, image_folder):
+    out = tmp_path / "out"
+    arguments[arguments.index(0.05)], arguments[arguments.index("--cache") + 1] = 0.2, tmp_path / "codes"
+    run_script(main, *arguments, "--out", out, "--run.batch_size", 2)
+    pipeline = ClassConditionalPipeline.from_pretrained(out / "pipeline")
+    tokenizer, bits = Tokenizer(pipeline.vae), []
+    data = DataConfig(source=str(image_folder), image_size=16, holdout=0.2)
+    for batch in eval_batches(data, "test", batch_size=1):
+        codes = tokenizer.encode(batch["image"]).flatten(1)
+        sequence = torch.cat([32 + batch["label"][:, None], codes], 1)
+        scores = pipeline.transformer.double()(sequence).logits[0, :-1, :32].log_softmax(1)
+        bits.append(-scores[torch.arange(16), codes[0]].sum().item() / np.log(2))
+    assert 4 < len(bits) < 16
+    measured = {row["step"]: row["held_out_bits"] for row in metrics(out) if "held_out_bits" in row}
+    assert list(measured) == [4, 8]
+    assert measured[8] == pytest.approx(np.mean(bits), rel=1e-6)
+    assert measured[8] != measured[4]
+
+
 def test_a_run_that_a_signal_ended_goes_on_bit_exactly(run_instrumented, arguments, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_instrumented(train, *arguments, "--out", whole, record=tmp_path / "whole-record")
@@ -160,7 +183,12 @@ def test_the_rate_rises_stays_and_falls_to_its_hundredth(monkeypatch):
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {32, 33}), (1.0, {34})])
 def test_classes_are_dropped_in_the_share_asked_for(run_script, arguments, tmp_path, monkeypatch, share, expected):
     seen, real = set(), NextToken.forward
-    monkeypatch.setattr(NextToken, "forward", lambda self, ids, c: (seen.update(ids.tolist()), real(self, ids, c))[1])
+
+    def spy(self, ids, codes):
+        seen.update(ids.tolist() if self.training else ())
+        return real(self, ids, codes)
+
+    monkeypatch.setattr(NextToken, "forward", spy)
     run_script(main, *arguments, "--out", tmp_path / "out", "--model.class_dropout", share)
     assert seen == expected
 

@@ -24,6 +24,7 @@ def cases(tokenizer_folder, image_folder, tiny_extractor, tmp_path_factory):
         "one image": ("reconstruction", {**recon, "limit": 1}),  # nothing is left for the second rank
         "drift": ("reconstruction", {**recon, "compare": str(tokenizer_folder), "protocol": "ours", "batch_size": 2}),
         "generation": ("generation", {**common, "pipeline": "fake", "samples": 31, "batch_size": 4}),
+        "probe": ("probe", {k: recon[k] for k in ("data", "output", "workers", "tokenizer")} | {"neighbours": 3}),
     }
 
 
@@ -37,7 +38,7 @@ def ranks(cases, torchrun, tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in "01"]
 
 
-@pytest.mark.parametrize("name", ["reconstruction", "one image", "drift", "generation"])
+@pytest.mark.parametrize("name", ["reconstruction", "one image", "drift", "generation", "probe"])
 def test_two_ranks_give_the_numbers_of_one(name, cases, ranks):
     which, options = cases[name]
     alone = run(which, {**options, "batch_size": 9}, Accelerator(cpu=True))

@@ -9,13 +9,15 @@ from accelerate import Accelerator
 from fakes import FakePipeline
 
 from nsvq.errors import UserError
-from nsvq.eval import generation, reconstruction
+from nsvq.eval import generation, probe, reconstruction
 from nsvq.eval.distributed import build_in_turn, gather_by_index
 
 
 def run(which, options, accelerator):
     if which == "reconstruction":
         return reconstruction.evaluate(reconstruction.ReconstructionConfig(**options), accelerator)
+    if which == "probe":
+        return probe.evaluate(probe.ProbeConfig(**options), accelerator)
     return generation.evaluate(FakePipeline(), generation.GenerationConfig(**options), accelerator)
 
 
