@@ -7,10 +7,7 @@ fast. What a tree of files is understood as is in data/folders.py.
 
 import os
 import re
-import ssl
 import sys
-import urllib.error
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,12 +20,12 @@ import numpy as np
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from nsvq.data.folders import ARCHIVES, files_below, is_hidden, is_image, read_tree, split_of
+from nsvq.data.hub import hub_answers
 from nsvq.data.images import BadImage
 from nsvq.data.label_tables import add_labels, names_of_synsets
 from nsvq.errors import UsageError, UserError
 
 _SAVED = ("dataset_dict.json", "state.json")  # of a folder that `save_to_disk` wrote
-_HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
 
 
 @lru_cache(maxsize=64)
@@ -235,20 +232,6 @@ def from_hub(id: str, subset: str | None) -> dict[str, datasets.Dataset]:
         raise UserError(f"cannot load the data set {id}: {_line(error)}; or {how}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-def hub_answers() -> bool:
-    """Whether the Hub is within reach, known in seconds: its library would retry for minutes."""
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it answers; the library may know other certificates
-    except OSError:
-        return False
-    return True
 
 
 def _line(error: BaseException) -> str:

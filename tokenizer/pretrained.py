@@ -13,7 +13,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from nsvq.data.tables import hub_answers
+from nsvq.data.hub import hub_answers
 from nsvq.errors import UserError
 from nsvq.files import state_hash
 from nsvq.tokenizer.codebook import nearest_code

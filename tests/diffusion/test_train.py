@@ -141,7 +141,8 @@ def test_a_run_that_signals_stop_ends_with_the_same_weights_to_the_bit(run_instr
     run_instrumented(train, *command, record=tmp_path / "parts-record")
     assert same(checkpoint(parts, 8), checkpoint(whole, 8))
     assert same(exported(parts), exported(whole))
-    assert metrics(parts) == metrics(whole)
+    # Step 2 had nothing to tell but a distance, which gave way to the signal.
+    assert metrics(parts) == [row for row in metrics(whole) if row["step"] != 2]
     assert ["fd_tiny" in row for row in metrics(whole)] == [True, False, True, True, True]  # steps 2, 3, 4, 6 and 8
     assert samples(tmp_path / "whole-record") == samples(tmp_path / "parts-record")
     assert [first for first, _ in attempts(tmp_path / "parts-record")] == [0, 16, 40]

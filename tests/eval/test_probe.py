@@ -9,9 +9,9 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from nsvq.errors import UsageError, UserError
-from nsvq.eval.autoencoders import open_tokenizer
 from nsvq.eval.page import write_page
 from nsvq.eval.probe import fit_linear, main, nearest_classes, pooled
+from nsvq.tokenizer.pretrained import open_tokenizer
 
 
 def blobs(count, classes=3, width=4, apart=1.0):
