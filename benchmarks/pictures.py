@@ -87,7 +87,7 @@ def main() -> None:
     save_image(shown / 2 + 0.5, config.out / "reconstructions.png", nrow=10)
 
     pipeline = ClassConditionalPipeline.from_pretrained(config.quickstart / "pipeline")
-    labels = [label for _ in range(3) for label in pipeline.id2label]
+    labels = [label for _ in range(2) for label in pipeline.id2label]
     samples = pipeline(labels, guidance_scale=3.0, num_inference_steps=25, seeds=range(len(labels)), output_type="pt")
     save_image(samples.images, config.out / "samples.png", nrow=len(pipeline.id2label))
     for file in sorted(config.out.iterdir()):
