@@ -58,7 +58,9 @@ def main() -> None:
     tokens = generates_tokens(pipeline, config.model_fields_set)
     try:
         device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        pipeline.to(device, getattr(torch, config.dtype))
+        pipeline.to(device)
+        if pipeline.dtype != (dtype := getattr(torch, config.dtype)):  # diffusers warns of any cast
+            pipeline.to(dtype)
         how = config.model_dump(include=TOKEN_KEYS)
         if not tokens:
             guide = pipeline.load_guide(config.guide) if config.guide else None
