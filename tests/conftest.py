@@ -71,6 +71,18 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def forget_accelerator():
+    """accelerate keeps one state a process, and refuses an `Accelerator` of another kind."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _files_share_no_accelerator():
+    forget_accelerator()
+
+
 @pytest.fixture(scope="session")
 def tiny_extractor(tmp_path_factory):
     """A Python file that registers the extractor `tiny`."""
@@ -87,9 +99,7 @@ def run_script(monkeypatch):
     torch.set_num_threads(1)
 
     def run(main, *arguments):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        PartialState._reset_state()
+        forget_accelerator()
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
         main()
 
@@ -196,7 +206,5 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture
 def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    forget_accelerator()
     return Accelerator(cpu=True)
