@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from nsvq.common import plan
+from nsvq.common import counting, plan
 from nsvq.common.run import code_version
 from nsvq.tokenizer.codebook import nearest_code, search_with_nonstationary_loss
 
@@ -223,7 +223,7 @@ def _expected(name: str) -> plan.Outcome | None:
     if gpu is None:
         return None
     made = plan.read(plan.CONFIGS / f"{plan.STAGES[name]}.yaml", [], plan.CONFIGS / "nsvq.yaml")
-    return plan.outcome(made, plan.count(made), gpu, 1)
+    return plan.outcome(made, counting.count(made.make), gpu, 1)
 
 
 COMMANDS = [

@@ -8,10 +8,9 @@ bytes that autograd keeps are counted; peak memory, speed and hours are computed
 """
 
 import argparse
-import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +19,15 @@ from unittest.mock import patch
 
 import lpips
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from nsvq.autoregressive import config as autoregressive
 from nsvq.autoregressive.model import NextToken, make_llama
 from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.common.counting import Counted, CountingAccelerator, Step, count
 from nsvq.common.metrics import PEAK_FLOPS
 from nsvq.common.micro_batches import next_accumulation
 from nsvq.data.bad_images import BadImages
@@ -39,7 +36,7 @@ from nsvq.diffusion import config as diffusion
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import make_objective
 from nsvq.diffusion.trainer import DiffusionTrainer
-from nsvq.errors import UsageError, UserError
+from nsvq.errors import UsageError
 from nsvq.tokenizer import losses
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
@@ -65,20 +62,6 @@ TF32_COST, CODEBOOK_COST = 2, 6
 
 
 @dataclass
-class Counted:
-    """Of one image where it says so, else of the run. Bytes and FLOPs of forward and backward."""
-
-    parameters: int
-    fixed: float  # bytes of weights, gradients, optimizers, averages, frozen networks
-    saved: float  # bytes that autograd keeps for an image,
-    saved_once: float  # and for a micro-batch of any size
-    flops: float  # of an image, all networks
-    flops_perceptual: float  # LPIPS's part of it, in TF32
-    flops_codebook: float  # of an image, besides
-    checkpoint: float  # bytes
-
-
-@dataclass
 class Plan:
     """A config as far as a plan needs it: `step`(images, device) runs forward and backward of a micro-batch."""
 
@@ -88,125 +71,6 @@ class Plan:
     samples: int  # of the run
     latents: float  # bytes of the token cache
     make: Callable[[torch.device], "Step"]
-
-
-@dataclass
-class Step:
-    """`run`(images) with the trainer's own step. Which networks train; `averaged` of them have an average."""
-
-    run: Callable[[int], None]
-    trained: list[nn.Module]
-    averaged: list[nn.Module]
-    frozen: list[nn.Module]
-    accelerator: "_Accelerator"
-
-
-class _Accelerator:
-    """What a trainer's step asks of accelerate's, on tensors without values."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.kept: dict[int, Tensor] = {}  # what autograd keeps now, by storage
-        self.peak = 0  # bytes of it
-
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        """bfloat16 by CUDA's rules. torch.autocast itself would look for a GPU."""
-        if self.device.type != "cuda":
-            yield
-            return
-        torch.set_autocast_enabled("cuda", True)
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        try:
-            yield
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-            torch.clear_autocast_cache()
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        self.kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    def backward(self, loss: Tensor) -> None:
-        if self.device.type == "cpu":
-            loss.backward()
-        self.peak = max(self.peak, sum(t.untyped_storage().nbytes() for t in self.kept.values()))
-        self.kept = {}
-
-    def prepared(self, network: nn.Module) -> Callable:
-        """As `accelerate.prepare` would: under autocast, with float32 results."""
-
-        def call(*arguments: Any) -> Any:
-            with self.autocast():
-                result = network(*arguments)
-            first, *rest = result if isinstance(result, tuple) else (result,)
-            return (first.float(), *rest) if rest else first.float()
-
-        return call
-
-
-def count(plan: Plan) -> Counted:
-    """Raises `UserError` for a method whose step looks at values: these tensors have none."""
-    try:
-        return _count(plan)
-    except RuntimeError as error:  # what torch raises there has many types
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"this config's step looks at values, which a plan has not: {why}") from None
-
-
-def _count(plan: Plan) -> Counted:
-    """Memory by CUDA's rules, forward alone; FLOPs by a backward pass too, which needs a device that is there."""
-    few, many = 2, 6
-    kept = {}
-    with FakeTensorMode(), torch.device("cuda"):
-        step = plan.make(torch.device("cuda"))
-        own = {
-            t.untyped_storage()._cdata
-            for module in (*step.trained, *step.frozen)
-            for t in (*module.parameters(), *module.buffers())
-        }
-
-        def pack(tensor: Tensor) -> Tensor:
-            return tensor if tensor.untyped_storage()._cdata in own else step.accelerator.keep(tensor)
-
-        for images in (few, many):
-            step.accelerator.peak = 0
-            attention = patch.object(F, "scaled_dot_product_attention", _flash_attention)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), attention:
-                step.run(images)
-            kept[images] = step.accelerator.peak
-        parameters = sum(map(_parameters, step.trained))
-        averaged = sum(map(_parameters, step.averaged))
-        others = sum(b.numel() * b.element_size() for m in step.trained for b in m.buffers())
-        frozen = sum(p.numel() * p.element_size() for m in step.frozen for p in (*m.parameters(), *m.buffers()))
-    with FakeTensorMode():
-        step = plan.make(torch.device("cpu"))
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            step.run(few)
-    by_module = counter.get_flop_counts()
-    codebook = sum(n for op, n in by_module["Global"].items() if str(op).startswith("nsvq."))
-    perceptual = sum(by_module.get("_Distance", {}).values())
-    saved = (kept[many] - kept[few]) / (many - few)
-    return Counted(
-        parameters=parameters,
-        fixed=16 * parameters + 4 * averaged + others + frozen,
-        saved=saved,
-        saved_once=kept[few] - few * saved,
-        flops=(counter.get_total_flops() - codebook) / few,
-        flops_perceptual=perceptual / few,
-        flops_codebook=codebook / few,
-        checkpoint=12 * parameters + 4 * averaged + others,
-    )
-
-
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **__: Any) -> Tensor:
-    """What a GPU would take; without one, torch chooses the formula that keeps N x N numbers."""
-    half = (tensor.bfloat16() for tensor in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention(*half, 0.0, is_causal)[0]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 # The stages
@@ -237,7 +101,7 @@ def _tokenizer(config: TrainConfig) -> Plan:
 
 def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     """stage1 with its GAN, which takes the most."""
-    pull, accelerator = config.nsvq.pull, _Accelerator(device)
+    pull, accelerator = config.nsvq.pull, CountingAccelerator(device)
     quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
     if isinstance(quantizer, NearestQuantizer):
         # Bookkeeping, which may look at values, and takes next to nothing.
@@ -293,7 +157,7 @@ def _diffusion(config: diffusion.TrainConfig, tokenizer: TrainConfig) -> Plan:
     images, shape = _images(config), _latent_shape(tokenizer)
 
     def make(device: torch.device) -> Step:
-        accelerator = _Accelerator(device)
+        accelerator = CountingAccelerator(device)
         model, objective = make_model(config.model, shape, CLASSES), make_objective(config.objective, shape)
         trainer = SimpleNamespace(
             config=config, device=device, accelerator=accelerator, objective=objective, model=model, network=model
@@ -317,7 +181,7 @@ def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) 
         codes = make_quantizer(tokenizer.quantizer, tokenizer.model.latent_channels).codebook_size
 
     def make(device: torch.device) -> Step:
-        accelerator = _Accelerator(device)
+        accelerator = CountingAccelerator(device)
         llama = make_llama(config.model, codes, CLASSES, side**2)
         if config.model.gradient_checkpointing:
             llama.gradient_checkpointing_enable({"use_reentrant": False})
@@ -417,7 +281,7 @@ TABLE = [("A10", 1, "one-gpu"), ("H100", 1, "one-gpu"), ("H100", 4, "four-gpus")
 def table() -> list[str]:
     """README's: the default recipe's two stages on a few machines."""
     plans = {name: read(CONFIGS / f"{file}.yaml", [], CONFIGS / "nsvq.yaml") for name, file in STAGES.items()}
-    counts = {name: count(plan) for name, plan in plans.items()}
+    counts = {name: count(plan.make) for name, plan in plans.items()}
     lines = [
         "| computed | `accelerate launch` | stage | accumulation | GiB a GPU | images/s | time |",
         "|---" * 7 + "|",
@@ -453,7 +317,7 @@ def main() -> None:
         print(*table(), sep="\n")
         return
     plan = read(options.config, words, options.tokenizer_config)
-    print(*report(plan, count(plan), options.gpu, options.count, options.utilization), sep="\n")
+    print(*report(plan, count(plan.make), options.gpu, options.count, options.utilization), sep="\n")
 
 
 if __name__ == "__main__":

@@ -95,3 +95,12 @@ def test_make_has_both_targets_and_leaves_time_for_a_checkpoint():
         assert f"benchmarks/gpu.py {words}".strip() in told
         assert "--x 1" in told
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.slow
+def test_a_known_gpu_is_measured_against_its_plan_and_another_against_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    found = gpu._expected("DiT-B")
+    assert f"| {found.memory / 2**30:.0f} | {found.images_per_second:,.0f} |" in (ROOT / "README.md").read_text()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce RTX 9990")
+    assert gpu._expected("DiT-B") is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nsvq.common import plan
+from nsvq.common import counting, plan
 from nsvq.common.config import read_config
 from nsvq.errors import UsageError, UserError
 
@@ -22,13 +22,13 @@ def read(name, *words):
 
 
 def counted(name, *words):
-    return plan.count(read(name, *words))
+    return counting.count(read(name, *words).make)
 
 
 @pytest.fixture(scope="module")
 def nsvq():
     made = read("nsvq")
-    return made, plan.count(made)
+    return made, counting.count(made.make)
 
 
 @pytest.mark.slow
@@ -67,12 +67,12 @@ def test_activations_are_those_that_a_real_step_keeps():
     sizes = {}
 
     def step(device):
-        accelerator = plan._Accelerator(device)
+        accelerator = counting.CountingAccelerator(device)
         model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
         run = lambda images: accelerator.backward(model(torch.rand(images, 3, 16, 16)).square().mean())  # noqa: E731
-        return plan.Step(run, [model], [model], [], accelerator)
+        return counting.Step(run, [model], [model], [], accelerator)
 
-    found = plan.count(plan.Plan("generator", None, 0, 0, 0, step))
+    found = counting.count(step)
 
     def keep(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -102,7 +102,7 @@ def test_a_method_whose_step_looks_at_values_is_refused_in_a_line():
         counted("vp", *SMALL, "--quantizer.codebook_size", "16")
 
 
-GIVEN = plan.Counted(64e6, 1.34 * 2**30, 456 * 2**20, 0.12 * 2**30, 545e9, 30e9, 12.9e9, 1e9)
+GIVEN = counting.Counted(64e6, 1.34 * 2**30, 456 * 2**20, 0.12 * 2**30, 545e9, 30e9, 12.9e9, 1e9)
 
 
 @pytest.mark.parametrize(
