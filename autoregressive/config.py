@@ -7,6 +7,7 @@ from pydantic import Field
 from nsvq.autoregressive.model import ModelConfig
 from nsvq.autoregressive.sampling import GuidanceSchedule
 from nsvq.common.config import Config
+from nsvq.common.drawing import DrawingConfig
 from nsvq.common.run import RunConfig
 from nsvq.data.config import DataConfig
 
@@ -45,11 +46,8 @@ class TokenSampling(Config):
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest codes of that share together.")
 
 
-class SamplingConfig(TokenSampling):
-    """The picture during training, of averaged weights and fixed seeds."""
-
-    images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
-    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
+class SamplingConfig(DrawingConfig, TokenSampling):
+    """Samples during training, of averaged weights and fixed seeds: a picture, and a Frechet distance."""
 
 
 class HeldOutConfig(Config):

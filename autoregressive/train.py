@@ -15,6 +15,7 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import code_version, make_accelerator
 from nsvq.data.understood import announce
+from nsvq.eval.monitor import monitor
 from nsvq.pipelines.autoregressive import save_pipeline
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
@@ -53,24 +54,25 @@ def main() -> None:
         split="test",
         verify=config.cache_verify,
     )
-    AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save).train()
+    distance = monitor(config.sampling, config.data, accelerator, workers)
+    AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save, distance).train()
 
 
 def save(folder: Path, trainer: AutoregressiveTrainer) -> None:
-    """The pipeline of the weights in `trainer.drawing`, and how it was trained."""
+    """The pipeline of the weights in `trainer.drawing.network`, and how it was trained."""
     config, run = trainer.config, trainer.run
     about = {
         "nsvq": code_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
         "step": run.step,
         "samples_seen": run.samples_seen,
-        "parameters": sum(p.numel() for p in trainer.drawing.parameters()),
+        "parameters": sum(p.numel() for p in trainer.drawing.network.parameters()),
         "objective": f"cross-entropy of the next code; the learning rate falls to {config.schedule.final:g} of it",
         "config": configs.to_dict(config),
         "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
         "tokenizer": trainer.tokenizer.training,
     }
-    save_pipeline(folder, trainer.drawing, trainer.tokenizer.model, trainer.names, about)
+    save_pipeline(folder, trainer.drawing.network, trainer.tokenizer.model, trainer.names, about)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The trainer of the autoregressive stage: a Llama on cached codes."""
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from nsvq.autoregressive.config import TrainConfig
+from nsvq.autoregressive.config import TokenSampling, TrainConfig
 from nsvq.autoregressive.model import NextToken, make_llama, start_from_codes
 from nsvq.autoregressive.sampling import draw_uniforms, sample
-from nsvq.common.fsdp import full
+from nsvq.common.drawing import Distance, Drawing
 from nsvq.common.optimized import Optimized
 from nsvq.common.training import Trainer
 from nsvq.tokenizer.latents import LatentCache, code_batches
@@ -27,7 +26,8 @@ class AutoregressiveTrainer(Trainer):
     """Trains the network of `config` on the codes of `cache`, which `tokenizer` made, and measures it on those of
     `held_out`. Its clock is the optimizer step.
 
-    save(folder, trainer) writes the pipeline of the weights in `trainer.drawing`.
+    save(folder, trainer) writes the pipeline of the weights in `trainer.drawing.network`; `distance` measures samples,
+    as `Drawing` says.
     """
 
     config: TrainConfig
@@ -41,6 +41,7 @@ class AutoregressiveTrainer(Trainer):
         cache: LatentCache,
         held_out: LatentCache,
         save: Callable[[Path, "AutoregressiveTrainer"], None],
+        distance: Distance | None,
     ):
         super().__init__(config, accelerator)
         self.tokenizer, self.cache, self.held_out, self.save = tokenizer, cache, held_out, save
@@ -58,9 +59,7 @@ class AutoregressiveTrainer(Trainer):
             llama.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.compile:
             llama.model.compile()
-        # What draws and is exported: of a network that FSDP splits, a copy that is not.
-        self.split = accelerator.is_fsdp2
-        self.drawing = copy.deepcopy(llama).requires_grad_(False).to(self.device) if self.split else llama
+        self.drawing = Drawing(self, llama, len(self.names), self._sample, distance)
         model = NextToken(llama, self.codes, config.model.dropout)
         optim = config.optim
         matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -106,13 +105,13 @@ class AutoregressiveTrainer(Trainer):
         if self.run.step % self.config.held_out.every == 0 or last:
             with self.averaged_weights():
                 values["held_out_bits"] = self.held_out_bits()
-        return values
+        return values | self.drawing.distance(last)
 
     @torch.no_grad()
     def held_out_bits(self) -> float:
-        """-log2 of the probability of an image's codes given its class, mean over `held_out`, of the weights in
-        `drawing`, in float32. A collective call."""
-        network, bits = NextToken(self.drawing, self.codes).eval(), 0.0
+        """-log2 of the probability of an image's codes given its class, mean over `held_out`, in float32, with the
+        weights that draw. A collective call."""
+        network, bits = NextToken(self.drawing.network, self.codes).eval(), 0.0
         mine = torch.arange(self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes)
         for part in mine.split(self.micro_batch):
             read = [self.held_out.read(i, 0) for i in part.tolist()]
@@ -126,28 +125,24 @@ class AutoregressiveTrainer(Trainer):
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        self.drawing.eval()
-        if not self.split:
-            with super().averaged_weights():
-                yield
-            return
-        for parameter, average in zip(self.drawing.parameters(), self.ema.shadow_params, strict=True):
-            parameter.copy_(full(average))
-        yield
+        self.drawing.network.eval()
+        with self.drawing.averaged(super().averaged_weights):
+            yield
+
+    def draw(self) -> None:
+        self.drawing.picture()
 
     @torch.no_grad()
-    def draw(self) -> None:
-        """Samples of classes spread over all, with fixed seeds."""
-        how = self.config.sampling.model_dump(exclude={"images"})
-        count, classes = self.config.sampling.images, len(self.names)
-        labels = torch.tensor([i * classes // count if classes else 0 for i in range(count)], device=self.device)
-        seeds = [torch.Generator().manual_seed(i) for i in range(count)]
-        uniforms = torch.stack([draw_uniforms(math.prod(self.cache.shape), seed) for seed in seeds]).to(self.device)
+    def _sample(self, labels: list[int], seeds: range, guidance_scale: float) -> Tensor:
+        """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds."""
+        how = self.config.sampling.model_dump(include=set(TokenSampling.model_fields))
+        each = [torch.Generator().manual_seed(i) for i in seeds]
+        uniforms = torch.stack([draw_uniforms(math.prod(self.cache.shape), one) for one in each]).to(self.device)
+        ids = self.codes + torch.tensor(labels, device=self.device)
         with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            tokens = sample(self.drawing, self.codes, self.codes + labels, uniforms, **how)
+            tokens = sample(self.drawing.network, self.codes, ids, uniforms, guidance_scale=guidance_scale, **how)
         codes = tokens.unflatten(1, self.cache.shape)
-        images = torch.cat([self.tokenizer.decode(part) for part in codes.split(_DECODED_AT_ONCE)])
-        self.run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
+        return torch.cat([self.tokenizer.decode(part) for part in codes.split(_DECODED_AT_ONCE)])
 
     def export(self) -> None:
         """<out>/pipeline, with averaged weights."""

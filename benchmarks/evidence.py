@@ -1,5 +1,5 @@
 """Run a study: train tokenizers that differ in what the study asks about, measure them, and write one page on it. A
-study may also train a diffusion model on each tokenizer, and measure its samples.
+study may also train generators on each tokenizer, and measure their samples.
 
 python benchmarks/evidence.py --study configs/evidence/ratio.yaml --data ../shared/data/imagenet20-128
 python benchmarks/evidence.py --study configs/evidence/ratio.yaml --data DIR --runs vq simvq nsvq --seeds 0 1 --jobs 2
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 from evidence_page import write_page
-from evidence_study import CURVES, diffusion_config, read_study, record_key, training_config
+from evidence_study import CURVES, Generator, generator_config, read_study, record_key, training_config
 from measure import machine
 from pydantic import Field
 
@@ -61,6 +61,16 @@ class EvidenceConfig(configs.Config):
     launcher: str = Field("", description="What starts a script, such as 'accelerate launch --num_processes 4'.")
 
 
+class Stage:
+    """What a run trains on its tokenizer: `values`, its config, and what measures its samples."""
+
+    def __init__(self, generator: Generator, seed: int, config: EvidenceConfig):
+        self.stage, self.values = generator.stage, generator_config(generator, seed, config.data, config.features)
+        self.measured = ["--features", config.features]
+        for key, value in generator.samples.items():
+            self.measured += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+
+
 def run_script(name: str, script: str, options: list, folder: Path, launcher: str, environment: dict[str, str]) -> None:
     """Run one of the project's scripts; its output goes to <folder>.log. Raises `UserError` where it fails."""
     command = [str(word) for word in [*(shlex.split(launcher) or [sys.executable]), ROOT / script, *options]]
@@ -83,30 +93,36 @@ def train_and_measure(name: str, values: dict, folder: Path, measured: list[str]
     metrics = json.loads(result.read_text())["metrics"] | training_metrics(lines, values["run"]["batch_size"])
     metrics["relative_error"] = metrics["quantization_error"] / metrics["latent_rms"] ** 2
     shutil.rmtree(folder / "checkpoints")
-    curve = [{k: _short(v) for k, v in line.items() if k in CURVES | {"step", "phase"}} for line in lines]
-    return _record(name, values, measured, metrics, curve)
+    return _record(name, values, measured, metrics, _curve(lines))
 
 
 def generate_and_measure(
-    name: str, tokenizer: Path, record: dict, values: dict, folder: Path, measured: list[str], *how: Any
+    name: str, stage: str, tokenizer: Path, record: dict, values: dict, folder: Path, measured: list[str], *how: Any
 ) -> dict:
-    """A diffusion model on a trained tokenizer, whose record gets the numbers of the samples."""
+    """A generator on a trained tokenizer, whose record gets the numbers of the samples, and the generator's curve."""
     folder.mkdir(parents=True, exist_ok=True)
     written = values | {"out": str(folder), "tokenizer": str(tokenizer)}
     (folder / "study.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
-    run_script(name, "diffusion/train.py", ["--config", folder / "study.yaml"], folder, *how)
+    run_script(name, f"{stage}/train.py", ["--config", folder / "study.yaml"], folder, *how)
     result = folder / "generation.json"
     options = ["--pipeline", folder / "pipeline", "--data.source", values["data"]["source"], "--workers", 0]
     run_script(name, "eval/generation.py", [*options, "--output", result, *measured], folder, *how)
-    shutil.rmtree(folder / "checkpoints")
-    shutil.rmtree(folder / "latents")
-    return _record(
-        name,
-        record["config"] | {"diffusion": values},
-        [*record["measured"], *measured],
-        record["metrics"] | sample_metrics(json.loads(result.read_text())),
-        record["curve"],
-    )
+    for part in ("checkpoints", "latents", "codes"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    lines = [_with_distance(line) for line in _log_of(folder)]
+    config, measured = record["config"] | {stage: values}, [*record["measured"], *measured]
+    metrics = record["metrics"] | sample_metrics(json.loads(result.read_text()))
+    steps = max(line["step"] for line in lines)
+    metrics["minutes"] = steps * values["run"]["batch_size"] / max(line["images_per_second"] for line in lines) / 60
+    if bits := [line["held_out_bits"] for line in lines if "held_out_bits" in line]:
+        metrics["held_out_bits"] = bits[-1]
+    return _record(name, config, measured, metrics, _curve(lines))
+
+
+def _with_distance(line: dict) -> dict:
+    """A line of metrics whose Frechet distance is called so in all features."""
+    distances = [value for name, value in line.items() if name == "fid" or name.startswith("fd_")]
+    return line | ({"fd": distances[0]} if distances else {})
 
 
 def sample_metrics(result: dict) -> dict[str, float]:
@@ -136,6 +152,10 @@ def training_metrics(lines: list[dict], batch_size: int) -> dict[str, float]:
         found |= {key: statistics.mean(values)} if values else {}
     used = [line["utilization"] for line in lines if "utilization" in line]
     return found | ({"lowest_utilization": min(used)} if used else {})
+
+
+def _curve(lines: list[dict]) -> list[dict]:
+    return [{k: _short(v) for k, v in line.items() if k in CURVES | {"step", "phase"}} for line in lines]
 
 
 def _log_of(folder: Path) -> list[dict]:
@@ -171,24 +191,22 @@ def main() -> None:
     measured += ["--limit", str(config.limit)] if config.limit else []
     if config.lpips != "none" and config.lpips_weights:
         measured += ["--lpips_weights", str(config.lpips_weights)]
-    sampled = ["--features", config.features]
-    for key, value in study.samples.items():
-        sampled += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
 
-    records: dict[str, dict[int, dict]] = {name: {} for name in study.runs}
+    rows = study.rows()
+    records: dict[str, dict[int, dict]] = {row: {} for row in rows}
     waiting = []
     for seed in study.seeds:  # all runs of one seed before the next
-        for name in study.runs:
-            values = training_config(study, name, seed, config.data, config.lpips_weights)
-            files = [record_key(values, fingerprint, measured)]
-            diffusion = diffusion_config(study, name, seed, config.data) if study.diffusion else None
-            if diffusion:
-                files.append(record_key(diffusion, fingerprint, [*files, *sampled]))
+        for row, (run, generator) in rows.items():
+            values = training_config(study, run, seed, config.data, config.lpips_weights)
+            files, after = [record_key(values, fingerprint, measured)], None
+            if generator:
+                after = Stage(study.generators[generator], seed, config)
+                files.append(record_key(after.values, fingerprint, [*files, after.stage, *after.measured]))
             files = [config.pages / "records" / f"{key}.json" for key in files]
             if files[-1].exists():
-                records[name][seed] = json.loads(files[-1].read_text())
-            elif seed in chosen and (not config.runs or name in config.runs):
-                waiting.append((name, seed, values, diffusion, files))
+                records[row][seed] = json.loads(files[-1].read_text())
+            elif seed in chosen and (not config.runs or run in config.runs):
+                waiting.append((row, seed, values, after, files))
     page = config.pages / f"{config.study.stem}.md"
     command = ["python", "benchmarks/evidence.py", "--study", config.study, "--data", config.data.source, *measured]
     if config.lpips_weights and "--lpips_weights" not in measured:
@@ -204,7 +222,7 @@ def main() -> None:
 
     training = {files[0]: threading.Lock() for *_, files in waiting}  # runs with one config share their training
 
-    def job(name: str, values: dict, diffusion: dict | None, files: list[Path]) -> dict:
+    def job(name: str, values: dict, after: Stage | None, files: list[Path]) -> dict:
         slot = slots.get()
         environment = {}
         if config.jobs > 1 and torch.cuda.device_count() > 1 and not config.launcher:
@@ -215,15 +233,14 @@ def main() -> None:
         folder, *samples_folder = (config.out / file.stem for file in files)
         try:
             with training[files[0]]:
-                if files[0].exists() and (diffusion is None or (folder / "tokenizer").exists()):
+                if files[0].exists() and (after is None or (folder / "tokenizer").exists()):
                     record = json.loads(files[0].read_text())
                 else:
                     record = train_and_measure(name, values, folder, measured, *how)
                     write(files[0], record)
-            if diffusion:
-                record = generate_and_measure(
-                    name, folder / "tokenizer", record, diffusion, *samples_folder, sampled, *how
-                )
+            if after:
+                what = (after.values, *samples_folder, after.measured, *how)
+                record = generate_and_measure(name, after.stage, folder / "tokenizer", record, *what)
                 write(files[1], record)
         finally:
             slots.put(slot)

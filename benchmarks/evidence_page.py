@@ -45,8 +45,9 @@ def _spread(values: list[float], style: str) -> str:
     return style.format(statistics.mean(values)) + deviation
 
 
-def comparison(by_seed: dict[str, dict[int, dict]], against: str) -> str:
-    """Markdown: each run minus (or divided by) `against` at the same seed; mean and standard deviation over seeds."""
+def comparison(by_seed: dict[str, dict[int, dict]], against: str, peers: dict[str, str]) -> str:
+    """Markdown: each row minus (or divided by) its peer, which is of the run `against`, at the same seed; mean and
+    standard deviation over seeds."""
     distances = _distances(run for runs in by_seed.values() for run in runs.values())
     parts = {"psnr": ("PSNR, dB", float.__sub__, "{:+.2f}")}
     parts |= {"relative_error": ("MSE / mean z²", float.__truediv__, "{:.2f}x")}
@@ -56,10 +57,14 @@ def comparison(by_seed: dict[str, dict[int, dict]], against: str) -> str:
         "|---" * (len(parts) + 2) + "|",
     ]
     for name, runs in by_seed.items():
-        pairs = [(run, by_seed[against][seed]) for seed, run in runs.items() if seed in by_seed.get(against, {})]
-        if name == against or not pairs:
+        peer = by_seed.get(peers[name], {})
+        pairs = [(run, peer[seed]) for seed, run in runs.items() if seed in peer]
+        if name == peers[name] or not pairs:
             continue
-        cells = [_spread([f(float(a[m]), float(b[m])) for a, b in pairs], style) for m, (_, f, style) in parts.items()]
+        cells = [
+            _spread([f(float(a[m]), float(b[m])) for a, b in pairs if m in a and m in b], style)
+            for m, (_, f, style) in parts.items()
+        ]
         lines.append(f"| {name} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -122,18 +127,20 @@ def write_page(study: Study, records: dict[str, dict[int, dict]], command: list,
             page.with_suffix(".svg"),
         )
         parts.append(table({name: list(runs.values()) for name, runs in by_seed.items()}, study.columns))
-        if study.against in by_seed:
-            parts.append(comparison(by_seed, study.against))
+        if study.against:
+            parts.append(comparison(by_seed, study.against, study.peers()))
         parts.append(f"![dots and curves]({page.stem}.svg)")
         machines = sorted({r["machine"] for r in found})
+        rows = study.rows()
+        of_run = {
+            run: [r for row, rs in records.items() if rows[row][0] == run for r in rs.values()] for run in study.runs
+        }
         parts.append(
-            "\n".join(
-                f"- {name}: `{_flat(study.runs[name])}`{_on(runs.values(), machines)}" for name, runs in records.items()
-            )
+            "\n".join(f"- {name}: `{_flat(study.runs[name])}`{_on(runs, machines)}" for name, runs in of_run.items())
         )
         common = f" with {_flat(study.common)}" if study.common else ""
-        if study.diffusion:
-            common += f"; on it `{study.diffusion}`, measured with {_flat(study.samples)}"
+        for name, generator in study.generators.items():
+            common += f"; on it {name}: `{generator.config}`, measured with {_flat(generator.samples)}"
         names = [f"({i}) {m}" if machines[1:] else m for i, m in enumerate(machines, 1)]
         parts.append(
             f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nsvq.common.config import Config
+from nsvq.common.drawing import DrawingConfig
 from nsvq.common.run import RunConfig
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.model import DiTConfig, ModelConfig
@@ -23,17 +24,10 @@ class OptimConfig(Config):
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the averages; (1 + n) / (10 + n) at first.")
 
 
-class SamplingConfig(Config):
+class SamplingConfig(DrawingConfig):
     """Samples during training, of averaged weights and fixed seeds: a picture, and a Frechet distance."""
 
-    images: int = Field(16, ge=1, description="Images in it, of classes spread over all.")
     steps: int = Field(50, ge=1, description="Sampler steps.")
-    guidance_scale: float = Field(2.0, ge=0, description="Classifier-free guidance; 1 is none.")
-    fd_every: int | None = Field(None, ge=1, description="Steps between two Frechet distances to the test split.")
-    fd_samples: int = Field(5_000, ge=2, description="Samples in each; sample i has seed i and class i mod C.")
-    fd_features: str = Field("inception-v3-compat", description="Their features, as --features of eval/generation.py.")
-    fd_features_weights: Path | None = Field(None, description="Weights of these features; null downloads them.")
-    fd_guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of these samples; 1 is none.")
 
 
 class TrainConfig(Config):

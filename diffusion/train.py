@@ -17,7 +17,7 @@ from nsvq.data.understood import announce
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError
-from nsvq.eval.monitor import FrechetMonitor
+from nsvq.eval.monitor import monitor
 from nsvq.pipelines.export import save_pipeline, to_stock
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
@@ -48,29 +48,26 @@ def main() -> None:
         kind=config.latents,
         verify=config.cache_verify,
     )
-    distance = None
-    if (sampling := config.sampling).fd_every:
-        features = (sampling.fd_features, sampling.fd_features_weights)
-        distance = FrechetMonitor(*features, config.data, accelerator, workers=config.run.workers).measure
+    distance = monitor(config.sampling, config.data, accelerator, config.run.workers)
     DiffusionTrainer(config, accelerator, tokenizer, cache, save, distance).train()
 
 
 def save(folder: Path, trainer: DiffusionTrainer) -> None:
-    """The stock pipeline of the weights in `trainer.drawing`, and how it was trained."""
+    """The stock pipeline of the weights in `trainer.drawing.network`, and how it was trained."""
     config, run = trainer.config, trainer.run
     about = {
         "nsvq": code_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
         "step": run.step,
         "samples_seen": run.samples_seen,
-        "parameters": sum(p.numel() for p in trainer.drawing.parameters()),
+        "parameters": sum(p.numel() for p in trainer.drawing.network.parameters()),
         "objective": trainer.objective.description,
         "config": configs.to_dict(config),
         "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
         "tokenizer": trainer.tokenizer.training,
     }
     vae, scheduler = trainer.tokenizer.model, trainer.objective.scheduler()
-    save_pipeline(folder, to_stock(trainer.drawing), vae, scheduler, trainer.names, about)
+    save_pipeline(folder, to_stock(trainer.drawing.network), vae, scheduler, trainer.names, about)
 
 
 if __name__ == "__main__":

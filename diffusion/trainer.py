@@ -1,8 +1,6 @@
 """The trainer of stage two: a DiT, or a U-Net, by rectified flow or as a DDPM, on cached latents."""
 
 import contextlib
-import copy
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from nsvq.common.fsdp import full
+from nsvq.common.drawing import Distance, Drawing
 from nsvq.common.metrics import surviving
 from nsvq.common.optimized import Optimized
 from nsvq.common.training import Trainer
@@ -31,9 +29,8 @@ class DiffusionTrainer(Trainer):
     """Trains the network of `config` on the latents of `cache`, which `tokenizer` made. Its clock is the optimizer
     step.
 
-    save(folder, trainer) writes the pipeline of the weights in `trainer.drawing`. distance(draw, n), where there is
-    one, measures n samples that draw(range of numbers) makes [B, 3, H, W]; a collective call. Raises `UsageError` where
-    the model does not fit the latents.
+    save(folder, trainer) writes the pipeline of the weights in `trainer.drawing.network`; `distance` measures samples,
+    as `Drawing` says. Raises `UsageError` where the model does not fit the latents.
     """
 
     config: TrainConfig
@@ -46,10 +43,10 @@ class DiffusionTrainer(Trainer):
         tokenizer: Tokenizer,
         cache: LatentCache,
         save: Callable[[Path, "DiffusionTrainer"], None],
-        distance: Callable[[Callable[[range], Tensor], int], dict[str, float]] | None,
+        distance: Distance | None,
     ):
         super().__init__(config, accelerator)
-        self.tokenizer, self.cache, self.save, self.distance = tokenizer, cache, save, distance
+        self.tokenizer, self.cache, self.save = tokenizer, cache, save
         key = cache.manifest["key"]
         self.inputs = {"data.source": key["data"], "tokenizer": key["tokenizer"]}
         self.names = dict(enumerate(cache.classes)) if config.model.conditional else {}
@@ -63,8 +60,7 @@ class DiffusionTrainer(Trainer):
             raise UsageError(f"the model does not fit these latents: {error}") from None
         if config.model.compile:
             model.compile()
-        # What draws and is exported: of a network that FSDP splits, a copy that is not.
-        self.drawing = copy.deepcopy(model).requires_grad_(False).to(self.device) if accelerator.is_fsdp2 else model
+        self.drawing = Drawing(self, model, len(self.names), self._sample, distance)
         optim = config.optim
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(
@@ -105,35 +101,19 @@ class DiffusionTrainer(Trainer):
         return _loss_terms(losses.detach(), levels)
 
     def measure(self, due: bool, last: bool) -> dict[str, float]:
-        values, every = {}, self.config.sampling.fd_every
+        values = {}
         if due:
             (group,) = self.optimized["model"].optimizer.param_groups
             values = {"lr": group["lr"], "ema_decay": self.ema.cur_decay_value}
-        if self.distance and (self.run.step % every == 0 or last):
-            with self.averaged_weights():
-                distance = self.distance(self._draw_all_classes, self.config.sampling.fd_samples)
-            if self.guard.interrupted_anywhere():
-                self.run.warn("a signal came: no distance here, it would take the time of the checkpoint")
-            else:
-                values |= distance
-        return values
+        return values | self.drawing.distance(last)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        if self.drawing is self.model:
-            with super().averaged_weights():
-                yield
-            return
-        for parameter, average in zip(self.drawing.parameters(), self.ema.shadow_params, strict=True):
-            parameter.copy_(full(average))
-        yield
+        with self.drawing.averaged(super().averaged_weights):
+            yield
 
     def draw(self) -> None:
-        """Samples of classes spread over all, with fixed seeds."""
-        count = self.config.sampling.images
-        labels = [i * (len(self.names) or 1) // count for i in range(count)]
-        images = self._sample(labels, range(count), self.config.sampling.guidance_scale)
-        self.run.save_picture(images, per_row=math.isqrt(count - 1) + 1)
+        self.drawing.picture()
 
     def keep(self) -> None:
         every = self.config.export_every
@@ -153,26 +133,18 @@ class DiffusionTrainer(Trainer):
                 folder.parent.mkdir(exist_ok=True)
                 self.save(folder, self)
 
-    def _draw_all_classes(self, numbers: range) -> Tensor:
-        """Samples of all classes in turn: number i has seed i. Black ones once the run is to stop, which are not
-        measured."""
-        if self.guard.interrupted():
-            size = self.config.data.image_size
-            return torch.zeros(len(numbers), 3, size, size, device=self.device)
-        labels = [i % (len(self.names) or 1) for i in numbers]
-        return self._sample(labels, numbers, self.config.sampling.fd_guidance_scale)
-
     @torch.no_grad()
     def _sample(self, labels: list[int], seeds: range, guidance_scale: float) -> Tensor:
         """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds."""
+        network = self.drawing.network
         noise = [torch.randn(self.cache.shape, generator=torch.Generator().manual_seed(i)) for i in seeds]
         with self.accelerator.autocast():
             latents = sample(
-                self.drawing,
+                network,
                 self.objective.scheduler(),
                 torch.stack(noise).to(self.device),
                 torch.tensor(labels, device=self.device),
-                self.drawing.null_class,
+                network.null_class,
                 steps=self.config.sampling.steps,
                 guidance_scale=guidance_scale,
             )

@@ -8,12 +8,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from nsvq.common.drawing import Distance, DrawingConfig
 from nsvq.common.image_metrics import to_uint8
 from nsvq.data.config import DataConfig
 from nsvq.eval.feature_statistics import frechet_distance
 from nsvq.eval.features import Collector, load_extractor, metric_name
 from nsvq.eval.reference import DEFAULT_CACHE, Cache, real_sets
 from nsvq.eval.samples import GROUP, groups
+
+
+def monitor(drawing: DrawingConfig, data: DataConfig, accelerator: Accelerator, workers: int) -> Distance | None:
+    """What measures the samples of a run, where its config asks for it. Raises what `FrechetMonitor` does."""
+    if drawing.fd_every is None:
+        return None
+    return FrechetMonitor(drawing.fd_features, drawing.fd_features_weights, data, accelerator, workers=workers).measure
 
 
 class FrechetMonitor:

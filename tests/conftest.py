@@ -208,3 +208,11 @@ def image_folder(tmp_path_factory):
 def accelerator():
     forget_accelerator()
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def distance(tiny_extractor, tmp_path, monkeypatch):
+    """Options that turn the Frechet distance on, with references kept in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "references"))  # of processes
+    monkeypatch.setattr("nsvq.eval.monitor.DEFAULT_CACHE", tmp_path / "references")
+    return ["--sampling.fd_every", 2, "--sampling.fd_samples", 20, "--sampling.fd_features", tiny_extractor]

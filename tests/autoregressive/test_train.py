@@ -16,6 +16,7 @@ from nsvq.common import config as configs
 from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.errors import Stopped, UsageError, UserError
+from nsvq.eval import generation
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import Tokenizer
 
@@ -126,6 +127,19 @@ def test_bits_on_held_out_codes_are_those_of_a_dense_float64_computation(run_scr
     assert list(measured) == [4, 8]
     assert measured[8] == pytest.approx(np.mean(bits), rel=1e-6)
     assert measured[8] != measured[4]
+
+
+def test_the_distance_in_training_is_that_of_the_evaluation(
+    run_script, arguments, distance, image_folder, tiny_extractor, tmp_path
+):
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 3, "--sampling.top_k", 9)
+    options = ["--pipeline", out / "pipeline", "--data", image_folder, "--data.holdout", 0.05, "--workers", 0]
+    options += ["--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--cache", tmp_path / "others"]
+    run_script(generation.main, *options, "--guidance_scale", 3, "--top_k", 9, "--output", result)
+    found = [row["fd_tiny"] for row in metrics(out) if "fd_tiny" in row]
+    assert found[-1] == pytest.approx(json.loads(result.read_text())["metrics"]["fd_tiny"], rel=1e-6)
+    assert len(set(found)) == 4  # steps 2, 4, 6, 8
 
 
 def test_a_run_that_a_signal_ended_goes_on_bit_exactly(run_instrumented, arguments, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 
 from nsvq.common.config import read_yaml, validate
 from nsvq.data.config import DataConfig
-from nsvq.diffusion.config import TrainConfig as DiffusionConfig
 from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer.config import TrainConfig
 
@@ -26,10 +25,9 @@ def test_every_run_of_every_study_is_a_valid_training_config_of_its_own(path):
     study = evidence_study.read_study(path)
     configs = [evidence_study.training_config(study, name, 5, DataConfig(source="synthetic")) for name in study.runs]
     assert all(validate(TrainConfig, values).run.seed == 5 for values in configs)
-    if study.diffusion:
-        diffusion = [evidence_study.diffusion_config(study, name, 5, DataConfig(source="here")) for name in study.runs]
-        assert all(validate(DiffusionConfig, values).run.seed == 5 for values in diffusion)
-        configs = list(zip(configs, diffusion, strict=True))
+    for generator in study.generators.values():
+        values = evidence_study.generator_config(generator, 5, DataConfig(source="here"), "x.py")
+        assert validate(evidence_study.STAGES[generator.stage], values).run.seed == 5
     assert len({json.dumps(values) for values in configs}) == len(configs)
 
 
@@ -37,10 +35,9 @@ def test_a_wrong_study_is_told_by_name():
     base = read_yaml(ROOT / "configs" / "evidence" / "ratio.yaml")
     with pytest.raises(UsageError, match="'nobody' is not one of the runs"):
         validate(evidence_study.Study, base | {"against": "nobody"})
-    with pytest.raises(UsageError, match="need the study's diffusion config"):
-        validate(evidence_study.Study, base | {"samples": {"samples": 10}})
+    generator = {"stage": "diffusion", "config": "x.yaml", "samples": {"sampels": 10}}
     with pytest.raises(UsageError, match="sampels"):
-        validate(evidence_study.Study, base | {"diffusion": "x.yaml", "samples": {"sampels": 10}})
+        validate(evidence_study.Study, base | {"generators": {"DiT": generator}})
     with pytest.raises(UsageError, match="unknown: psnrr"):
         validate(evidence_study.Study, base | {"columns": ["psnrr"]})
 
@@ -66,7 +63,7 @@ def test_the_table_holds_means_and_spread_and_the_comparison_is_seed_by_seed():
     assert lines[0] == "| run | seeds | PSNR, dB | FD |"
     assert lines[2] == "| vq | 2 | 21.00 ± 1.41 | 15.0 ± 7.1 |"
     assert lines[4] == "| late | 1 | 30.00 | 1.0 |"
-    lines = evidence_page.comparison(runs, "vq").splitlines()
+    lines = evidence_page.comparison(runs, "vq", dict.fromkeys(runs, "vq")).splitlines()
     assert lines[2:] == ["| nsvq | 2 | +2.00 ± 1.41 | 0.38x ± 0.18x | 0.85x ± 0.07x |"]
 
 
@@ -101,17 +98,21 @@ def test_a_script_that_fails_is_told_with_its_log(tmp_path):
         evidence.train_and_measure("vq", {"data": {"source": "synthetic"}}, tmp_path / "run", [], "false", {})
 
 
-def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_path, monkeypatch):
+def test_a_study_of_generation_trains_a_tokenizer_once_for_all_generators_on_it(tmp_path, monkeypatch):
     """The scripts are played: each writes what the real one would leave."""
+    samples = {"samples": {"guidance_scale": [1, 3]}}
     study = {
         "title": "T",
         "question": "Q",
         "base": str(ROOT / "configs/evidence/synthetic32.yaml"),
         "against": "a",
-        "diffusion": str(ROOT / "configs/evidence/dit64.yaml"),
-        "columns": ["fd_at_", "accuracy_at_"],
-        "samples": {"guidance_scale": [1, 3]},
-        "runs": {"a": {}, "b": {"diffusion": {"steps": 7}}},
+        "generators": {
+            "DiT": {"stage": "diffusion", "config": str(ROOT / "configs/evidence/dit64.yaml")} | samples,
+            "Llama": {"stage": "autoregressive", "config": str(ROOT / "configs/evidence/ar64.yaml")} | samples,
+        },
+        "columns": ["fd_at_", "accuracy_at_", "held_out_bits"],
+        "curves": ["fd"],
+        "runs": {"a": {}, "b": {"optim": {"lr": 0.5}}},
     }
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     calls = []
@@ -127,14 +128,18 @@ def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_
         elif script == "eval/reconstruction.py":
             result = {"psnr": 20.0, "quantization_error": 0.4}
             (folder / "reconstruction.json").write_text(json.dumps({"metrics": result}))
-        elif script == "diffusion/train.py":
-            assert Path(trained["tokenizer"]).is_dir()
+        elif script in ("diffusion/train.py", "autoregressive/train.py"):
+            tokenizer = Path(trained["tokenizer"])
+            better = read_yaml(tokenizer.parent / "study.yaml").get("optim", {}).get("lr") == 0.5
             assert trained["data"]["image_size"] == 64
-            for part in ("checkpoints", "latents"):
-                (folder / part).mkdir()
+            bits = {"held_out_bits": 900} if script == "autoregressive/train.py" else {}
+            line = {"step": 10, "images_per_second": 1, "fd_x": 20 if better else 40} | bits
+            (folder / "metrics.jsonl").write_text(json.dumps(line))
+            (folder / "checkpoints").mkdir()
         else:
             assert options[-3:] == ["--guidance_scale", "1", "3"]
-            metrics = {scale: {"fd_x": trained["steps"] / scale, "class_accuracy": scale / 4} for scale in (1.0, 3.0)}
+            fd = json.loads((folder / "metrics.jsonl").read_text())["fd_x"]
+            metrics = {scale: {"fd_x": fd / scale, "class_accuracy": scale / 4} for scale in (1.0, 3.0)}
             sweep = [{"guidance_scale": scale, "metrics": found} for scale, found in metrics.items()]
             (folder / "generation.json").write_text(json.dumps({"sweep": sweep, "metrics": {}}))
 
@@ -155,12 +160,13 @@ def test_a_study_of_generation_trains_a_tokenizer_once_for_all_models_on_it(tmp_
         ],
     )
     evidence.main()
-    diffusion = ["diffusion/train.py", "eval/generation.py"]
-    assert [script for _, script in calls] == ["tokenizer/train.py", "eval/reconstruction.py", *diffusion, *diffusion]
+    expected = 2 * ["tokenizer/train.py", "eval/reconstruction.py", "diffusion/train.py", "eval/generation.py"]
+    assert [script for _, script in calls] == [*expected, *2 * ["autoregressive/train.py", "eval/generation.py"]]
     page = (tmp_path / "pages" / "study.md").read_text()
     assert "| FD of samples, guidance 1 | FD of samples, guidance 3 | in their class, guidance 1 |" in page
-    assert "| b | 1 | 7.0 | 2.3 | 25.0% | 75.0% |" in page
-    assert "| b | 1 | +0.00 | 1.00x | 0.00x | 0.00x |" in page
+    assert "| b, DiT | 1 | 20.0 | 6.7 | 25.0% | 75.0% | - |" in page
+    assert "| b, Llama | 1 | 20.0 | 6.7 | 25.0% | 75.0% | 900 |" in page
+    assert page.count("| 1 | +0.00 | 1.00x | 0.50x | 0.50x |") == 2  # each against its own generator's
     calls.clear()
     evidence.main()
     assert not calls

@@ -59,14 +59,6 @@ def arguments(tmp_path, tokenizer_folder, image_folder, latents):
     ]
 
 
-@pytest.fixture
-def distance(tiny_extractor, tmp_path, monkeypatch):
-    """Options that turn the Frechet distance on, with references kept in a folder of the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "references"))  # of processes
-    monkeypatch.setattr("nsvq.eval.monitor.DEFAULT_CACHE", tmp_path / "references")
-    return ["--sampling.fd_every", 2, "--sampling.fd_samples", 20, "--sampling.fd_features", tiny_extractor]
-
-
 def metrics(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
