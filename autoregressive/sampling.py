@@ -7,13 +7,14 @@ DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) runs it where 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, VQModel
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
-from transformers import LlamaForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LlamaForCausalLM, StaticCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 _DECODED_AT_ONCE = 8  # images
@@ -47,6 +48,7 @@ def sample(
     guidance_scale: null + scale (class - null) of logits, both in one batch; 1 is without guidance, 0 unconditional.
     temperature: 0 takes the likeliest token. top_k, top_p: as of `generate`; 0 and 1 are all tokens.
     on_token(i, tokens [B, i + 1]) is called after each.
+    After `model.compile()` the cache is static, so that one graph serves all tokens.
     """
     count, tokens = uniforms.shape
     scales = guidance_scales(guidance_scale, guidance_schedule, tokens)
@@ -55,9 +57,12 @@ def sample(
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-    found, last, cache = ids.new_empty(count, tokens), rows[:, None], None
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    cache = StaticCache(config=model.config, max_cache_len=tokens) if compiled else None
+    found, last = ids.new_empty(count, tokens), rows[:, None]
     for i in range(tokens):
-        output = model(input_ids=last, past_key_values=cache, use_cache=True)
+        with torch.compiler.set_stance("force_eager") if compiled and not i else nullcontext():  # it makes the cache
+            output = model(input_ids=last, past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[:, -1, :codes].float()
         if guided:
             main, base = logits.chunk(2)

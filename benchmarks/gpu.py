@@ -232,6 +232,8 @@ COMMANDS = [
     "benchmarks/dit.py --sizes B --dtypes bfloat16 --tasks training --batch 64",
     "benchmarks/dit.py --sizes B --dtypes bfloat16 --tasks training --batch 64 --compile",
     "benchmarks/dit.py --sizes B --dtypes bfloat16 --tasks sampling --batch 16",
+    "benchmarks/autoregressive.py --sizes B --dtype bfloat16 --batch 32 --rounds 3 --peers dense generate",
+    "benchmarks/layer.py",
     "benchmarks/data_loading.py --workers 0 4",
     "benchmarks/latent_loading.py --workers 0 4",
 ]

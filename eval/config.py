@@ -116,6 +116,7 @@ class GenerationConfig(EvaluationConfig):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Autocast type of sampling; features are always float32."
     )
+    compile: bool = Field(False, description="torch.compile of the network: faster after minutes of compiling.")
     reference: str | None = Field(
         None, description="Real images: train, test, or an .npz file in ADM's format; null: what the protocol asks for."
     )

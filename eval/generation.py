@@ -295,6 +295,8 @@ def main() -> None:
     report.exact_float32()
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
     pipeline = load_pipeline(config.pipeline).to(accelerator.device)
+    if config.compile:
+        getattr(pipeline, "unet" if hasattr(pipeline, "unet") else "transformer").compile()
     launch.keep_freed_memory(accelerator.device.type)
     pipeline.set_progress_bar_config(disable=True)
     result = evaluate(pipeline, config, accelerator)

@@ -1,3 +1,4 @@
+import copy
 from collections import Counter
 
 import pytest
@@ -66,6 +67,18 @@ def test_cached_and_uncached_sampling_give_the_same_tokens(llama, given, how):
             sums = logits.double().softmax(1).cumsum(1)
             tokens = torch.cat([tokens, (sums <= uniforms[:, i : i + 1]).sum(1, keepdim=True)], 1)
     assert torch.equal(sample(llama, CODES, ids, uniforms, **how), tokens)
+
+
+def test_a_compiled_network_samples_the_same_tokens_by_one_graph(llama, given):
+    ids, uniforms = given
+    compiled, counters = copy.deepcopy(llama), torch._dynamo.utils.counters
+    compiled.compile(backend="eager")
+    counters.clear()
+    for scale in (2.0, 3.0):
+        tokens = sample(compiled, CODES, ids, uniforms, guidance_scale=scale)
+        assert torch.equal(tokens, sample(llama, CODES, ids, uniforms, guidance_scale=scale))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_guidance_1_is_the_class_alone_and_guidance_0_no_class(llama, given):

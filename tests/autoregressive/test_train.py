@@ -1,4 +1,5 @@
 import json
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_bits_on_held_out_codes_are_those_of_a_dense_float64_computation(run_scr
 
 
 def test_the_distance_in_training_is_that_of_the_evaluation(
-    run_script, arguments, distance, image_folder, tiny_extractor, tmp_path
+    run_script, arguments, distance, image_folder, tiny_extractor, tmp_path, monkeypatch
 ):
     out, result = tmp_path / "out", tmp_path / "result.json"
     run_script(main, *arguments, "--out", out, *distance, "--sampling.fd_guidance_scale", 3, "--sampling.top_k", 9)
@@ -138,6 +139,11 @@ def test_the_distance_in_training_is_that_of_the_evaluation(
     options += ["--features", tiny_extractor, "--metrics", "fid", "--samples", 20, "--cache", tmp_path / "others"]
     run_script(generation.main, *options, "--guidance_scale", 3, "--top_k", 9, "--output", result)
     found = [row["fd_tiny"] for row in metrics(out) if "fd_tiny" in row]
+    assert found[-1] == pytest.approx(json.loads(result.read_text())["metrics"]["fd_tiny"], rel=1e-6)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    run_script(generation.main, *options, "--guidance_scale", 3, "--top_k", 9, "--compile", "true", "--output", result)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
     assert found[-1] == pytest.approx(json.loads(result.read_text())["metrics"]["fd_tiny"], rel=1e-6)
     assert len(set(found)) == 4  # steps 2, 4, 6, 8
 
