@@ -21,6 +21,7 @@ import lpips
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from nsvq.autoregressive import config as autoregressive
 from nsvq.autoregressive.model import NextToken, make_llama
@@ -108,7 +109,8 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         # Bookkeeping, which may look at values, and takes next to nothing.
         quantizer.searched = lambda *_: None  # type: ignore[method-assign]
     encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
-    features, discriminator = make_discriminator(config.discriminator, seed=0, weights=False)
+    with patch.object(PreTrainedModel, "init_weights", lambda self: None):  # which looks at values
+        features, discriminator = make_discriminator(config.discriminator, seed=0, weights=False)
     metric = None
     if (net := config.loss.perceptual) != "none":
         metric = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)

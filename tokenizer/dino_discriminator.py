@@ -108,6 +108,7 @@ def load_vit(name: str, weights: bool = True) -> nn.Module:
             vit, info = AutoModel.from_pretrained(name, output_loading_info=True)
             if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
                 raise UserError(f"discriminator.vit = {name} lacks weights: {', '.join(missing[:3])}")
+            vit = vit.float()  # they may be of half precision
         else:
             vit = AutoModel.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, SafetensorError) as error:
@@ -119,4 +120,4 @@ def load_vit(name: str, weights: bool = True) -> nn.Module:
     numbers = all(isinstance(getattr(vit.config, key, None), int) for key in wanted)
     if not numbers or not any(key.endswith("cls_token") for key, _ in vit.named_parameters()):
         raise UserError(f"discriminator.vit = {name} is a {type(vit).__name__}; it must be a ViT with a class token")
-    return vit.float()
+    return vit
