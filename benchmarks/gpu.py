@@ -33,7 +33,7 @@ SMALL = ["--config", "configs/quickstart/nsvq.yaml", "--schedule.epochs", "13"]
 TOY_MODEL = ["--model.channels", "8", "--model.norm_groups", "4", "--data.image_size", "16", "--run.batch_size", "8"]
 TOY_MODEL += ["--schedule.epoch_samples", "16", "--quantizer.codebook_size", "64", "--run.workers", "0"]
 TOY_MODEL += ["--validation.images", "8", "--validation.statistics_images", "16", "--validation.probe_images", "4"]
-TOY_MODEL += ["--run.log_every", "2", "--loss.discriminator_layers", "1", "--loss.discriminator_channels", "8"]
+TOY_MODEL += ["--run.log_every", "2", "--discriminator.layers", "1", "--discriminator.channels", "8"]
 TOY_MODEL += ["--schedule.epochs", "4", "--nsvq.freeze.latest", "1", "--nsvq.freeze.warmup", "1"]
 
 

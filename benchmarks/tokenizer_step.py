@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nsvq.common import config as configs
 from nsvq.common.launch import keep_freed_memory
 from nsvq.tokenizer.config import TrainConfig
-from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer
@@ -132,9 +132,8 @@ class TrainingStep:
             self.weights = {k: v for k, v in self.weights.items() if k not in ("perceptual", "adversarial")}
         else:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device).requires_grad_(False)
-            self.discriminator = PatchDiscriminator(
-                config.loss.discriminator_channels, config.loss.discriminator_layers
-            ).to(device)
+            _, self.discriminator = make_discriminator(config.discriminator, seed=0)
+            self.discriminator.to(device)
         generator = [*self.encoder.parameters(), *self.decoder.parameters()]
         trained = [generator, *([] if bare else [self.discriminator.parameters()])]
         self.optimizers = [torch.optim.Adam(each, lr=config.optim.lr, betas=config.optim.betas) for each in trained]

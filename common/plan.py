@@ -21,6 +21,7 @@ import lpips
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from nsvq.autoregressive import config as autoregressive
 from nsvq.autoregressive.model import NextToken, make_llama
@@ -39,7 +40,8 @@ from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError
 from nsvq.tokenizer import losses
 from nsvq.tokenizer.config import TrainConfig
-from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.discriminator import make_discriminator
+from nsvq.tokenizer.lecam import LeCam
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
@@ -107,7 +109,8 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         # Bookkeeping, which may look at values, and takes next to nothing.
         quantizer.searched = lambda *_: None  # type: ignore[method-assign]
     encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
-    discriminator = PatchDiscriminator(config.loss.discriminator_channels, config.loss.discriminator_layers)
+    with patch.object(PreTrainedModel, "init_weights", lambda self: None):  # which looks at values
+        features, discriminator = make_discriminator(config.discriminator, seed=0, weights=False)
     metric = None
     if (net := config.loss.perceptual) != "none":
         metric = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
@@ -125,6 +128,9 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         encoder=accelerator.prepared(encoder),
         decoder=accelerator.prepared(decoder),
         discriminator=accelerator.prepared(discriminator),
+        features=features,
+        lecam=LeCam(device) if config.loss.lecam_weight else None,
+        adaptive=None,  # its gradients need a backward pass, and more memory for none
         live_decoder=decoder,
         live_discriminator=discriminator,
         generator_trains=True,
@@ -137,10 +143,11 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
 
     def run(images: int) -> None:
         batch = {"image": torch.rand(images, 3, size, size), "label": torch.zeros(images), "bad": []}
+        batch["position"] = list(range(images))
         with patch.object(ranks.Draws, "generator", lambda self: None):  # which looks at its state
             TokenizerTrainer.step(trainer, batch)  # type: ignore[arg-type]
 
-    frozen = [metric] if metric else []
+    frozen = [features, *([metric] if metric else [])]
     return Step(run, [encoder, decoder, discriminator], [encoder, decoder], frozen, accelerator)
 
 

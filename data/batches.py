@@ -4,7 +4,8 @@
 
 A batch is a dict: image float32 [B, 3, S, S] in [-1, 1], label int64 [B] (-1 where the data has none), index int64 [B],
 id: list[str] that names them (split[row], or shard:key), bad: list[str] of images that did not decode. Their places are
-taken by others in training; in evaluation they are left out. Where images come from is in data/sources.py.
+taken by others in training; in evaluation they are left out. In training also position: list[int], the samples' global
+positions. Where images come from is in data/sources.py.
 
 What this adds to torchdata's loader with a state: a place in the data is one number, the sample's position, which
 belongs to no number of ranks or workers, so a run goes on elsewhere at the same sample.
@@ -99,6 +100,7 @@ class _Item:
     index: int
     id: str
     bad: list[str]
+    position: int = -1  # in training
 
 
 def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
@@ -113,7 +115,7 @@ def _collate(items: list[_Item], size: int, full: bool = False) -> dict:
         "index": torch.tensor([item.index for item in good], dtype=torch.int64),
         "id": [item.id for item in good],
         "bad": bad,
-    }
+    } | ({"position": [item.position for item in good]} if full else {})
 
 
 @dataclass
@@ -137,7 +139,7 @@ class _TrainImages(Dataset):
                 continue
             rng = np.random.default_rng([self.seed, _AUGMENT, position])
             crop = training_crop(image, self.config.image_size, self.config.flip, rng)
-            return _Item([crop], label, index, self.data.id(index), bad)
+            return _Item([crop], label, index, self.data.id(index), bad, position)
         return _Item([], -1, -1, "", bad)
 
 

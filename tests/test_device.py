@@ -37,7 +37,8 @@ model: {channels: 4, channel_multipliers: [1, 2], layers_per_block: 1, latent_ch
 quantizer: {name: ema, codebook_size: 64}
 nsvq: {pull: {relative: true}, revive: 0.5, replace: {after: 1, weights: error},
        freeze: {latest: 2, warmup: 1, ramp: 1, consolidate: 1, consolidate_images: 32}}
-loss: {perceptual: none, discriminator_channels: 4, discriminator_layers: 1}
+loss: {perceptual: none}
+discriminator: {channels: 4, layers: 1}
 schedule: {epoch_samples: 16, epochs: 4}
 optim: {lr: 1.0e-3, ema_decay: 0.5, clip_grad_norm: 1.0}
 validation: {every: 2, images: 8, probe_images: 4, statistics_images: 16}

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from nsvq.common.config import Config
 from nsvq.common.run import RunConfig
 from nsvq.data.config import DataConfig
+from nsvq.tokenizer.discriminator import DiscriminatorConfig, PatchConfig
 from nsvq.tokenizer.losses import LossConfig
 from nsvq.tokenizer.model import ModelConfig
 from nsvq.tokenizer.nsvq_config import NSVQConfig
@@ -28,6 +29,8 @@ class OptimConfig(Config):
     betas: tuple[float, float] = Field((0.5, 0.9), description="Adam's betas.")
     encoder_lr: float | None = Field(None, gt=0, description="Learning rate of the encoder; null is lr.")
     codebook_lr: float | None = Field(None, gt=0, description="Learning rate of the quantizer; null is lr.")
+    discriminator_lr: float | None = Field(None, gt=0, description="Learning rate of the discriminator; null is lr.")
+    discriminator_weight_decay: float = Field(0, ge=0, description="Its decoupled weight decay (AdamW).")
     # The NS gradient of a code that the batch did not hit is mostly below 1e-8: it moves by much less than lr then.
     codebook_eps: float = Field(1e-8, gt=0, description="Adam's epsilon for the quantizer; its NS gradients are tiny.")
     clip_grad_norm: float | None = Field(None, gt=0, description="Largest gradient norm of the generator; null: none.")
@@ -62,6 +65,8 @@ class TrainConfig(Config):
         "quantizer.name: fc": "quantizer.name: vq, at a small model.latent_channels",
         "quantizer.revive_after": "nsvq.revive (null for 0)",
         "loss.nonstationary_weight": "nsvq.pull.weight (nsvq.pull: null for 0)",
+        "loss.discriminator_channels": "discriminator.channels",
+        "loss.discriminator_layers": "discriminator.layers",
         "loss.temperature": "nsvq.pull.temperature",
         "loss.temperature_relative": "nsvq.pull.relative",
         "schedule.replace": "nsvq.replace (null for false)",
@@ -86,6 +91,7 @@ class TrainConfig(Config):
     quantizer: QuantizerConfig = Field(default_factory=VQConfig, discriminator="name")
     nsvq: NSVQConfig = Field(default_factory=NSVQConfig, description="What keeps codes alive; null: nothing does.")
     loss: LossConfig = Field(default_factory=LossConfig)
+    discriminator: DiscriminatorConfig = Field(default_factory=PatchConfig, discriminator="name")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -100,6 +106,9 @@ class TrainConfig(Config):
             what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
             raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
         self._check_start()
+        if self.loss.adversarial_cap is not None and self.model.compile:
+            why = "asks for gradients in the middle of the decoder, which a compiled one does not give"
+            raise ValueError(f"loss.adversarial_cap {why}; set model.compile: false")
         size, multipliers, groups = self.data.image_size, self.model.channel_multipliers, self.model.norm_groups
         factor = 2 ** (len(multipliers) - 1)
         if size % factor:
@@ -118,7 +127,8 @@ class TrainConfig(Config):
         if not first:
             return
         what = f"schedule.discriminator_first = {first:g}"
-        if self.init_from is None or self.loss.adversarial_weight == 0 or schedule.adversarial_after:
+        late = schedule.adversarial_after or schedule.adversarial_after_steps
+        if self.init_from is None or self.loss.adversarial_weight == 0 or late:
             needs = "init_from, a GAN (loss.adversarial_weight) and schedule.adversarial_after: 0"
             raise ValueError(f"{what} needs {needs}")
         if first >= (freeze.latest if freeze else schedule.epochs):

@@ -31,10 +31,15 @@ class LossConfig(Config):
     perceptual_precision: Literal["fp32", "bf16"] = Field("fp32", description="Autocast type of LPIPS.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of LPIPS.")
     adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
-    discriminator_channels: int = Field(64, ge=1, description="Base width of the PatchGAN discriminator.")
-    discriminator_layers: int = Field(3, ge=1, description="Layers of the PatchGAN discriminator.")
+    adversarial_cap: float | None = Field(
+        None, gt=0, description="Largest adaptive factor on it (VQGAN: 10000); null: the weight is constant."
+    )
+    lecam_weight: float = Field(0.0, ge=0, description="Weight of LeCAM's regularisation of the discriminator.")
     codebook_weight: float = Field(1.0, ge=0, description="Weight of the codebook loss (VQGAN's code: beta).")
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
+
+
+RECONSTRUCTION = ("l1", "mse", "perceptual")  # whose gradient an adaptive GAN weight is measured by
 
 
 def phase_weights(

@@ -21,6 +21,7 @@ class ScheduleConfig(Config):
     epochs: float = Field(70, gt=0, description="Length of the run.")
     epoch_samples: int | None = Field(None, ge=1, description="Images in an epoch; null is the training set's size.")
     adversarial_after: float = Field(0, ge=0, description="Epochs at the start without a GAN.")
+    adversarial_after_steps: int = Field(0, ge=0, description="The same in optimizer steps; the later one counts.")
     discriminator_first: float = Field(0, ge=0, description="Epochs at the start in which it alone trains (init_from).")
 
 

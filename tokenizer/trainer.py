@@ -19,12 +19,21 @@ from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
+from nsvq.tokenizer.adaptive_weight import AdaptiveWeight
 from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
-from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.dino_discriminator import DinoHeads
+from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
-from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
+from nsvq.tokenizer.lecam import LeCam
+from nsvq.tokenizer.losses import (
+    RECONSTRUCTION,
+    discriminator_hinge,
+    generator_adversarial,
+    load_lpips,
+    phase_weights,
+)
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.schedule import Schedule
@@ -55,7 +64,9 @@ class TokenizerTrainer(Trainer):
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         quantizer.nonstationary_weight = pull.weight if pull else 0.0
         encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
-        discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+        with accelerator.main_process_first():  # which downloads what it looks with, if any does
+            self.features, discriminator = make_discriminator(config.discriminator, config.run.seed)
+        self.features.to(self.device)
         self.inputs = {"data.source": self.images.fingerprint}
         self.has_codes = False
         if config.init_from and not checkpoints.complete(config.out / "checkpoints"):
@@ -81,7 +92,12 @@ class TokenizerTrainer(Trainer):
         on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
         how = {"betas": optim.betas, "fused": on_gpu or None}
         generator_optimizer = torch.optim.Adam(groups, **how)
-        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=optim.lr, **how)
+        discriminator_optimizer = torch.optim.AdamW(
+            discriminator.parameters(),
+            lr=optim.discriminator_lr or optim.lr,
+            weight_decay=optim.discriminator_weight_decay,
+            **how,
+        )
         self.encoder, self.decoder, self.discriminator, *optimizers = accelerator.prepare(
             encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
         )
@@ -89,6 +105,10 @@ class TokenizerTrainer(Trainer):
         self.live_encoder, self.live_decoder = map(unwrapped, (self.encoder, self.decoder))
         self.live_discriminator = unwrapped(self.discriminator)
         self.quantizer = self.live_decoder.quantizer
+        self.lecam = LeCam(self.device) if loss.lecam_weight else None
+        self.adaptive = None
+        if loss.adversarial_cap is not None:
+            self.adaptive = AdaptiveWeight(loss.adversarial_cap, self.live_decoder.decoder.conv_out.weight)
 
         # State
         parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
@@ -111,6 +131,7 @@ class TokenizerTrainer(Trainer):
         self.probe = DriftProbe(fixed_images(config.data, "test", config.validation.probe_images).to(self.device))
         kept = ("schedule", "epoch_usage", "probe", "bad_images", "temperature")
         self.stateful |= {name: getattr(self, name) for name in kept}
+        self.stateful |= {part.name: part for part in (self.lecam, self.adaptive) if part}
 
     def batches(self, start: int) -> Iterator[dict]:
         return train_batches(self.config.data, seed=self.config.run.seed, start=start, **self.loading)
@@ -139,8 +160,14 @@ class TokenizerTrainer(Trainer):
         self.upkeep.begin_step()
         factor = schedule.adversarial_factor(seen)
         self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, factor, self.quantizer)
-        if seen < self.config.schedule.adversarial_after * schedule.epoch_samples:
+        late, batch = self.config.schedule, self.config.run.batch_size
+        if seen < max(late.adversarial_after * schedule.epoch_samples, late.adversarial_after_steps * batch):
             self.weights.pop("adversarial", None)
+        if "adversarial" in self.weights:
+            if self.adaptive:
+                self.weights["adversarial"] = self.adaptive.factor * self.weights["adversarial"]
+            if isinstance(self.live_discriminator, DinoHeads):
+                self.live_discriminator.begin_step()
         self.tau = self.temperature.value() if "nonstationary" in self.weights else None
         if self.tau is None:
             self.weights.pop("nonstationary", None)
@@ -163,6 +190,7 @@ class TokenizerTrainer(Trainer):
         finally:
             self.live_discriminator.requires_grad_(True)
             self.quantizer.end_step(stepped=False)
+            self._end_gan_step(stepped=False)
             self.tokens, self.bad_images = [], counted
 
     def step(self, batch: dict) -> dict[str, Tensor]:
@@ -184,16 +212,25 @@ class TokenizerTrainer(Trainer):
         if "adversarial" in weights and self.generator_trains:
             self.live_discriminator.requires_grad_(False)
             with self.accelerator.autocast():
-                terms["adversarial"] = generator_adversarial(self.live_discriminator(output).float())
+                seen = self.features(output, batch["position"])
+                terms["adversarial"] = generator_adversarial(self.live_discriminator(seen).float())
             self.live_discriminator.requires_grad_(True)
+            if self.adaptive:
+                reconstruction = sum(weights[name] * terms[name] for name in RECONSTRUCTION if name in weights)
+                self.adaptive.observe(reconstruction, terms["adversarial"])
         if self.generator_trains:
             terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
             self.accelerator.backward(terms["loss"])
         if "adversarial" in weights:
-            real, fake = self.discriminator(torch.cat([images, output.detach()])).float().chunk(2)
-            terms["discriminator"] = discriminator_hinge(real, fake)
+            with self.accelerator.autocast():
+                seen = self.features(torch.cat([images, output.detach()]), batch["position"])
+            real, fake = self.discriminator(seen).float().chunk(2)
+            loss = terms["discriminator"] = discriminator_hinge(real, fake)
             terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
-            self.accelerator.backward(terms["discriminator"])
+            if self.lecam:
+                terms["lecam"] = self.lecam(real, fake)
+                loss = loss + config.loss.lecam_weight * terms["lecam"]
+            self.accelerator.backward(loss)
         terms.setdefault("loss", terms.get("discriminator"))  # where it alone trains
         errors = None
         if config.nsvq.replace and config.nsvq.replace.weights == "error":
@@ -205,12 +242,18 @@ class TokenizerTrainer(Trainer):
     def end_step(self, stepped: bool) -> None:
         if self.generator_trains:
             self.quantizer.end_step(stepped)
+        self._end_gan_step(stepped)
         if not stepped:
             return
         for indices, errors, commitment in self.tokens:
             self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
         if self.temperature.config.relative:
             self.temperature.update(self.guard.told)
+
+    def _end_gan_step(self, stepped: bool) -> None:
+        for part in (self.lecam, self.adaptive):
+            if part:
+                part.end_step(stepped)
 
     def told(self) -> Tensor | None:
         if not self.temperature.config.relative:
@@ -226,7 +269,7 @@ class TokenizerTrainer(Trainer):
                 tau = self.temperature.value() or self.temperature.config.temperature
                 with self.accelerator.autocast(), _EAGER:
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
-            values["adversarial_weight"] = self.weights.get("adversarial", 0.0)
+            values["adversarial_weight"] = float(self.weights.get("adversarial", 0.0))
             values["bad_images"] = self.bad_images.check()
         if self.schedule.epoch_ended(self.run.samples_seen):
             values |= self.end_epoch(last)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig
 
 from nsvq.common import counting, plan
-from nsvq.common.config import read_config
+from nsvq.common.config import read_config, validate
 from nsvq.errors import UsageError, UserError
+from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.discriminator import make_discriminator
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "imagenet128"
@@ -94,6 +97,36 @@ def test_every_kind_of_config_can_be_planned(name):
     words = ["--model.depth", "2"] if name == "ar-b" else ["--model.width", "128"] if name == "ldm" else words
     found = counted(name, *words)
     assert min(found.parameters, found.saved, found.flops, found.checkpoint) > 0
+
+
+@pytest.mark.slow
+def test_discriminators_are_counted_by_what_trains_and_what_is_frozen(tmp_path):
+    """A frozen ViT takes memory and FLOPs, and has neither gradients nor a place in checkpoints."""
+    vit = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64)
+    vit.save_pretrained(tmp_path)  # its architecture is enough
+    words = [
+        *SMALL,
+        "--model.channel_multipliers",
+        "1",
+        "2",
+        "--model.layers_per_block",
+        "1",
+        "--loss.perceptual",
+        "none",
+    ]
+    words += ["--quantizer.codebook_size", "64", "--discriminator.name"]
+    plus = counted("nsvq", *words, "plus", "--discriminator.channels", "8")
+    options = {"vit": str(tmp_path), "depths": [0, 1], "name": "dino"}
+    (tmp_path / "dino.yaml").write_text(f"base: {CONFIGS / 'nsvq.yaml'}\ndiscriminator: {options}")
+    dino = counting.count(plan.read(tmp_path / "dino.yaml", [*words, "dino"], CONFIGS / "nsvq.yaml").make)
+    sizes = {}
+    for name, found in (("plus", {"channels": 8}), ("dino", options)):
+        config = validate(TrainConfig, {"discriminator": found | {"name": name}}).discriminator
+        sizes[name] = [sum(p.numel() for p in m.parameters()) for m in make_discriminator(config, 0, weights=False)]
+    trained, frozen = sizes["dino"][1] - sizes["plus"][1], sizes["dino"][0]
+    assert dino.parameters - plus.parameters == trained
+    assert dino.fixed - plus.fixed == pytest.approx(16 * trained + 4 * frozen, rel=0.01)
+    assert dino.checkpoint - plus.checkpoint == pytest.approx(12 * trained, rel=0.01)
 
 
 @pytest.mark.slow

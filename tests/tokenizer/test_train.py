@@ -36,7 +36,8 @@ data: {source: synthetic, image_size: 16}
 model: {channels: 8, channel_multipliers: [1, 2], layers_per_block: 1, latent_channels: 4, norm_groups: 4}
 quantizer: {name: vq, codebook_size: 64}
 nsvq: {replace: {after: 0}, freeze: {latest: 4, warmup: 2, ramp: 1}}
-loss: {perceptual: none, discriminator_channels: 8, discriminator_layers: 1}
+loss: {perceptual: none}
+discriminator: {channels: 8, layers: 1}
 schedule: {epoch_samples: 16, epochs: 8}
 optim: {lr: 1.0e-3, ema_decay: 0.5, clip_grad_norm: 1.0}
 validation: {every: 2, images: 8, probe_images: 4, statistics_images: 32}

@@ -183,7 +183,8 @@ model: {channels: 8, channel_multipliers: [1, 2], layers_per_block: 1, latent_ch
         mid_attention: true, attention_levels: [1]}
 quantizer: {name: ema, codebook_size: 64}
 nsvq: {revive: 5, replace: {after: 1}, freeze: null}
-loss: {perceptual: none, discriminator_channels: 8, discriminator_layers: 1}
+loss: {perceptual: none}
+discriminator: {channels: 8, layers: 1}
 schedule: {epoch_samples: 16, epochs: 6}
 optim: {lr: 1.0e-3, ema_decay: 0.5, clip_grad_norm: 1.0}
 validation: {every: 2, images: 8, probe_images: 4, statistics_images: 32}

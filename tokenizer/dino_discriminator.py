@@ -1,0 +1,123 @@
+"""A discriminator on a frozen DINO ViT: trained heads look at its tokens after several depths.
+
+From StyleGAN-T (arXiv 2301.09515), as VAR (arXiv 2404.02905) trains tokenizers with it. Two things differ: heads have
+GroupNorm, and one power iteration a step for their spectral norms, so that ranks and micro-batches do not change the
+result; and an image and its reconstruction are augmented alike."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from transformers import AutoConfig, AutoModel
+
+from nsvq.errors import UserError
+from nsvq.tokenizer.diffaugment import diffaugment, uniform_numbers, window
+
+# What DINO and DINOv2 were trained with.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ViTFeatures(nn.Module):
+    """images [B, 3, S, S] in [-1, 1], and positions in the run of B samples, or of the first of several equal parts of
+    B -> a tensor [B, C, tokens] for each depth: patch tokens, with the class token added. Frozen, but gradients pass.
+
+    Images are augmented, and brought to the ViT's own size: a random window of larger ones, bilinear for smaller."""
+
+    def __init__(self, vit: nn.Module, depths: Sequence[int], augment: float, cutout: float, seed: int):
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+        self.size, self.patch = vit.config.image_size, vit.config.patch_size
+        self.augment, self.cutout, self.seed = augment, cutout, seed
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        count = vit.config.num_hidden_layers
+        layers = next(m for m in vit.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        for depth in depths:
+            layers[depth].register_forward_hook(self._keep)
+        self._kept: list[Tensor] = []
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self._kept.append(output[0] if isinstance(output, tuple) else output)
+
+    def forward(self, images: Tensor, positions: Sequence[int]) -> list[Tensor]:
+        numbers = uniform_numbers(self.seed, positions).to(images.device, non_blocking=True)
+        numbers = numbers.repeat(len(images) // len(positions), 1)
+        images = diffaugment(images, numbers, self.augment, self.cutout)
+        if (spare := images.shape[2] - self.size) > 0:
+            top, left = (numbers[:, -2:] * (spare + 1)).long().unbind(1)
+            images = window(images, top, left, self.size)
+        elif spare < 0:
+            images = F.interpolate(images, self.size, mode="bilinear")
+        self._kept = []
+        self.vit(((images + 1) / 2 - self.mean) / self.std)
+        kept, self._kept = self._kept, []
+        return [self._tokens(x) for x in kept]
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        patches = (self.size // self.patch) ** 2
+        return (x[:, -patches:] + x[:, :1]).transpose(1, 2)
+
+
+class DinoHeads(nn.Module):
+    """Features, a tensor [B, C, tokens] for each depth -> logits [B, depths, tokens]."""
+
+    def __init__(self, channels: int, depths: int, kernel: int = 9):
+        super().__init__()
+        self.heads = nn.ModuleList([_Head(channels, kernel) for _ in range(depths)])
+        self.eval()  # spectral norms iterate in `begin_step` alone, not in each forward pass
+
+    def begin_step(self) -> None:
+        """One power iteration of each spectral norm: once a step, on any number of ranks and micro-batches."""
+        self.train()
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Conv1d):
+                    _ = module.weight  # computing it iterates
+        self.eval()
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return torch.cat([head(x) for head, x in zip(self.heads, features, strict=True)], 1)
+
+
+class _Head(nn.Module):
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.point, self.wide = _block(channels, 1), _block(channels, kernel)
+        self.logit = spectral_norm(nn.Conv1d(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, tokens) -> (B, 1, tokens)
+        x = self.point(x)
+        return self.logit((x + self.wide(x)) * 0.5**0.5)
+
+
+def _block(channels: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+    return nn.Sequential(spectral_norm(conv), nn.GroupNorm(math.gcd(32, channels), channels), nn.LeakyReLU(0.2))
+
+
+def load_vit(name: str, weights: bool = True) -> nn.Module:
+    """A ViT of `transformers` (ViTModel, Dinov2Model, ...) by Hub id or folder; without `weights` its architecture
+    alone. Raises `UserError` where it cannot be had or is no such network."""
+    try:
+        if weights:
+            vit, info = AutoModel.from_pretrained(name, output_loading_info=True)
+            if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+                raise UserError(f"discriminator.vit = {name} lacks weights: {', '.join(missing[:3])}")
+            vit = vit.float()  # they may be of half precision
+        else:
+            vit = AutoModel.from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, SafetensorError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"discriminator.vit = {name} cannot be loaded ({why}); give a Hub id or a folder of a ViT of transformers"
+        ) from None
+    wanted = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+    numbers = all(isinstance(getattr(vit.config, key, None), int) for key in wanted)
+    if not numbers or not any(key.endswith("cls_token") for key, _ in vit.named_parameters()):
+        raise UserError(f"discriminator.vit = {name} is a {type(vit).__name__}; it must be a ViT with a class token")
+    return vit
