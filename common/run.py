@@ -300,11 +300,14 @@ class Run:
 
     # Randomness
 
+    def position_of(self, number: int, size: int) -> int:
+        """The global position in the run at which micro-batch `number` of this rank's `size` images begins."""
+        return self.samples_seen + (number * self.accelerator.num_processes + self.accelerator.process_index) * size
+
     def seed_micro_batch(self, number: int, size: int) -> None:
         """Make what the networks draw (dropout, noise) a function of the seed and of the samples seen: of the global
-        position at which micro-batch `number` of this rank's `size` images begins."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        position = self.samples_seen + (number * ranks + rank) * size
+        position at which the micro-batch begins."""
+        position = self.position_of(number, size)
         torch.manual_seed(int(np.random.SeedSequence([self.settings.seed, position]).generate_state(1, np.uint64)[0]))
 
     # Metrics

@@ -12,7 +12,9 @@ from nsvq.data.config import DataConfig
 from nsvq.tokenizer.losses import LossConfig
 from nsvq.tokenizer.model import ModelConfig
 from nsvq.tokenizer.nsvq_config import NSVQConfig
+from nsvq.tokenizer.perturbation import TrainingPerturbationConfig
 from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.quantizers.vq import VQConfig
 from nsvq.tokenizer.schedule import ScheduleConfig
 
@@ -85,6 +87,9 @@ class TrainConfig(Config):
     model: ModelConfig = Field(default_factory=ModelConfig)
     quantizer: QuantizerConfig = Field(default_factory=VQConfig, discriminator="name")
     nsvq: NSVQConfig = Field(default_factory=NSVQConfig, description="What keeps codes alive; null: nothing does.")
+    perturbation: TrainingPerturbationConfig | None = Field(
+        None, description="Codes that training replaces by near ones (RobustTok); null: none."
+    )
     loss: LossConfig = Field(default_factory=LossConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -100,6 +105,10 @@ class TrainConfig(Config):
             what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
             raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
         self._check_start()
+        self._check_teachers()
+        method = QUANTIZERS[self.quantizer.name]
+        if self.perturbation and not (issubclass(method, NearestQuantizer) or method.free_table):
+            raise ValueError(f"{self.quantizer.name} has no table of codes to draw from; set perturbation: null")
         size, multipliers, groups = self.data.image_size, self.model.channel_multipliers, self.model.norm_groups
         factor = 2 ** (len(multipliers) - 1)
         if size % factor:
@@ -109,6 +118,19 @@ class TrainConfig(Config):
             if width % groups:
                 raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
         return self
+
+    def _check_teachers(self) -> None:
+        alignment, freeze = self.loss.alignment, self.nsvq.freeze
+        if alignment is None:
+            return
+        if freeze and freeze.latest == 0:
+            raise ValueError("nsvq.freeze.latest = 0 trains no encoder that could be aligned; set loss.alignment: null")
+        if alignment.form == "vf" and self.model.compile:
+            what = "loss.alignment.form = vf differentiates twice, which compiled networks do not allow"
+            raise ValueError(f"{what}; set model.compile: false")
+        if alignment.form == "vf" and self.run.mixed_precision == "fp16":
+            what = "loss.alignment.form = vf compares gradients, which float16 loses where they are not scaled"
+            raise ValueError(f"{what}; set run.mixed_precision: bf16")
 
     def _check_start(self) -> None:
         schedule, freeze = self.schedule, self.nsvq.freeze

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from nsvq.common.config import Config
 from nsvq.errors import UserError
+from nsvq.tokenizer.alignment import AlignmentConfig
+from nsvq.tokenizer.logit_loss import LogitsConfig
 from nsvq.tokenizer.nsvq_config import PullConfig
 from nsvq.tokenizer.quantizers import Quantizer
 from nsvq.tokenizer.schedule import Phase
@@ -30,6 +32,8 @@ class LossConfig(Config):
     perceptual_weights: Path | None = Field(None, description="torchvision's weights as a file; null downloads them.")
     perceptual_precision: Literal["fp32", "bf16"] = Field("fp32", description="Autocast type of LPIPS.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of LPIPS.")
+    logits: LogitsConfig | None = Field(None, description="The logit-perceptual loss, beside LPIPS.")
+    alignment: AlignmentConfig | None = Field(None, description="Latents aligned with a frozen vision model.")
     adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
     discriminator_channels: int = Field(64, ge=1, description="Base width of the PatchGAN discriminator.")
     discriminator_layers: int = Field(3, ge=1, description="Layers of the PatchGAN discriminator.")
@@ -48,6 +52,8 @@ def phase_weights(
     weights: dict[str, float] = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight
+    if config.logits is not None:
+        weights["logits"] = config.logits.weight
     if "codebook" in quantizer.terms:
         weights["codebook"] = config.codebook_weight
     if phase == "stage1":
@@ -56,6 +62,8 @@ def phase_weights(
         if pull is not None:
             weights["nonstationary"] = pull.weight
         weights |= quantizer.loss_weights()
+        if config.alignment is not None:
+            weights["alignment"] = config.alignment.resolved_weight
     if phase != "warmup" and config.adversarial_weight > 0:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
     return weights

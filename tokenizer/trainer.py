@@ -19,13 +19,17 @@ from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
+from nsvq.files import state_hash
+from nsvq.tokenizer.alignment import Alignment, gradient_ratio
 from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
+from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, load_lpips, phase_weights
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.perturbation import Perturbation
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.temperature import Temperature
@@ -33,6 +37,7 @@ from nsvq.tokenizer.upkeep import CodebookUpkeep
 from nsvq.tokenizer.warm_start import warm_start
 
 PICTURE_IMAGES = 8
+RECONSTRUCTION = ("l1", "mse", "perceptual")  # of VQGAN's loss, against which others are weighed
 _EAGER = torch.compiler.set_stance("force_eager")  # compiling is for steps: each other size of batch would take minutes
 
 
@@ -71,6 +76,18 @@ class TokenizerTrainer(Trainer):
             with accelerator.main_process_first():
                 self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights, loss.perceptual_precision)
                 self.lpips.to(self.device)
+        self.logits = self.alignment = self.perturbation = None
+        if loss.logits is not None:
+            with accelerator.main_process_first():
+                self.logits = LogitLoss(loss.logits).to(self.device)
+            self.inputs["loss.logits.network"] = state_hash(self.logits.classifier)
+        if loss.alignment is not None:
+            with accelerator.main_process_first():
+                self.alignment = Alignment(loss.alignment, config.model.latent_channels, self.device)
+            self.alignment.head = accelerator.prepare(self.alignment.head)
+            self.inputs["loss.alignment.network"] = state_hash(self.alignment.teacher)
+        if config.perturbation is not None:
+            self.perturbation = Perturbation(config.perturbation, quantizer, config.run.seed)
 
         # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
         groups = [
@@ -78,6 +95,8 @@ class TokenizerTrainer(Trainer):
             {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
             {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
         ]
+        extra = {"alignment": self.alignment.head} if self.alignment else {}
+        groups += [{"params": list(head.parameters()), "lr": optim.lr} for head in extra.values()]
         on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
         how = {"betas": optim.betas, "fused": on_gpu or None}
         generator_optimizer = torch.optim.Adam(groups, **how)
@@ -92,11 +111,12 @@ class TokenizerTrainer(Trainer):
 
         # State
         parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
+        trained = parameters + [parameter for head in extra.values() for parameter in head.parameters()]
         self.register(
             "tokenizer",
-            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator},
+            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator, **extra},
             {
-                "generator": Optimized(optimizers[0], parameters, optim.clip_grad_norm or math.inf),
+                "generator": Optimized(optimizers[0], trained, optim.clip_grad_norm or math.inf),
                 "discriminator": Optimized(optimizers[1], list(self.live_discriminator.parameters())),
             },
             parameters,
@@ -146,6 +166,8 @@ class TokenizerTrainer(Trainer):
             self.weights.pop("nonstationary", None)
         self.optimized["discriminator"].trains = "adversarial" in self.weights
         self.generator_trains = self.optimized["generator"].trains = self.phase != "discriminator"
+        if self.perturbation is not None:
+            self.perturbation.alpha = self.config.perturbation.alpha_at(seen / schedule.epoch_samples)
         self.tokens: list[tuple] = []  # of each micro-batch: indices, squared errors, commitment loss
 
     @contextlib.contextmanager
@@ -174,13 +196,25 @@ class TokenizerTrainer(Trainer):
         with torch.set_grad_enabled(self.phase == "stage1"):
             z = self.encoder(images)
         self.live_decoder.train(self.generator_trains)
+        perturb = None
+        if self.perturbation is not None and self.generator_trains:
+            perturb = self.perturbation.at(self.run.position_of(len(self.tokens), self.micro_batch))
         with torch.set_grad_enabled(self.generator_trains):
-            output, quantized = self.decoder(z, self.tau)
+            output, quantized = self.decoder(z, self.tau, perturb)
         terms = {"l1": (output - images).abs().mean(), **quantized.losses}
         if config.loss.pixel == "mse":
             terms["mse"] = (output - images).square().mean()
         if "perceptual" in weights:
             terms["perceptual"] = self.lpips(output, images).mean()
+        if "logits" in weights:
+            terms["logits"] = self.logits(output, images)
+        if "alignment" in weights:
+            terms["alignment"] = self.alignment(z, images)
+            if config.loss.alignment.form == "vf":  # as strong at the encoder as the reconstruction's loss
+                reconstruction = sum(weights[name] * terms[name] for name in weights if name in RECONSTRUCTION)
+                ratio = gradient_ratio(reconstruction, terms["alignment"], self.live_encoder.conv_out.weight)
+                weights = weights | {"alignment": weights["alignment"] * ratio}
+                terms["alignment_weight"] = weights["alignment"]
         if "adversarial" in weights and self.generator_trains:
             self.live_discriminator.requires_grad_(False)
             with self.accelerator.autocast():
@@ -228,6 +262,8 @@ class TokenizerTrainer(Trainer):
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
             values["adversarial_weight"] = self.weights.get("adversarial", 0.0)
             values["bad_images"] = self.bad_images.check()
+            if self.perturbation is not None:
+                values["perturbation_alpha"] = self.perturbation.alpha
         if self.schedule.epoch_ended(self.run.samples_seen):
             values |= self.end_epoch(last)
         if last:
