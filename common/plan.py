@@ -21,6 +21,7 @@ import lpips
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from nsvq.autoregressive import config as autoregressive
 from nsvq.autoregressive.model import NextToken, make_llama
@@ -36,14 +37,18 @@ from nsvq.diffusion import config as diffusion
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import make_objective
 from nsvq.diffusion.trainer import DiffusionTrainer
-from nsvq.errors import UsageError
+from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer import losses
+from nsvq.tokenizer import trainer as trainers
+from nsvq.tokenizer.alignment import Alignment
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import PatchDiscriminator
+from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.teachers import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, Classifier, VisionModel
 from nsvq.tokenizer.trainer import TokenizerTrainer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
@@ -115,10 +120,22 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         for module in metric.modules():  # lpips makes its buffers on the CPU, whatever the default device
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+    logits, alignment, ratio = config.loss.logits, config.loss.alignment, trainers.gradient_ratio
+    if logits is not None:
+        logits = LogitLoss(logits, _teacher(logits.network, "logits"))
+    if alignment is not None:
+        alignment = Alignment(alignment, config.model.latent_channels, _teacher(alignment.network, "alignment"))
+    heads = [alignment.head] if alignment else []
+    if device.type == "cuda":  # where nothing is differentiated
+        ratio = lambda *_: torch.ones(())  # noqa: E731
     trainer = SimpleNamespace(
         config=config,
         device=device,
         accelerator=accelerator,
+        logits=logits,
+        alignment=alignment,
+        perturbation=None,  # which takes next to nothing
+        live_encoder=encoder,
         phase="stage1",
         weights=losses.phase_weights(config.loss, pull, "stage1", 1.0, quantizer),
         tau=pull.temperature if pull else None,
@@ -137,11 +154,25 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
 
     def run(images: int) -> None:
         batch = {"image": torch.rand(images, 3, size, size), "label": torch.zeros(images), "bad": []}
-        with patch.object(ranks.Draws, "generator", lambda self: None):  # which looks at its state
+        # The first looks at its state.
+        with patch.object(ranks.Draws, "generator", lambda self: None), patch.object(trainers, "gradient_ratio", ratio):
             TokenizerTrainer.step(trainer, batch)  # type: ignore[arg-type]
 
-    frozen = [metric] if metric else []
-    return Step(run, [encoder, decoder, discriminator], [encoder, decoder], frozen, accelerator)
+    frozen = [part for part in (metric, logits, alignment and alignment.teacher) if part]
+    return Step(run, [encoder, decoder, discriminator, *heads], [encoder, decoder], frozen, accelerator)
+
+
+def _teacher(name: str, section: str) -> nn.Module:
+    """A loss's frozen network, without its weights."""
+    if name in CLASSIFIERS:
+        return Classifier(CLASSIFIERS[name](weights=None))
+    try:
+        with patch.object(PreTrainedModel, "init_weights", lambda self: None):  # which looks at them
+            model = AutoModel.from_config(AutoConfig.from_pretrained(name), attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"a plan cannot count {name} ({why}): plan with --loss.{section} null") from None
+    return VisionModel(model, IMAGENET_MEAN, IMAGENET_STD, 224)
 
 
 def _latent_shape(tokenizer: TrainConfig) -> tuple[int, int, int]:

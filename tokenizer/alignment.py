@@ -21,6 +21,7 @@ from nsvq.tokenizer.teachers import Registered, Teacher, feature_width, load_vis
 COSINE_MARGIN, DISTANCE_MARGIN = 0.5, 0.25  # VA-VAE's m1 and m2
 RATIO_EPSILON, RATIO_CAP = 1e-4, 1e8  # and its limits of the adaptive weight
 _WEIGHTS = {"cosine": 0.5, "vf": 0.1}
+_ADVICE = "give another network with --loss.alignment.network, or set loss.alignment: null"
 
 
 class AlignmentConfig(Config):
@@ -48,27 +49,21 @@ class AlignmentConfig(Config):
         return self
 
 
-class Alignment:
+class Alignment(nn.Module):
     """The loss of latents z [B, d, h, w] and images [B, 3, H, W] in [-1, 1]. Of it, `head` alone trains, and stays
-    behind when the tokenizer is exported. Raises `UserError` and `UsageError` for a network that cannot be had or gives
-    no patch features."""
+    behind when the tokenizer is exported. `network`: in place of the one that the config names. Raises `UserError` and
+    `UsageError` for a network that cannot be had or gives no patch features."""
 
-    head: nn.Module
-
-    def __init__(self, config: AlignmentConfig, latent_channels: int, device: torch.device):
+    def __init__(self, config: AlignmentConfig, latent_channels: int, network: nn.Module | None = None):
+        super().__init__()
         self.config = config
-        advice = "give another network with --loss.alignment.network, or set loss.alignment: null"
-        network = (
-            Registered(config.network, layer=config.layer)
-            if config.layer is not None
-            else load_vision_model(config.network, advice, config.image_size)
-        )
+        if network is None and config.layer is not None:
+            network = Registered(config.network, layer=config.layer)
+        network = network or load_vision_model(config.network, _ADVICE, config.image_size)
         self.teacher = Teacher(network, config.precision)
-        width = feature_width(self.teacher, advice)
-        self.teacher.to(device)
-        self.head = make_head(config, latent_channels, width)
+        self.head = make_head(config, latent_channels, feature_width(self.teacher, _ADVICE))
 
-    def __call__(self, z: Tensor, images: Tensor) -> Tensor:
+    def forward(self, z: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
             features = self.teacher(images)
             features = F.interpolate(features, z.shape[-2:], mode="bilinear", align_corners=False, antialias=True)

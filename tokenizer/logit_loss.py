@@ -32,11 +32,12 @@ class LogitsConfig(Config):
 
 class LogitLoss(nn.Module):
     """Mean over images and classes of (f(output) - f(image))^2, f the logits at 224 pixels, images [B, 3, H, W] in
-    [-1, 1]. The gradient goes to the output alone. Raises what `load_classifier` raises."""
+    [-1, 1]. The gradient goes to the output alone. `network`: in place of the one that the config names. Raises what
+    `load_classifier` raises."""
 
-    def __init__(self, config: LogitsConfig):
+    def __init__(self, config: LogitsConfig, network: nn.Module | None = None):
         super().__init__()
-        self.classifier = Teacher(load_classifier(config.network, config.weights), config.precision)
+        self.classifier = Teacher(network or load_classifier(config.network, config.weights), config.precision)
 
     def forward(self, output: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():

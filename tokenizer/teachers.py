@@ -4,7 +4,7 @@ torchvision, and networks that a Python file registers with torch-fidelity, as `
 A teacher takes images [B, 3, H, W] in [-1, 1] of any size. It is in eval mode, its parameters have no gradients, and it
 is in no checkpoint. What it was is told by `nsvq.files.state_hash`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.error import URLError
@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torchvision import models
-from torchvision.transforms.functional import normalize
 from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -47,28 +46,41 @@ class Teacher(nn.Module):
             return self.network(images.float()).float()
 
 
+class Normalized(nn.Module):
+    """Images in [-1, 1] -> (pixels in [0, 1] - mean) / std, by channel. torchvision's function would look at the
+    numbers, and the host wait for the GPU."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images + 1) / 2 - self.mean) / self.std
+
+
 class Classifier(nn.Module):
     """Logits [B, C] of a classifier of torchvision's kind, at 224 pixels and with ImageNet's normalisation."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network
+        self.network, self.normalize = network, Normalized(IMAGENET_MEAN, IMAGENET_STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(normalize((resized(images, _SIDE) + 1) / 2, IMAGENET_MEAN, IMAGENET_STD))
+        return self.network(self.normalize(resized(images, _SIDE)))
 
 
 class VisionModel(nn.Module):
     """Patch features [B, D, h, w] of a vision model of transformers: the last layer's patch tokens, for CLIP after its
     final norm and projection. `size`: the side to which images are resized; None leaves them as they are."""
 
-    def __init__(self, model: nn.Module, mean: tuple, std: tuple, size: int | None = None):
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], size: int | None = None):
         super().__init__()
-        self.model, self.mean, self.std, self.size = model, mean, std, size
+        self.model, self.normalize, self.size = model, Normalized(mean, std), size
         self.clip = isinstance(model, CLIPVisionModelWithProjection)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = normalize((resized(images, self.size or images.shape[-1]) + 1) / 2, self.mean, self.std)
+        pixels = self.normalize(resized(images, self.size or images.shape[-1]))
         if not self.clip:
             return _grid(self.model(pixels).last_hidden_state)
         hidden = self.model.vision_model(pixels).last_hidden_state

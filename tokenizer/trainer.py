@@ -83,7 +83,7 @@ class TokenizerTrainer(Trainer):
             self.inputs["loss.logits.network"] = state_hash(self.logits.classifier)
         if loss.alignment is not None:
             with accelerator.main_process_first():
-                self.alignment = Alignment(loss.alignment, config.model.latent_channels, self.device)
+                self.alignment = Alignment(loss.alignment, config.model.latent_channels).to(self.device)
             self.alignment.head = accelerator.prepare(self.alignment.head)
             self.inputs["loss.alignment.network"] = state_hash(self.alignment.teacher)
         if config.perturbation is not None:
