@@ -89,7 +89,7 @@ class VisionModel(nn.Module):
 
 def _grid(tokens: Tensor) -> Tensor:
     """Tokens [B, n, D] -> [B, D, h, h], without class and register tokens before them; a map [B, D, h, w] as it is."""
-    if tokens.dim() == 4:
+    if tokens.dim() != 3:
         return tokens
     side = int(tokens.shape[1] ** 0.5)
     return tokens[:, tokens.shape[1] - side**2 :].transpose(1, 2).unflatten(2, (side, side))
