@@ -112,7 +112,7 @@ class Registered(nn.Module):
         if layer is not None and layer not in parts:
             some = ", ".join(part for part in parts if part and "." not in part)
             raise UsageError(f"{file}: the network {name} has no part {layer}; it has {some}, and parts of these")
-        self.layer = layer and parts[layer]
+        self.layer = None if layer is None else parts[layer]
         self.first = next((part for part in parts.values() if isinstance(part, nn.Conv2d)), None)
         refusal = f"{file}: {name} does more to {_SIDE} x {_SIDE} images than to scale pixels before its convolutions"
         if self.first is None:
