@@ -78,7 +78,7 @@ def perturb(
     places = np.flatnonzero(ranks >= 0)  # known on the host, which so waits for no GPU
     if not len(places):
         return indices
-    drawn, at = (torch.from_numpy(x).to(indices.device) for x in (ranks.flat[places], places))
+    drawn, at = (torch.from_numpy(x).to(indices.device, non_blocking=True) for x in (ranks.flat[places], places))
     flat = indices.flatten()
     near = neighbours(flat[at]).gather(1, drawn[:, None]).squeeze(1)
     return flat.index_copy(0, at, near).view_as(indices)
