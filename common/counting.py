@@ -25,7 +25,7 @@ class Counted:
     saved: float  # bytes that autograd keeps for an image,
     saved_once: float  # and for a micro-batch of any size
     flops: float  # of an image, all networks
-    flops_perceptual: float  # LPIPS's part of it, in TF32
+    flops_perceptual: float  # LPIPS's and other frozen networks' part of it, in TF32
     flops_codebook: float  # of an image, besides
     checkpoint: float  # bytes
 
@@ -126,7 +126,8 @@ def _count(make: Callable[[torch.device], Step]) -> Counted:
             step.run(few)
     by_module = counter.get_flop_counts()
     codebook = sum(n for op, n in by_module["Global"].items() if str(op).startswith("nsvq."))
-    perceptual = sum(by_module.get("_Distance", {}).values())
+    teachers = ("_Distance", "LogitLoss", "Teacher")  # in float32, whatever the autocast
+    perceptual = sum(sum(by_module.get(name, {}).values()) for name in teachers)
     saved = (kept[many] - kept[few]) / (many - few)
     return Counted(
         parameters=parameters,

@@ -21,7 +21,7 @@ import lpips
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from nsvq.autoregressive import config as autoregressive
 from nsvq.autoregressive.model import NextToken, make_llama
@@ -37,15 +37,18 @@ from nsvq.diffusion import config as diffusion
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import make_objective
 from nsvq.diffusion.trainer import DiffusionTrainer
-from nsvq.errors import UsageError
+from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer import losses
+from nsvq.tokenizer.alignment import Alignment
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.lecam import LeCam
+from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.teachers import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, Classifier, VisionModel
 from nsvq.tokenizer.trainer import TokenizerTrainer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
@@ -118,10 +121,20 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         for module in metric.modules():  # lpips makes its buffers on the CPU, whatever the default device
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+    logits, alignment = config.loss.logits, config.loss.alignment
+    if logits is not None:
+        logits = LogitLoss(logits, _teacher(logits.network, "logits"))
+    if alignment is not None:
+        alignment = Alignment(alignment, config.model.latent_channels, _teacher(alignment.network, "alignment"))
+    heads = [alignment.head] if alignment else []
     trainer = SimpleNamespace(
         config=config,
         device=device,
         accelerator=accelerator,
+        logits=logits,
+        alignment=alignment,
+        perturbation=None,  # which takes next to nothing
+        live_encoder=encoder,
         phase="stage1",
         weights=losses.phase_weights(config.loss, pull, "stage1", 1.0, quantizer),
         tau=pull.temperature if pull else None,
@@ -130,7 +143,8 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         discriminator=accelerator.prepared(discriminator),
         features=features,
         lecam=LeCam(device) if config.loss.lecam_weight else None,
-        adaptive=None,  # its gradients need a backward pass, and more memory for none
+        # On a GPU memory is counted, without a backward pass
+        adaptive={} if device.type == "cuda" else losses.adaptive_weights(config.loss, encoder, decoder.decoder),
         live_decoder=decoder,
         live_discriminator=discriminator,
         generator_trains=True,
@@ -147,8 +161,21 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         with patch.object(ranks.Draws, "generator", lambda self: None):  # which looks at its state
             TokenizerTrainer.step(trainer, batch)  # type: ignore[arg-type]
 
-    frozen = [features, *([metric] if metric else [])]
-    return Step(run, [encoder, decoder, discriminator], [encoder, decoder], frozen, accelerator)
+    frozen = [part for part in (features, metric, logits, alignment and alignment.teacher) if part]
+    return Step(run, [encoder, decoder, discriminator, *heads], [encoder, decoder], frozen, accelerator)
+
+
+def _teacher(name: str, section: str) -> nn.Module:
+    """A loss's frozen network, without its weights."""
+    if name in CLASSIFIERS:
+        return Classifier(CLASSIFIERS[name](weights=None))
+    try:
+        with patch.object(PreTrainedModel, "init_weights", lambda self: None):  # which looks at them
+            model = AutoModel.from_config(AutoConfig.from_pretrained(name), attn_implementation="eager")
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"a plan cannot count {name} ({why}): plan with --loss.{section} null") from None
+    return VisionModel(model, IMAGENET_MEAN, IMAGENET_STD, 224)
 
 
 def _latent_shape(tokenizer: TrainConfig) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from nsvq.data.config import DataConfig
 from nsvq.diffusion.samplers import Sampler
 from nsvq.eval.features import DINOV2, INCEPTION
 from nsvq.eval.reference import DEFAULT_CACHE
+from nsvq.tokenizer.perturbation import PerturbationConfig
 
 IMAGENET = "ILSVRC/imagenet-1k"
 _FEATURES = "Feature extractors: names of torch-fidelity, .py files that register one each, or none."
@@ -49,6 +50,9 @@ class ReconstructionConfig(EvaluationConfig):
     tokenizer: str = Field(description="Folder: <out>/tokenizer, or of a diffusers VQModel or AutoencoderKL.")
     compare: str | None = Field(None, description="Folder of an earlier tokenizer, to measure drift and churn since.")
     protocol: Literal["ours", "simvq"] = Field("ours", description="How to measure: see docs/evaluation.md.")
+    pfid: PerturbationConfig | None = Field(
+        None, description="Also measure pFID: reconstructions from codes of which some are replaced by near ones."
+    )
     split: Literal["train", "test"] = Field("test", description="Split of the data to reconstruct.")
     limit: int | None = Field(None, ge=1, description="Measure only this many images; null for all.")
     lpips: list[Literal["vgg", "alex", "squeeze", "none"]] = Field(["vgg", "alex"], description="Backbones of LPIPS.")

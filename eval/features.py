@@ -5,15 +5,12 @@ Inception's, which torch-fidelity does not give out, are taken from inside of it
 """
 
 import difflib
-import functools
-import http.client
-import importlib.util
 import inspect
 import pickle
 import re
 import socket
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from nsvq.common.extractors import BUILD_ERRORS, build_registered, register_file
 from nsvq.errors import UsageError, UserError
 from nsvq.eval.distributed import build_in_turn, gather_by_index, in_groups
 from nsvq.eval.feature_statistics import FeatureSet, InceptionScore, Moments
@@ -35,7 +33,6 @@ DINOV2 = "dinov2-vit-l-14"
 METRICS = ("fid", "kid", "prc", "isc", "sfid")
 _DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 _SPATIAL = "mixed_6/conv:7"  # the layer that we add to Inception
-_BUILD_ERRORS = (OSError, RuntimeError, ValueError, NotImplementedError, http.client.HTTPException)
 _WEIGHTS_ERRORS = (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError)  # of a file that holds others
 
 
@@ -132,30 +129,12 @@ def resolve(features: str) -> str:
     """The registered name that `--features` means: a name of torch-fidelity, or a Python file that registers one.
     Raises `UsageError` for anything else."""
     if features.endswith(".py"):
-        return _register_file(Path(features).resolve())
+        return register_file(Path(features).resolve())
     if features not in FEATURE_EXTRACTORS_REGISTRY:
         near = difflib.get_close_matches(features, FEATURE_EXTRACTORS_REGISTRY, n=1)
         known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY)) + (f"; did you mean {near[0]}?" if near else "")
         raise UsageError(f"--features {features}: neither a Python file (.py) nor one of {known}")
     return features
-
-
-@functools.cache
-def _register_file(path: Path) -> str:
-    """Run the file once a process; exactly one new name must be in the registry afterwards."""
-    before = set(FEATURE_EXTRACTORS_REGISTRY)
-    spec = importlib.util.spec_from_file_location(f"features_from_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # as an import would, so that the file may define dataclasses
-    try:
-        spec.loader.exec_module(module)
-    except (OSError, ImportError, SyntaxError, ValueError) as error:
-        raise UsageError(f"--features {path}: the file does not load: {type(error).__name__}: {error}") from error
-    new = sorted(set(FEATURE_EXTRACTORS_REGISTRY) - before)
-    if len(new) != 1:
-        what = "exactly one new extractor (torch_fidelity.register_feature_extractor)"
-        raise UsageError(f"--features {path}: the file must register {what}, it registered {', '.join(new) or 'none'}")
-    return new[0]
 
 
 def load_extractor(
@@ -174,7 +153,9 @@ def load_extractor(
     # Inception's forward wants a list, and returns features in the order of its layers.
     wanted = [layer for layer in cls.get_provided_features_list() if layer in layers.values()]
 
-    module = build_in_turn(accelerator, lambda: _build(name, wanted, weights, from_file=features.endswith(".py")))
+    own = features.endswith(".py") and weights is None
+    build = partial(build_registered, name, wanted) if own else partial(_build, name, wanted, weights)
+    module = build_in_turn(accelerator, build)
     if accelerator.device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)  # convolutions are faster so, by about a third
     extractor = Extractor(name, layers, module.to(accelerator.device))
@@ -201,21 +182,19 @@ def _check_inception(extractor: Extractor, weights: Path | None) -> None:
         extractor.warnings.append(f"{problem}: no number of theirs compares with a published one")
 
 
-def _build(name: str, layers: list[str], weights: Path | None, from_file: bool) -> FeatureExtractorBase:
+def _build(name: str, layers: list[str], weights: Path | None) -> FeatureExtractorBase:
     path, timeout = str(weights) if weights else None, socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)  # a network that drops packets must not hold up the evaluation
     try:
         return create_feature_extractor(name, layers, cuda=False, verbose=False, feature_extractor_weights_path=path)
-    except (*_BUILD_ERRORS, *_WEIGHTS_ERRORS) as error:
-        if weights is None and not isinstance(error, _BUILD_ERRORS):
+    except (*BUILD_ERRORS, *_WEIGHTS_ERRORS) as error:
+        if weights is None and not isinstance(error, BUILD_ERRORS):
             raise  # a fault of the extractor's code, whose author needs the traceback
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     finally:
         socket.setdefaulttimeout(timeout)
     if weights is not None:
         raise UserError(f"--features_weights {weights} does not hold the weights of {name} ({cause})")
-    if from_file:
-        raise UserError(f"the extractor {name} cannot be built ({cause})")
     how = f"fetch its weights by other means into {torch.hub.get_dir()}"
     if name == INCEPTION:
         how = f"fetch {URL_INCEPTION_V3} by other means and give it with --features_weights FILE"

@@ -3,6 +3,7 @@
 accelerate launch eval/reconstruction.py --tokenizer runs/nsvq/tokenizer --data ILSVRC/imagenet-1k --output result.json
 accelerate launch eval/reconstruction.py --tokenizer DIR --data synthetic --output result.json --lpips none
 accelerate launch eval/reconstruction.py --tokenizer DIR --compare EARLIER_DIR --output result.json    # drift and churn
+accelerate launch eval/reconstruction.py --tokenizer DIR --output result.json --pfid.alpha 0.5         # pFID, too
 
 Every image of the split is measured exactly once, over all ranks, in float32. Images come in the tokenizer's own size
 unless --data.image_size is given. The protocols are written down in docs/evaluation.md.
@@ -23,6 +24,7 @@ from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import report
 from nsvq.eval.autoencoders import Drift, reconstruct
+from nsvq.eval.codes import Perturbed
 from nsvq.eval.config import ReconstructionConfig
 from nsvq.eval.distributed import gather_by_index, in_groups
 from nsvq.eval.features import Collector, PytorchFidInception, metric_name
@@ -41,6 +43,8 @@ class Measurement:
         self.lpips: dict[str, nn.Module] = {}
         self.real: dict[str, Collector] = {}  # by extractor; without those whose reference is kept
         self.made: dict[str, Collector] = {}
+        self.wrong: dict[str, Collector] = {}  # made from perturbed codes, where pFID is asked for
+        self.perturbed = Perturbed(config.pfid, tokenizer) if config.pfid else None
         self.examples = {"worst": Examples(), "best": Examples(), "random": Examples()}
         size = max(1, tokenizer.codebook_size)
         self.counts = torch.zeros(size, dtype=torch.int64, device=tokenizer.device)
@@ -66,11 +70,18 @@ class Measurement:
             values[f"lpips_{net}"] = in_groups(lambda a, b, lpips=lpips: lpips(b, a), *pair).double()
         if "indices" in output:
             values["error"] = output["error"]
+            values["codes"] = output["indices"].int()
             self.counts += torch.bincount(output["indices"].flatten(), minlength=len(self.counts))
         if self.drift:
             values |= self.drift.measure(inputs, output)
         for collectors, images in ((self.real, shown[0]), (self.made, shown[1])):
             for collector in collectors.values():
+                collector.add(images, index)
+        if self.perturbed:
+            output = in_groups(self.tokenizer.decode, self.perturbed(output["indices"], index))
+            rounded = self.config.protocol != "simvq"
+            images = to_uint8(output) if rounded else output.float().clamp(-1, 1)
+            for collector in self.wrong.values():
                 collector.add(images, index)
         worse = values[self.ranked_by]
         pairs = torch.stack([real, made], 1).cpu()
@@ -98,7 +109,8 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         result["warnings"].append(warning)
     measurement = Measurement(config, tokenizer, drift)
     measurement.lpips, about_lpips = load_networks(config.lpips, config.lpips_weights, accelerator, result)
-    extractors = report.load_extractors(config, accelerator, ("fid",), result, lambda name: [metric_name("rfid", name)])
+    names = lambda name: [metric_name(m, name) for m in (("rfid", "pfid") if config.pfid else ("rfid",))]  # noqa: E731
+    extractors = report.load_extractors(config, accelerator, ("fid",), result, names)
     if config.protocol == "simvq":
         extractors = {name: PytorchFidInception(extractor) for name, extractor in extractors.items()}
     cache = Cache(config.cache, config.cache_features, accelerator)
@@ -107,6 +119,8 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     for name, extractor in extractors.items():
         keys[name] = key_of(data, config.split, config.limit, extractor, transform)
         measurement.made[name] = Collector(extractor, ("fid",))
+        if config.pfid:
+            measurement.wrong[name] = Collector(extractor, ("fid",))
         references[name] = cache.find(keys[name], {extractor.layers["fid"]}, set())
         if references[name] is None:
             measurement.real[name] = Collector(extractor, ("fid",))
@@ -122,6 +136,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     for name, examples in measurement.examples.items():
         examples.save(pictures[name], accelerator)
     made = {name: collector.total(accelerator) for name, collector in measurement.made.items()}
+    wrong = {name: collector.total(accelerator) for name, collector in measurement.wrong.items()}
     for name, collector in measurement.real.items():
         references[name] = collector.total(accelerator), {}
         cache.keep(keys[name], references[name][0], {})
@@ -132,6 +147,8 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     add_image_metrics(result, rows, config.protocol)
     for name, extractor in extractors.items():
         add_frechet_distance(result, made[name], references[name][0], extractor)
+        if config.pfid:
+            add_frechet_distance(result, wrong[name], references[name][0], extractor, config.pfid)
     add_codebook_metrics(result, rows, counts, tokenizer, data.image_size)
     if drift is not None:
         report.add(result, drift.metrics(rows), MEANINGS)

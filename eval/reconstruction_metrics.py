@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from nsvq.common.image_metrics import decibels
+from nsvq.eval.codes import code_bits
 from nsvq.eval.feature_statistics import FeatureSet, frechet_distance
 from nsvq.eval.features import Extractor, PytorchFidInception, metric_name
 from nsvq.eval.report import add, rank_warnings
 from nsvq.tokenizer.health import usage
+from nsvq.tokenizer.perturbation import PerturbationConfig
 from nsvq.tokenizer.pretrained import Tokenizer
 
 BATCH = 64  # images over which SimVQ's evaluation takes one PSNR, and one mean SSIM
@@ -28,6 +30,8 @@ MEANINGS = {
     "bits_per_token": "log2 K",
     "tokens_per_image": "h w",
     "bits_per_pixel": "h w log2 K / (H W)",
+    "unigram_bits": "bits an image, h w H(c), by the entropy of code use on the whole set",
+    "bigram_bits": "bits an image, h H(c) + h (w - 1) H(c | left neighbour), by frequencies on the whole set",
     "drift_rms": "root mean square of how far the encoder's outputs moved since the compared tokenizer (NSVQ, eq. 7)",
     "drift_relative": "the same / root mean square of the encoder's output now",
     "churn": "share of tokens whose code is another than in the compared tokenizer (NSVQ, eq. 19)",
@@ -57,9 +61,12 @@ def add_image_metrics(result: dict, rows: dict[str, Tensor], protocol: str) -> N
     add(result, {"ssim": rows["ssim"].mean().item(), **lpips}, MEANINGS)
 
 
-def add_frechet_distance(result: dict, made: FeatureSet, real: FeatureSet, extractor: Extractor) -> None:
-    """The Frechet distance of reconstructions to originals, with warnings, or why there is none."""
-    name, layer = metric_name("rfid", extractor.name), extractor.layers["fid"]
+def add_frechet_distance(
+    result: dict, made: FeatureSet, real: FeatureSet, extractor: Extractor, perturbed: PerturbationConfig | None = None
+) -> None:
+    """The Frechet distance of reconstructions, where `perturbed` is given of such from perturbed codes, to originals,
+    with warnings, or why there is none."""
+    name, layer = metric_name("pfid" if perturbed else "rfid", extractor.name), extractor.layers["fid"]
     if layer not in made.gaussians:
         result["skipped"][name] = "needs at least 2 images"
         return
@@ -71,14 +78,19 @@ def add_frechet_distance(result: dict, made: FeatureSet, real: FeatureSet, extra
     kind = "floats, not rounded to 8 bits" if isinstance(extractor, PytorchFidInception) else "8-bit"
     kind += f", features {layer} of {extractor.name}"
     result["meanings"][name] = f"Frechet distance of reconstructions to originals, {kind}"
+    if perturbed:
+        how = f"{perturbed.alpha:g} of the tokens of {perturbed.beta:g} of the images"
+        what = f"the same of reconstructions with {how} replaced by one of the {perturbed.delta} nearest codes"
+        result["meanings"][name] = f"{what} (RobustTok), {kind}"
 
 
 def add_codebook_metrics(
     result: dict, rows: dict[str, Tensor], counts: Tensor, tokenizer: Tokenizer, image_size: int
 ) -> None:
-    """Use of the codes of `counts` [K], and bits; skipped where the tokenizer has no codebook."""
+    """Use of the codes of `counts` [K] and bits, the latter also by the rows' "codes" [N, h, w]; skipped where the
+    tokenizer has no codebook."""
     if tokenizer.codebook_size == 0:
-        names = ("utilization", "perplexity", "quantization_error", "bits_per_pixel")
+        names = ("utilization", "perplexity", "quantization_error", "bits_per_pixel", "unigram_bits", "bigram_bits")
         result["skipped"] |= dict.fromkeys(names, f"a {type(tokenizer.model).__name__} has no codebook")
         return
     use, k = usage(counts), len(counts)
@@ -93,7 +105,9 @@ def add_codebook_metrics(
         "tokens_per_image": tokens,
         "bits_per_pixel": tokens * math.log2(k) / image_size**2,
     }
-    add(result, metrics, MEANINGS)
+    add(result, metrics | code_bits(rows["codes"]), MEANINGS)
+    if (total := int(counts.sum())) < k**2:
+        result["meanings"]["bigram_bits"] += f"; too low, since {total:,} tokens do not fill K^2 = {k**2:,} pairs"
     result["usage_histogram"] = usage_histogram(counts)
 
 

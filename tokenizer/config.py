@@ -13,7 +13,9 @@ from nsvq.tokenizer.discriminator import DiscriminatorConfig, PatchConfig
 from nsvq.tokenizer.losses import LossConfig
 from nsvq.tokenizer.model import ModelConfig
 from nsvq.tokenizer.nsvq_config import NSVQConfig
+from nsvq.tokenizer.perturbation import TrainingPerturbationConfig
 from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.quantizers.vq import VQConfig
 from nsvq.tokenizer.schedule import ScheduleConfig
 
@@ -90,6 +92,9 @@ class TrainConfig(Config):
     model: ModelConfig = Field(default_factory=ModelConfig)
     quantizer: QuantizerConfig = Field(default_factory=VQConfig, discriminator="name")
     nsvq: NSVQConfig = Field(default_factory=NSVQConfig, description="What keeps codes alive; null: nothing does.")
+    perturbation: TrainingPerturbationConfig | None = Field(
+        None, description="Codes that training replaces by near ones (RobustTok); null: none."
+    )
     loss: LossConfig = Field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = Field(default_factory=PatchConfig, discriminator="name")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -109,6 +114,10 @@ class TrainConfig(Config):
         if self.loss.adversarial_cap is not None and self.model.compile:
             why = "asks for gradients in the middle of the decoder, which a compiled one does not give"
             raise ValueError(f"loss.adversarial_cap {why}; set model.compile: false")
+        self._check_teachers()
+        method = QUANTIZERS[self.quantizer.name]
+        if self.perturbation and not (issubclass(method, NearestQuantizer) or method.free_table):
+            raise ValueError(f"{self.quantizer.name} has no table of codes to draw from; set perturbation: null")
         size, multipliers, groups = self.data.image_size, self.model.channel_multipliers, self.model.norm_groups
         factor = 2 ** (len(multipliers) - 1)
         if size % factor:
@@ -118,6 +127,19 @@ class TrainConfig(Config):
             if width % groups:
                 raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
         return self
+
+    def _check_teachers(self) -> None:
+        alignment, freeze = self.loss.alignment, self.nsvq.freeze
+        if alignment is None:
+            return
+        if freeze and freeze.latest == 0:
+            raise ValueError("nsvq.freeze.latest = 0 trains no encoder that could be aligned; set loss.alignment: null")
+        if alignment.form == "vf" and self.model.compile:
+            what = "loss.alignment.form = vf differentiates twice, which compiled networks do not allow"
+            raise ValueError(f"{what}; set model.compile: false")
+        if alignment.form == "vf" and self.run.mixed_precision == "fp16":
+            what = "loss.alignment.form = vf compares gradients, which float16 loses where they are not scaled"
+            raise ValueError(f"{what}; set run.mixed_precision: bf16")
 
     def _check_start(self) -> None:
         schedule, freeze = self.schedule, self.nsvq.freeze

@@ -15,8 +15,6 @@ class LeCam:
 
     The averages start at 0, and move at the end of a step, by means over all micro-batches and ranks."""
 
-    name = "lecam"  # in a checkpoint
-
     def __init__(self, device: torch.device):
         self.averages = torch.zeros(2, device=device)  # of real, of fake
         self._means: list[Tensor] = []  # the same of each micro-batch of a step

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from nsvq.common.config import Config
 from nsvq.errors import UserError
+from nsvq.tokenizer.adaptive_weight import AdaptiveWeight
+from nsvq.tokenizer.alignment import RATIO_CAP, RATIO_EPSILON, AlignmentConfig
+from nsvq.tokenizer.logit_loss import LogitsConfig
 from nsvq.tokenizer.nsvq_config import PullConfig
 from nsvq.tokenizer.quantizers import Quantizer
 from nsvq.tokenizer.schedule import Phase
@@ -30,6 +33,8 @@ class LossConfig(Config):
     perceptual_weights: Path | None = Field(None, description="torchvision's weights as a file; null downloads them.")
     perceptual_precision: Literal["fp32", "bf16"] = Field("fp32", description="Autocast type of LPIPS.")
     perceptual_weight: float = Field(1.0, ge=0, description="Weight of LPIPS.")
+    logits: LogitsConfig | None = Field(None, description="The logit-perceptual loss, beside LPIPS.")
+    alignment: AlignmentConfig | None = Field(None, description="Latents aligned with a frozen vision model.")
     adversarial_weight: float = Field(0.1, ge=0, description="Weight of the generator's GAN loss; 0 trains no GAN.")
     adversarial_cap: float | None = Field(
         None, gt=0, description="Largest adaptive factor on it (VQGAN: 10000); null: the weight is constant."
@@ -39,7 +44,7 @@ class LossConfig(Config):
     commitment_weight: float = Field(0.25, ge=0, description="beta, the weight of the commitment loss.")
 
 
-RECONSTRUCTION = ("l1", "mse", "perceptual")  # whose gradient an adaptive GAN weight is measured by
+RECONSTRUCTION = ("l1", "mse", "perceptual", "logits")  # whose gradient adaptive weights are measured by
 
 
 def phase_weights(
@@ -53,6 +58,8 @@ def phase_weights(
     weights: dict[str, float] = {config.pixel: 1.0}
     if config.perceptual != "none":
         weights["perceptual"] = config.perceptual_weight
+    if config.logits is not None:
+        weights["logits"] = config.logits.weight
     if "codebook" in quantizer.terms:
         weights["codebook"] = config.codebook_weight
     if phase == "stage1":
@@ -61,9 +68,22 @@ def phase_weights(
         if pull is not None:
             weights["nonstationary"] = pull.weight
         weights |= quantizer.loss_weights()
+        if config.alignment is not None:
+            weights["alignment"] = config.alignment.resolved_weight
     if phase != "warmup" and config.adversarial_weight > 0:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
     return weights
+
+
+def adaptive_weights(config: LossConfig, encoder: nn.Module, decoder: nn.Module) -> dict[str, AdaptiveWeight]:
+    """By the terms that they weigh: the GAN's at the decoder's last layer, where `adversarial_cap` asks for it, and the
+    alignment's at the encoder's, in its form vf."""
+    found = {}
+    if config.adversarial_cap is not None:
+        found["adversarial"] = AdaptiveWeight(decoder.conv_out.weight, config.adversarial_cap)
+    if config.alignment is not None and config.alignment.form == "vf":
+        found["alignment"] = AdaptiveWeight(encoder.conv_out.weight, RATIO_CAP, RATIO_EPSILON)
+    return found
 
 
 def load_lpips(net: str, weights: Path | None, precision: Literal["fp32", "bf16"] = "fp32") -> nn.Module:

@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchvision.transforms.functional import normalize
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
 from nsvq.common import config as configs
 from nsvq.common import launch
@@ -37,10 +35,10 @@ from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.quantizers.lc import load_features
+from nsvq.tokenizer.teachers import load_vision_model
 
 SHARD_IMAGES = 4096
 BATCH_IMAGES = 64
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class CodebookConfig(configs.Config):
@@ -61,26 +59,8 @@ class CodebookConfig(configs.Config):
 
 def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Images [B, 3, S, S] in [-1, 1] -> patch features [B, D, h, w]. Raises `UserError` for an unknown one."""
-    try:
-        clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_vision_model")
-        model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(name).to(device).eval()
-    except (OSError, ValueError) as error:
-        advice = "give --encoder FOLDER, or your own features with --features FILE"
-        raise UserError(f"no vision encoder at {name} ({str(error).splitlines()[0]}): {advice}") from None
-
-    @torch.no_grad()
-    def encode(images: Tensor) -> Tensor:
-        pixels = normalize((images + 1) / 2, CLIP_MEAN, CLIP_STD)
-        if clip:
-            hidden = model.vision_model(pixels).last_hidden_state
-            tokens = model.visual_projection(model.vision_model.post_layernorm(hidden))
-        else:
-            tokens = model(pixels).last_hidden_state
-        side = int((tokens.shape[1]) ** 0.5)
-        patches = tokens[:, tokens.shape[1] - side**2 :]  # without class and register tokens before them
-        return patches.transpose(1, 2).unflatten(2, (side, side))
-
-    return encode
+    advice = "give --encoder FOLDER, or your own features with --features FILE"
+    return torch.no_grad()(load_vision_model(name, advice).to(device).forward)
 
 
 def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 images [B, 3, H, W] -> Encoder -> z [B, d, h, w] -> QuantizedDecoder -> images [B, 3, H, W]"""
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -79,6 +80,9 @@ class QuantizedDecoder(nn.Module):
         self.quantizer = quantizer
         self.decoder = _initialize(Decoder(arguments.pop("latent_channels"), 3, **arguments))
 
-    def forward(self, z: Tensor, temperature: float | None = None) -> tuple[Tensor, Quantized]:
+    def forward(
+        self, z: Tensor, temperature: float | None = None, perturb: Callable[[Quantized], Tensor] | None = None
+    ) -> tuple[Tensor, Quantized]:
+        """`perturb`: what the decoder sees in place of the codes (tokenizer/perturbation.py)."""
         quantized = self.quantizer(z, temperature)
-        return self.decoder(quantized.z_q), quantized
+        return self.decoder(perturb(quantized) if perturb else quantized.z_q), quantized

@@ -19,7 +19,8 @@ from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
-from nsvq.tokenizer.adaptive_weight import AdaptiveWeight
+from nsvq.files import state_hash
+from nsvq.tokenizer.alignment import Alignment
 from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.dino_discriminator import DinoHeads
@@ -27,14 +28,17 @@ from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
 from nsvq.tokenizer.lecam import LeCam
+from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.losses import (
     RECONSTRUCTION,
+    adaptive_weights,
     discriminator_hinge,
     generator_adversarial,
     load_lpips,
     phase_weights,
 )
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.perturbation import Perturbation
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.temperature import Temperature
@@ -82,6 +86,18 @@ class TokenizerTrainer(Trainer):
             with accelerator.main_process_first():
                 self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights, loss.perceptual_precision)
                 self.lpips.to(self.device)
+        self.logits = self.alignment = self.perturbation = None
+        if loss.logits is not None:
+            with accelerator.main_process_first():
+                self.logits = LogitLoss(loss.logits).to(self.device)
+            self.inputs["loss.logits.network"] = state_hash(self.logits.classifier)
+        if loss.alignment is not None:
+            with accelerator.main_process_first():
+                self.alignment = Alignment(loss.alignment, config.model.latent_channels).to(self.device)
+            self.alignment.head = accelerator.prepare(self.alignment.head)
+            self.inputs["loss.alignment.network"] = state_hash(self.alignment.teacher)
+        if config.perturbation is not None:
+            self.perturbation = Perturbation(config.perturbation, quantizer, config.run.seed)
 
         # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
         groups = [
@@ -89,6 +105,8 @@ class TokenizerTrainer(Trainer):
             {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
             {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
         ]
+        extra = {"alignment": self.alignment.head} if self.alignment else {}
+        groups += [{"params": list(head.parameters()), "lr": optim.lr} for head in extra.values()]
         on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
         how = {"betas": optim.betas, "fused": on_gpu or None}
         generator_optimizer = torch.optim.Adam(groups, **how)
@@ -106,17 +124,16 @@ class TokenizerTrainer(Trainer):
         self.live_discriminator = unwrapped(self.discriminator)
         self.quantizer = self.live_decoder.quantizer
         self.lecam = LeCam(self.device) if loss.lecam_weight else None
-        self.adaptive = None
-        if loss.adversarial_cap is not None:
-            self.adaptive = AdaptiveWeight(loss.adversarial_cap, self.live_decoder.decoder.conv_out.weight)
+        self.adaptive = adaptive_weights(loss, self.live_encoder, self.live_decoder.decoder)
 
         # State
         parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
+        trained = parameters + [parameter for head in extra.values() for parameter in head.parameters()]
         self.register(
             "tokenizer",
-            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator},
+            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator, **extra},
             {
-                "generator": Optimized(optimizers[0], parameters, optim.clip_grad_norm or math.inf),
+                "generator": Optimized(optimizers[0], trained, optim.clip_grad_norm or math.inf),
                 "discriminator": Optimized(optimizers[1], list(self.live_discriminator.parameters())),
             },
             parameters,
@@ -131,7 +148,9 @@ class TokenizerTrainer(Trainer):
         self.probe = DriftProbe(fixed_images(config.data, "test", config.validation.probe_images).to(self.device))
         kept = ("schedule", "epoch_usage", "probe", "bad_images", "temperature")
         self.stateful |= {name: getattr(self, name) for name in kept}
-        self.stateful |= {part.name: part for part in (self.lecam, self.adaptive) if part}
+        self.stateful |= {f"adaptive_{name}": part for name, part in self.adaptive.items()}
+        if self.lecam:
+            self.stateful["lecam"] = self.lecam
 
     def batches(self, start: int) -> Iterator[dict]:
         return train_batches(self.config.data, seed=self.config.run.seed, start=start, **self.loading)
@@ -163,16 +182,18 @@ class TokenizerTrainer(Trainer):
         late, batch = self.config.schedule, self.config.run.batch_size
         if seen < max(late.adversarial_after * schedule.epoch_samples, late.adversarial_after_steps * batch):
             self.weights.pop("adversarial", None)
-        if "adversarial" in self.weights:
-            if self.adaptive:
-                self.weights["adversarial"] = self.adaptive.factor * self.weights["adversarial"]
-            if isinstance(self.live_discriminator, DinoHeads):
-                self.live_discriminator.begin_step()
+        for name, part in self.adaptive.items():
+            if name in self.weights:
+                self.weights[name] = part.factor * self.weights[name]
+        if "adversarial" in self.weights and isinstance(self.live_discriminator, DinoHeads):
+            self.live_discriminator.begin_step()
         self.tau = self.temperature.value() if "nonstationary" in self.weights else None
         if self.tau is None:
             self.weights.pop("nonstationary", None)
         self.optimized["discriminator"].trains = "adversarial" in self.weights
         self.generator_trains = self.optimized["generator"].trains = self.phase != "discriminator"
+        if self.perturbation is not None:
+            self.perturbation.alpha = self.config.perturbation.alpha_at(seen / schedule.epoch_samples)
         self.tokens: list[tuple] = []  # of each micro-batch: indices, squared errors, commitment loss
 
     @contextlib.contextmanager
@@ -190,7 +211,7 @@ class TokenizerTrainer(Trainer):
         finally:
             self.live_discriminator.requires_grad_(True)
             self.quantizer.end_step(stepped=False)
-            self._end_gan_step(stepped=False)
+            self._end_losses(stepped=False)
             self.tokens, self.bad_images = [], counted
 
     def step(self, batch: dict) -> dict[str, Tensor]:
@@ -202,22 +223,29 @@ class TokenizerTrainer(Trainer):
         with torch.set_grad_enabled(self.phase == "stage1"):
             z = self.encoder(images)
         self.live_decoder.train(self.generator_trains)
+        perturb = None
+        if self.perturbation is not None and self.generator_trains:
+            perturb = self.perturbation.at(batch["position"])
         with torch.set_grad_enabled(self.generator_trains):
-            output, quantized = self.decoder(z, self.tau)
+            output, quantized = self.decoder(z, self.tau, perturb)
         terms = {"l1": (output - images).abs().mean(), **quantized.losses}
         if config.loss.pixel == "mse":
             terms["mse"] = (output - images).square().mean()
         if "perceptual" in weights:
             terms["perceptual"] = self.lpips(output, images).mean()
+        if "logits" in weights:
+            terms["logits"] = self.logits(output, images)
+        if "alignment" in weights:
+            terms["alignment"] = self.alignment(z, images)
         if "adversarial" in weights and self.generator_trains:
             self.live_discriminator.requires_grad_(False)
             with self.accelerator.autocast():
                 seen = self.features(output, batch["position"])
                 terms["adversarial"] = generator_adversarial(self.live_discriminator(seen).float())
             self.live_discriminator.requires_grad_(True)
-            if self.adaptive:
-                reconstruction = sum(weights[name] * terms[name] for name in RECONSTRUCTION if name in weights)
-                self.adaptive.observe(reconstruction, terms["adversarial"])
+        for name, part in self.adaptive.items():
+            if name in terms:
+                part.observe(sum(weights[k] * terms[k] for k in RECONSTRUCTION if k in weights), terms[name])
         if self.generator_trains:
             terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
             self.accelerator.backward(terms["loss"])
@@ -242,7 +270,7 @@ class TokenizerTrainer(Trainer):
     def end_step(self, stepped: bool) -> None:
         if self.generator_trains:
             self.quantizer.end_step(stepped)
-        self._end_gan_step(stepped)
+        self._end_losses(stepped)
         if not stepped:
             return
         for indices, errors, commitment in self.tokens:
@@ -250,10 +278,11 @@ class TokenizerTrainer(Trainer):
         if self.temperature.config.relative:
             self.temperature.update(self.guard.told)
 
-    def _end_gan_step(self, stepped: bool) -> None:
-        for part in (self.lecam, self.adaptive):
-            if part:
-                part.end_step(stepped)
+    def _end_losses(self, stepped: bool) -> None:
+        for part in self.adaptive.values():
+            part.end_step(stepped)
+        if self.lecam:
+            self.lecam.end_step(stepped)
 
     def told(self) -> Tensor | None:
         if not self.temperature.config.relative:
@@ -270,7 +299,11 @@ class TokenizerTrainer(Trainer):
                 with self.accelerator.autocast(), _EAGER:
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
             values["adversarial_weight"] = float(self.weights.get("adversarial", 0.0))
+            if "alignment" in self.adaptive and "alignment" in self.weights:
+                values["alignment_weight"] = float(self.weights["alignment"])
             values["bad_images"] = self.bad_images.check()
+            if self.perturbation is not None:
+                values["perturbation_alpha"] = self.perturbation.alpha
         if self.schedule.epoch_ended(self.run.samples_seen):
             values |= self.end_epoch(last)
         if last:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig
+from transformers import Dinov2Config, ViTConfig
 
 from nsvq.common import counting, plan
 from nsvq.common.config import read_config, validate
@@ -127,6 +127,23 @@ def test_discriminators_are_counted_by_what_trains_and_what_is_frozen(tmp_path):
     assert dino.parameters - plus.parameters == trained
     assert dino.fixed - plus.fixed == pytest.approx(16 * trained + 4 * frozen, rel=0.01)
     assert dino.checkpoint - plus.checkpoint == pytest.approx(12 * trained, rel=0.01)
+
+
+@pytest.mark.slow
+def test_frozen_networks_of_losses_are_counted(tmp_path):
+    plain, logits = counted("nsvq", *SMALL), counted("nsvq", *SMALL, "--loss.logits.network", "resnet50")
+    # ResNet-50's 4.09 G multiply-adds: forward on two images, backward to one of them.
+    assert logits.flops - plain.flops == pytest.approx(3 * 2 * 4.09e9, rel=0.05)
+    assert logits.flops_perceptual - plain.flops_perceptual == pytest.approx(logits.flops - plain.flops, rel=0.05)
+    assert logits.fixed - plain.fixed == pytest.approx(4 * 25.6e6, rel=0.02)
+    assert logits.checkpoint == plain.checkpoint
+    vision = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224)
+    vision.save_pretrained(tmp_path)
+    vf = counted("nsvq", *SMALL, "--loss.alignment.network", str(tmp_path), "--loss.alignment.form", "vf")
+    assert vf.parameters - plain.parameters == 128 * 32  # W
+    assert vf.flops > 1.2 * plain.flops  # a second backward pass through the decoder
+    with pytest.raises(UserError, match=r"a plan cannot count net\.py .*: plan with --loss\.logits null"):
+        counted("nsvq", *SMALL, "--loss.logits.network", "net.py")
 
 
 @pytest.mark.slow

@@ -20,7 +20,10 @@ def cases(tokenizer_folder, image_folder, tiny_extractor, tmp_path_factory):
     }
     recon = {**common, "tokenizer": str(tokenizer_folder), "lpips": ["none"]}
     return {
-        "reconstruction": ("reconstruction", {**recon, "batch_size": 5}),
+        "reconstruction": (
+            "reconstruction",
+            {**recon, "batch_size": 5, "pfid": {"alpha": 0.7, "beta": 0.6, "delta": 5}},
+        ),
         "one image": ("reconstruction", {**recon, "limit": 1}),  # nothing is left for the second rank
         "drift": ("reconstruction", {**recon, "compare": str(tokenizer_folder), "protocol": "ours", "batch_size": 2}),
         "generation": ("generation", {**common, "pipeline": "fake", "samples": 31, "batch_size": 4}),

@@ -1,5 +1,7 @@
 import hashlib
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import autoencoders, perceptual, reconstruction, reconstruction_metrics
+from nsvq.eval.codes import Perturbed, code_bits
 from nsvq.eval.features import Collector
 from nsvq.eval.reconstruction import main
+from nsvq.tokenizer.perturbation import PerturbationConfig
 from nsvq.tokenizer.pretrained import open_tokenizer
 
 
@@ -39,6 +43,13 @@ def measure(run_script, tokenizer_folder, image_folder, tiny_extractor, tmp_path
         return json.loads(output.read_text())
 
     return run
+
+
+def conditional_bits(rows):
+    """H(c | left neighbour) of rows of codes, pair by pair."""
+    pairs = Counter((int(a), int(b)) for row in rows for a, b in pairwise(row))
+    left = Counter(a for a, _ in pairs.elements())
+    return -sum(n * np.log2(n / left[a]) for (a, _), n in pairs.items()) / pairs.total()
 
 
 def test_every_number_equals_that_of_independent_tools(measure, tokenizer_folder, image_folder, tmp_path):
@@ -86,9 +97,12 @@ def test_every_number_equals_that_of_independent_tools(measure, tokenizer_folder
             "bits_per_token": np.log2(24),
             "tokens_per_image": 64,
             "bits_per_pixel": 64 * np.log2(24) / 256,
+            "unigram_bits": 64 * np.log2(perplexity),
+            "bigram_bits": 8 * np.log2(perplexity) + 56 * conditional_bits(np.array(codes).reshape(-1, 8)),
         },
         rel=1e-6,
     )
+    assert "too low" not in result["meanings"]["bigram_bits"]  # 1,472 tokens for 576 pairs
     assert 0 < result["metrics"]["utilization"] <= 20 / 24
     assert set(result["meanings"]) == set(result["metrics"])
     histogram = result["usage_histogram"]
@@ -132,6 +146,71 @@ def test_perfect_reconstructions_have_distance_zero_and_no_psnr(measure, monkeyp
     assert "psnr" not in result["metrics"]
     assert "reproduced exactly" in result["skipped"]["psnr"]
     assert "psnr_batch" not in result["metrics"]
+
+
+def test_pfid_is_the_distance_of_images_decoded_from_codes_near_their_own(
+    measure, tokenizer_folder, image_folder, tmp_path
+):
+    plain = measure()
+    result = measure("--pfid.alpha", 0.7, "--pfid.delta", 5, "--batch_size", 9)
+    assert result["metrics"] == pytest.approx(plain["metrics"] | {"pfd_tiny": result["metrics"]["pfd_tiny"]}, rel=1e-9)
+    assert "0.7 of the tokens of 1 of the images replaced by one of the 5 nearest" in result["meanings"]["pfd_tiny"]
+    tokenizer = open_tokenizer(tokenizer_folder)
+    codes = tokenizer.codebook.double().numpy()
+    nearest = np.argsort(((codes[:, None] - codes) ** 2).sum(2), 1)[:, :5]
+    for folder in ("real", "made"):
+        (tmp_path / folder).mkdir()
+    for i, path in enumerate(sorted((image_folder / "val").glob("*/*.png"))):
+        if path.name == "broken.png":
+            continue
+        original = np.asarray(Image.open(path))
+        x = torch.tensor(original).permute(2, 0, 1)[None].float() / 127.5 - 1
+        indices = tokenizer.encode(x)[0].numpy()
+        rng = np.random.default_rng((11, i))
+        assert rng.random() < 1
+        changes, draws = rng.random((8, 8)) < 0.7, rng.integers(5, size=(8, 8))
+        indices = torch.tensor(np.where(changes, nearest[indices, draws], indices))
+        made = to_uint8(tokenizer.decode(indices[None]))[0].permute(1, 2, 0).numpy()
+        for folder, picture in (("real", original), ("made", made)):
+            Image.fromarray(picture).save(tmp_path / folder / f"{i:02}.png")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "made"),
+        input2=str(tmp_path / "real"),
+        **{"feature_extractor": "tiny", "fid": True, "cuda": False, "verbose": False, "cache": False},
+    )
+    assert result["metrics"]["pfd_tiny"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert result["metrics"]["pfd_tiny"] != pytest.approx(result["metrics"]["rfd_tiny"], rel=1e-2)
+    with pytest.raises(UsageError, match=r"--pfid\.delta 100 must be at most the number of codes, 24"):
+        measure("--pfid.alpha", 0.5)
+
+
+def test_an_images_wrong_codes_depend_on_its_number_alone(tokenizer_folder):
+    """Neither on the batch nor on beta, which says only whether it has any."""
+    config = PerturbationConfig(alpha=0.5, beta=0.5, delta=5)
+    some, all_of_them = (
+        Perturbed(config.model_copy(update={"beta": beta}), open_tokenizer(tokenizer_folder)) for beta in (0.5, 1.0)
+    )
+    codes, index = torch.randint(24, (200, 4, 4)), torch.arange(200)
+    half, whole = some(codes, index), all_of_them(codes, index)
+    kept = (half == codes).flatten(1).all(1)
+    assert 70 < int(kept.sum()) < 130
+    assert torch.equal(half[~kept], whole[~kept])
+    assert 0.35 < (whole != codes).float().mean() < 0.45  # alpha, less those that drew themselves
+    turned = torch.randperm(200)
+    assert torch.equal(some(codes[turned], index[turned]), half[turned])
+
+
+def test_bits_are_counted_sparsely_and_the_bias_of_pairs_is_said(measure):
+    codes = torch.randperm(65_536)[:48].view(3, 4, 4)
+    bits = code_bits(codes.int())
+    assert bits["unigram_bits"] == pytest.approx(16 * np.log2(48), rel=1e-9)
+    assert bits["bigram_bits"] == pytest.approx(4 * np.log2(48), rel=1e-9)  # each code has but one successor
+    alternating = torch.tensor([0, 1, 0, 1]).expand(5, 2, 4)
+    assert code_bits(alternating) == pytest.approx({"unigram_bits": 8, "bigram_bits": 2})
+    assert code_bits(codes[:, :, :1])["bigram_bits"] == code_bits(codes[:, :, :1])["unigram_bits"]
+    meaning = measure("--limit", 5)["meanings"]["bigram_bits"]
+    assert "too low, since" in meaning
+    assert "K^2 = 576" in meaning
 
 
 def test_lpips_is_the_mean_over_images_of_8_bit_pairs_and_its_weights_are_named(measure, monkeypatch, tmp_path):

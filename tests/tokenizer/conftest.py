@@ -17,6 +17,48 @@ SMALL = {
     "transvq": ({"codebook_size": 40, "width": 16}, 6),
 }
 
+NETWORK = '''
+import torch
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+
+class Net(FeatureExtractorBase):
+    """A convolution to 14 x 14 places, and four classes."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(0)
+        self.stem = torch.nn.Conv2d(3, 5, 16, 16)
+        self.classify = torch.nn.Linear(5, 4)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8
+        logits = self.classify(self.stem(x.float() / 255 * 4 - 2).tanh().mean((2, 3)))
+        return tuple(logits for _ in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("logits",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return {"isc": "logits", "fid": "logits"}[metric]
+
+
+register_feature_extractor("net", Net)
+'''
+
+
+@pytest.fixture(scope="session")
+def network_file(tmp_path_factory):
+    """A Python file that registers a tiny network: its `stem` gives features [B, 5, 14, 14], its output 4 logits."""
+    path = tmp_path_factory.mktemp("network") / "net.py"
+    path.write_text(NETWORK)
+    return str(path)
+
 
 @pytest.fixture
 def make(tmp_path):

@@ -6,8 +6,12 @@ from pretend import DEVICE, Pretend
 from torch import nn
 
 from nsvq.tokenizer import codebook_tiles
+from nsvq.tokenizer.adaptive_weight import AdaptiveWeight
+from nsvq.tokenizer.alignment import Alignment, AlignmentConfig
 from nsvq.tokenizer.health import DriftProbe, near_duplicates, usage
 from nsvq.tokenizer.kmeans import kmeans
+from nsvq.tokenizer.logit_loss import LogitLoss, LogitsConfig
+from nsvq.tokenizer.perturbation import Perturbation, TrainingPerturbationConfig
 from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import QUANTIZERS
 from nsvq.tokenizer.replacement import replace_dead_codes
@@ -48,6 +52,30 @@ def test_a_step_of_a_quantizer_waits_for_nothing(make, name):
         table = quantizer.export_table()
         assert table is None or table.is_cuda
         other.load_state_dict(quantizer.state_dict())
+
+
+@pytest.mark.parametrize("form", ["cosine", "vf"])
+def test_losses_of_frozen_networks_and_perturbation_wait_for_nothing(make, network_file, form):
+    quantizer = make("vq")
+    config = AlignmentConfig(form=form, network=network_file, layer="stem", width=8)
+    parts = [Alignment(config, quantizer.dim), LogitLoss(LogitsConfig(network=network_file)), quantizer]
+    encoder = nn.Conv2d(3, quantizer.dim, 8, 8)
+    with Pretend() as device:
+        alignment, logits, quantizer = (part.to(DEVICE) for part in parts)
+        adaptive = AdaptiveWeight(encoder.to(DEVICE).weight, cap=1e8)
+        perturbation = Perturbation(TrainingPerturbationConfig(delta=5, beta=1), quantizer, 0)
+        images = torch.rand(2, 3, 32, 32, device=DEVICE)
+        with device.counting() as waits:
+            z = encoder(images)
+            output = nn.functional.interpolate(perturbation.at([8, 9])(quantizer(z))[:, :3], (32, 32))
+            loss, aligned = logits(output, images), alignment(z, images)
+            if form == "vf":
+                adaptive.observe(loss, aligned)
+                aligned = adaptive.factor * aligned
+            (loss + aligned).backward()
+            adaptive.end_step(stepped=True)
+        assert waits == [], "\n".join(waits)
+        assert all(p.grad is not None and p.grad.is_cuda for p in (*encoder.parameters(), *alignment.head.parameters()))
 
 
 def test_replacement_k_means_usage_and_the_probe_stay_on_the_device(make):

@@ -239,7 +239,7 @@ def test_lecam_is_its_formula_and_its_averages_move_by_the_mean_of_a_steps_micro
 def test_the_adaptive_factor_is_the_ratio_of_gradient_norms_of_the_whole_batch():
     layer, body = nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 1, 3)
     x, y = torch.randn(4, 4, 8, 8), torch.randn(4, 3, 8, 8)
-    adaptive = AdaptiveWeight(1e4, layer.weight)
+    adaptive = AdaptiveWeight(layer.weight, 1e4)
     assert adaptive.factor == 0
     for part in (slice(0, 2), slice(2, 4)):
         output = layer(x[part])
@@ -254,7 +254,7 @@ def test_the_adaptive_factor_is_the_ratio_of_gradient_norms_of_the_whole_batch()
     patches = F.unfold(x, 3, padding=1)  # (4, 36, 64)
     norms = [torch.einsum("bop,bip->oi", g.flatten(2), patches).norm() for g in (of_l1, of_gan)]
     torch.testing.assert_close(adaptive.factor, (norms[0] / norms[1]).detach(), rtol=1e-4, atol=0)
-    capped = AdaptiveWeight(0.5 * float(adaptive.factor), layer.weight)
+    capped = AdaptiveWeight(layer.weight, 0.5 * float(adaptive.factor))
     output = layer(x)
     capped.observe((output - y).abs().mean(), F.softplus(-body(output).flatten(1).mean(1)).mean())
     capped.end_step(stepped=True)
@@ -303,7 +303,7 @@ def check_equal(one, two):
     losses = ("loss", "discriminator", "lecam", "real_logits", "fake_logits", "adversarial", "adversarial_weight")
     for a, b in zip(metrics(one)[:4], metrics(two)[:4], strict=True):
         assert {k: a[k] for k in losses} == pytest.approx({k: b[k] for k in losses}, rel=2e-3, abs=1e-5)
-    for name in ("lecam", "adaptive_weight"):
+    for name in ("lecam", "adaptive_adversarial"):
         for value, other in zip(state(one, 2)[name].values(), state(two, 2)[name].values(), strict=True):
             torch.testing.assert_close(value, other, atol=1e-7, rtol=2e-3)
     for module in ("encoder", "decoder", "discriminator"):
@@ -326,7 +326,7 @@ def test_accumulated_micro_batches_are_one_batch_also_for_augmentation_lecam_and
     assert weight[0] == 0
     assert min(weight[1:]) > 0.01
     for step in (1, 2):  # the gradients of a step make the factor of the next one
-        factor = state(tmp_path / "1", step)["adaptive_weight"]["factor"]
+        factor = state(tmp_path / "1", step)["adaptive_adversarial"]["factor"]
         assert weight[step] == pytest.approx(0.1 * float(factor))
 
 
@@ -351,7 +351,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run_instrumented, tiny,
     for module in ("encoder", "decoder", "discriminator"):
         a, b = weights(whole, 6, module), weights(parts, 6, module)
         assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("lecam", "adaptive_weight"):
+    for name in ("lecam", "adaptive_adversarial"):
         for value, other in zip(state(whole, 6)[name].values(), state(parts, 6)[name].values(), strict=True):
             assert torch.equal(value, other)
 

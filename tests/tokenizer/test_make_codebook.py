@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.errors import UsageError, UserError
-from nsvq.tokenizer import make_codebook
+from nsvq.tokenizer import make_codebook, teachers
 from nsvq.tokenizer.make_codebook import main
 
 
@@ -35,7 +35,7 @@ def expected_features(model):
     """Tokens after the final norm and the projection, without the class token, means of 2 x 2 patches."""
     data = DataConfig(source="synthetic", image_size=32)
     images = torch.cat([batch["image"] for batch in eval_batches(data, "train", batch_size=10, limit=20)])
-    mean, std = torch.tensor(make_codebook.CLIP_MEAN), torch.tensor(make_codebook.CLIP_STD)
+    mean, std = torch.tensor(teachers.CLIP_MEAN), torch.tensor(teachers.CLIP_STD)
     pixels = ((images + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
         hidden = model(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
