@@ -145,7 +145,7 @@ def _with_data(values: dict, seed: int, data: DataConfig) -> dict:
     """With the study's images, at the size of the config's; no defaults, so that records outlive a new key of data."""
     section = data.model_dump(mode="json", exclude_defaults=True)
     size = {"source": data.source, "image_size": values["data"]["image_size"]}
-    return merged(values | {"data": section | size}, {"run": {"seed": seed}})
+    return merged(values, {"data": section | size, "run": {"seed": seed}})
 
 
 def record_key(values: dict, fingerprint: str, measured: list[str]) -> str:
