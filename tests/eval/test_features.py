@@ -94,7 +94,7 @@ class Net(FeatureExtractorBase):
         return ("1",)
 
 
-register_feature_extractor("net", Net)
+register_feature_extractor("weighed", Net)
 """
     )
     names = []
