@@ -14,6 +14,7 @@ from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import code_version, make_accelerator
+from nsvq.common.training import train
 from nsvq.data.understood import announce
 from nsvq.eval.monitor import monitor
 from nsvq.pipelines.autoregressive import save_pipeline
@@ -55,7 +56,7 @@ def main() -> None:
         verify=config.cache_verify,
     )
     distance = monitor(config.sampling, config.data, accelerator, workers)
-    AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save, distance).train()
+    train(AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save, distance))
 
 
 def save(folder: Path, trainer: AutoregressiveTrainer) -> None:

@@ -15,7 +15,7 @@ from nsvq.autoregressive.model import NextToken, make_llama, start_from_codes
 from nsvq.autoregressive.sampling import draw_uniforms, sample
 from nsvq.common.drawing import Distance, Drawing
 from nsvq.common.optimized import Optimized
-from nsvq.common.training import Trainer
+from nsvq.common.trainer import Trainer
 from nsvq.tokenizer.latents import LatentCache, code_batches
 from nsvq.tokenizer.pretrained import Tokenizer
 

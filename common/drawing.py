@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsvq.common.config import Config
 from nsvq.common.fsdp import full
-from nsvq.common.training import Trainer
+from nsvq.common.trainer import Trainer
 
 Distance = Callable[[Callable[[range], Tensor], int], dict[str, float]]
 

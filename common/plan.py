@@ -39,10 +39,10 @@ from nsvq.diffusion.objectives import make_objective
 from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer import losses
+from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.alignment import Alignment
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
-from nsvq.tokenizer.lecam import LeCam
 from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
@@ -131,8 +131,7 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         config=config,
         device=device,
         accelerator=accelerator,
-        logits=logits,
-        alignment=alignment,
+        losses=losses.ImageLosses(config.loss, metric, logits, alignment),
         perturbation=None,  # which takes next to nothing
         live_encoder=encoder,
         phase="stage1",
@@ -140,16 +139,12 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
         tau=pull.temperature if pull else None,
         encoder=accelerator.prepared(encoder),
         decoder=accelerator.prepared(decoder),
-        discriminator=accelerator.prepared(discriminator),
-        features=features,
-        lecam=LeCam(device) if config.loss.lecam_weight else None,
+        adversary=Adversary(features, discriminator, config.loss.lecam_weight, accelerator),
         # On a GPU memory is counted, without a backward pass
         adaptive={} if device.type == "cuda" else losses.adaptive_weights(config.loss, encoder, decoder.decoder),
         live_decoder=decoder,
-        live_discriminator=discriminator,
         generator_trains=True,
         quantizer=quantizer,
-        lpips=metric,
         bad_images=BadImages(1.0),
         tokens=[],
     )

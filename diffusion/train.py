@@ -13,6 +13,7 @@ from pathlib import Path
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import code_version, make_accelerator
+from nsvq.common.training import train
 from nsvq.data.understood import announce
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.trainer import DiffusionTrainer
@@ -49,7 +50,7 @@ def main() -> None:
         verify=config.cache_verify,
     )
     distance = monitor(config.sampling, config.data, accelerator, config.run.workers)
-    DiffusionTrainer(config, accelerator, tokenizer, cache, save, distance).train()
+    train(DiffusionTrainer(config, accelerator, tokenizer, cache, save, distance))
 
 
 def save(folder: Path, trainer: DiffusionTrainer) -> None:

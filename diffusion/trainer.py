@@ -12,7 +12,7 @@ from torch import Tensor
 from nsvq.common.drawing import Distance, Drawing
 from nsvq.common.metrics import surviving
 from nsvq.common.optimized import Optimized
-from nsvq.common.training import Trainer
+from nsvq.common.trainer import Trainer
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import drop_labels, make_objective

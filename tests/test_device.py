@@ -10,9 +10,9 @@ from accelerate.state import PartialState
 from pretend import DEVICE, Mixed, Pretend, PretendAccelerator, two_ranks
 
 from nsvq.autoregressive.train import main as train_autoregressive
+from nsvq.common import training
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means
-from nsvq.common.training import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler
@@ -62,17 +62,17 @@ def on_device(run_script, monkeypatch):
     """Run a script on the pretended GPU; returns for each optimizer step the waits of the host in it."""
 
     def run(main, *arguments):
-        steps, original = [], Trainer._optimizer_step
+        steps, original = [], training._optimizer_step
 
-        def step(self, batches):
+        def step(trainer, batches):
             with device.counting() as waits:
-                original(self, batches)
+                original(trainer, batches)
             steps.append(waits)
 
         with monkeypatch.context() as patch, Pretend() as device:
             for module in ("nsvq.common.run", "nsvq.eval.reconstruction", "nsvq.eval.generation"):
                 patch.setattr(f"{module}.Accelerator", PretendAccelerator)
-            patch.setattr(Trainer, "_optimizer_step", step)
+            patch.setattr(training, "_optimizer_step", step)
             run_script(main, *arguments)
         return steps
 

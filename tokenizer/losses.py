@@ -3,6 +3,7 @@
 import contextlib
 import io
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 from urllib.error import URLError
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from nsvq.common.config import Config
 from nsvq.errors import UserError
 from nsvq.tokenizer.adaptive_weight import AdaptiveWeight
-from nsvq.tokenizer.alignment import RATIO_CAP, RATIO_EPSILON, AlignmentConfig
-from nsvq.tokenizer.logit_loss import LogitsConfig
+from nsvq.tokenizer.alignment import RATIO_CAP, RATIO_EPSILON, Alignment, AlignmentConfig
+from nsvq.tokenizer.logit_loss import LogitLoss, LogitsConfig
 from nsvq.tokenizer.nsvq_config import PullConfig
 from nsvq.tokenizer.quantizers import Quantizer
 from nsvq.tokenizer.schedule import Phase
@@ -73,6 +74,42 @@ def phase_weights(
     if phase != "warmup" and config.adversarial_weight > 0:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
     return weights
+
+
+class ImageLosses:
+    """The loss terms of an output [B, 3, H, W] in [-1, 1] against its image, and of latents z, as `config` has them;
+    means over the batch."""
+
+    def __init__(
+        self, config: LossConfig, lpips: nn.Module | None, logits: LogitLoss | None, alignment: Alignment | None
+    ):
+        self.pixel, self.lpips, self.logits, self.alignment = config.pixel, lpips, logits, alignment
+
+    def __call__(self, z: Tensor, output: Tensor, images: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Those of the terms that are `wanted`, and l1 in any case, by name."""
+        terms = {"l1": (output - images).abs().mean()}
+        if self.pixel == "mse":
+            terms["mse"] = (output - images).square().mean()
+        if "perceptual" in wanted:
+            terms["perceptual"] = self.lpips(output, images).mean()
+        if "logits" in wanted:
+            terms["logits"] = self.logits(output, images)
+        if "alignment" in wanted:
+            terms["alignment"] = self.alignment(z, images)
+        return terms
+
+
+def load_losses(config: LossConfig, latent_channels: int, device: torch.device) -> ImageLosses:
+    """With the frozen networks that `config` names, of which some may be downloaded. Raises `UserError` and
+    `UsageError` where one cannot be had."""
+    metric = logits = alignment = None
+    if config.perceptual != "none":
+        metric = load_lpips(config.perceptual, config.perceptual_weights, config.perceptual_precision).to(device)
+    if config.logits is not None:
+        logits = LogitLoss(config.logits).to(device)
+    if config.alignment is not None:
+        alignment = Alignment(config.alignment, latent_channels).to(device)
+    return ImageLosses(config, metric, logits, alignment)
 
 
 def adaptive_weights(config: LossConfig, encoder: nn.Module, decoder: nn.Module) -> dict[str, AdaptiveWeight]:

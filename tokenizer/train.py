@@ -12,6 +12,7 @@ from pathlib import Path
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import make_accelerator
+from nsvq.common.training import train
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.trainer import TokenizerTrainer
@@ -23,7 +24,7 @@ def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
     accelerator = make_accelerator(config.run, config.out)
     codebook.prepare(accelerator.device)
-    TokenizerTrainer(config, accelerator).train()
+    train(TokenizerTrainer(config, accelerator))
 
 
 if __name__ == "__main__":

@@ -15,28 +15,18 @@ from nsvq.common.fsdp import unwrapped
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
-from nsvq.common.training import Trainer
+from nsvq.common.trainer import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
 from nsvq.files import state_hash
-from nsvq.tokenizer.alignment import Alignment
+from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
-from nsvq.tokenizer.dino_discriminator import DinoHeads
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
-from nsvq.tokenizer.lecam import LeCam
-from nsvq.tokenizer.logit_loss import LogitLoss
-from nsvq.tokenizer.losses import (
-    RECONSTRUCTION,
-    adaptive_weights,
-    discriminator_hinge,
-    generator_adversarial,
-    load_lpips,
-    phase_weights,
-)
+from nsvq.tokenizer.losses import RECONSTRUCTION, adaptive_weights, load_losses, phase_weights
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.perturbation import Perturbation
 from nsvq.tokenizer.quantizers import make_quantizer, ranks
@@ -68,9 +58,9 @@ class TokenizerTrainer(Trainer):
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         quantizer.nonstationary_weight = pull.weight if pull else 0.0
         encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
-        with accelerator.main_process_first():  # which downloads what it looks with, if any does
-            self.features, discriminator = make_discriminator(config.discriminator, config.run.seed)
-        self.features.to(self.device)
+        with accelerator.main_process_first():  # which downloads frozen networks, if any does
+            features, discriminator = make_discriminator(config.discriminator, config.run.seed)
+            self.losses = load_losses(loss, config.model.latent_channels, self.device)
         self.inputs = {"data.source": self.images.fingerprint}
         self.has_codes = False
         if config.init_from and not checkpoints.complete(config.out / "checkpoints"):
@@ -81,21 +71,13 @@ class TokenizerTrainer(Trainer):
         if config.model.compile:
             encoder.compile()
             decoder.decoder.compile()
-        self.lpips = None
-        if loss.perceptual != "none":
-            with accelerator.main_process_first():
-                self.lpips = load_lpips(loss.perceptual, loss.perceptual_weights, loss.perceptual_precision)
-                self.lpips.to(self.device)
-        self.logits = self.alignment = self.perturbation = None
-        if loss.logits is not None:
-            with accelerator.main_process_first():
-                self.logits = LogitLoss(loss.logits).to(self.device)
-            self.inputs["loss.logits.network"] = state_hash(self.logits.classifier)
-        if loss.alignment is not None:
-            with accelerator.main_process_first():
-                self.alignment = Alignment(loss.alignment, config.model.latent_channels).to(self.device)
-            self.alignment.head = accelerator.prepare(self.alignment.head)
-            self.inputs["loss.alignment.network"] = state_hash(self.alignment.teacher)
+        extra = {}
+        if logits := self.losses.logits:
+            self.inputs["loss.logits.network"] = state_hash(logits.classifier)
+        if alignment := self.losses.alignment:
+            extra["alignment"] = alignment.head = accelerator.prepare(alignment.head)
+            self.inputs["loss.alignment.network"] = state_hash(alignment.teacher)
+        self.perturbation = None
         if config.perturbation is not None:
             self.perturbation = Perturbation(config.perturbation, quantizer, config.run.seed)
 
@@ -105,7 +87,6 @@ class TokenizerTrainer(Trainer):
             {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
             {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
         ]
-        extra = {"alignment": self.alignment.head} if self.alignment else {}
         groups += [{"params": list(head.parameters()), "lr": optim.lr} for head in extra.values()]
         on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
         how = {"betas": optim.betas, "fused": on_gpu or None}
@@ -116,14 +97,13 @@ class TokenizerTrainer(Trainer):
             weight_decay=optim.discriminator_weight_decay,
             **how,
         )
-        self.encoder, self.decoder, self.discriminator, *optimizers = accelerator.prepare(
+        self.encoder, self.decoder, discriminator, *optimizers = accelerator.prepare(
             encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
         )
         # Without what accelerate puts around them
         self.live_encoder, self.live_decoder = map(unwrapped, (self.encoder, self.decoder))
-        self.live_discriminator = unwrapped(self.discriminator)
         self.quantizer = self.live_decoder.quantizer
-        self.lecam = LeCam(self.device) if loss.lecam_weight else None
+        self.adversary = Adversary(features.to(self.device), discriminator, loss.lecam_weight, accelerator)
         self.adaptive = adaptive_weights(loss, self.live_encoder, self.live_decoder.decoder)
 
         # State
@@ -131,10 +111,10 @@ class TokenizerTrainer(Trainer):
         trained = parameters + [parameter for head in extra.values() for parameter in head.parameters()]
         self.register(
             "tokenizer",
-            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator, **extra},
+            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": discriminator, **extra},
             {
                 "generator": Optimized(optimizers[0], trained, optim.clip_grad_norm or math.inf),
-                "discriminator": Optimized(optimizers[1], list(self.live_discriminator.parameters())),
+                "discriminator": Optimized(optimizers[1], list(self.adversary.live_network.parameters())),
             },
             parameters,
             {"decay": optim.ema_decay, "foreach": on_gpu},
@@ -149,8 +129,8 @@ class TokenizerTrainer(Trainer):
         kept = ("schedule", "epoch_usage", "probe", "bad_images", "temperature")
         self.stateful |= {name: getattr(self, name) for name in kept}
         self.stateful |= {f"adaptive_{name}": part for name, part in self.adaptive.items()}
-        if self.lecam:
-            self.stateful["lecam"] = self.lecam
+        if self.adversary.lecam:
+            self.stateful["lecam"] = self.adversary.lecam
 
     def batches(self, start: int) -> Iterator[dict]:
         return train_batches(self.config.data, seed=self.config.run.seed, start=start, **self.loading)
@@ -185,8 +165,8 @@ class TokenizerTrainer(Trainer):
         for name, part in self.adaptive.items():
             if name in self.weights:
                 self.weights[name] = part.factor * self.weights[name]
-        if "adversarial" in self.weights and isinstance(self.live_discriminator, DinoHeads):
-            self.live_discriminator.begin_step()
+        if "adversarial" in self.weights:
+            self.adversary.begin_step()
         self.tau = self.temperature.value() if "nonstationary" in self.weights else None
         if self.tau is None:
             self.weights.pop("nonstationary", None)
@@ -209,7 +189,7 @@ class TokenizerTrainer(Trainer):
             with ranks.alone():
                 yield
         finally:
-            self.live_discriminator.requires_grad_(True)
+            self.adversary.live_network.requires_grad_(True)
             self.quantizer.end_step(stepped=False)
             self._end_losses(stepped=False)
             self.tokens, self.bad_images = [], counted
@@ -228,21 +208,9 @@ class TokenizerTrainer(Trainer):
             perturb = self.perturbation.at(batch["position"])
         with torch.set_grad_enabled(self.generator_trains):
             output, quantized = self.decoder(z, self.tau, perturb)
-        terms = {"l1": (output - images).abs().mean(), **quantized.losses}
-        if config.loss.pixel == "mse":
-            terms["mse"] = (output - images).square().mean()
-        if "perceptual" in weights:
-            terms["perceptual"] = self.lpips(output, images).mean()
-        if "logits" in weights:
-            terms["logits"] = self.logits(output, images)
-        if "alignment" in weights:
-            terms["alignment"] = self.alignment(z, images)
+        terms = self.losses(z, output, images, weights) | quantized.losses
         if "adversarial" in weights and self.generator_trains:
-            self.live_discriminator.requires_grad_(False)
-            with self.accelerator.autocast():
-                seen = self.features(output, batch["position"])
-                terms["adversarial"] = generator_adversarial(self.live_discriminator(seen).float())
-            self.live_discriminator.requires_grad_(True)
+            terms["adversarial"] = self.adversary.generator_loss(output, batch["position"])
         for name, part in self.adaptive.items():
             if name in terms:
                 part.observe(sum(weights[k] * terms[k] for k in RECONSTRUCTION if k in weights), terms[name])
@@ -250,15 +218,9 @@ class TokenizerTrainer(Trainer):
             terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
             self.accelerator.backward(terms["loss"])
         if "adversarial" in weights:
-            with self.accelerator.autocast():
-                seen = self.features(torch.cat([images, output.detach()]), batch["position"])
-            real, fake = self.discriminator(seen).float().chunk(2)
-            loss = terms["discriminator"] = discriminator_hinge(real, fake)
-            terms |= {"real_logits": real.mean(), "fake_logits": fake.mean()}
-            if self.lecam:
-                terms["lecam"] = self.lecam(real, fake)
-                loss = loss + config.loss.lecam_weight * terms["lecam"]
+            loss, found = self.adversary.discriminator_loss(images, output, batch["position"])
             self.accelerator.backward(loss)
+            terms |= found
         terms.setdefault("loss", terms.get("discriminator"))  # where it alone trains
         errors = None
         if config.nsvq.replace and config.nsvq.replace.weights == "error":
@@ -281,8 +243,7 @@ class TokenizerTrainer(Trainer):
     def _end_losses(self, stepped: bool) -> None:
         for part in self.adaptive.values():
             part.end_step(stepped)
-        if self.lecam:
-            self.lecam.end_step(stepped)
+        self.adversary.end_step(stepped)
 
     def told(self) -> Tensor | None:
         if not self.temperature.config.relative:

@@ -16,7 +16,8 @@ from pydantic import Field
 from nsvq.common.config import Config
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import RunConfig, make_accelerator
-from nsvq.common.training import Trainer
+from nsvq.common.trainer import Trainer
+from nsvq.common.training import train
 from nsvq.errors import Stopped, UserError
 
 STEPS, BATCH = 12, 6
@@ -97,7 +98,7 @@ def make(out, **run):
 
 def train_until(out, position=None):
     Toy.kill_at = position
-    make(out).train()
+    train(make(out))
 
 
 def in_a_process(function, *arguments):
@@ -115,10 +116,10 @@ def metrics(out):
 
 
 def test_a_trainer_that_is_killed_anywhere_ends_as_one_that_was_not(tmp_path):
-    make(tmp_path / "whole").train()
+    train(make(tmp_path / "whole"))
     for position in (0, 15, 33, 34, 70):
         assert in_a_process(train_until, tmp_path / "parts", position) == -signal.SIGKILL
-    make(tmp_path / "parts").train()
+    train(make(tmp_path / "parts"))
     whole, parts = ((tmp_path / name / "result.json").read_text() for name in ("whole", "parts"))
     assert whole == parts
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
@@ -126,7 +127,7 @@ def test_a_trainer_that_is_killed_anywhere_ends_as_one_that_was_not(tmp_path):
 
 def test_the_events_of_a_step_come_in_their_order_and_at_their_intervals(tmp_path):
     trainer = make(tmp_path)
-    trainer.train()
+    train(trainer)
     drawn = [step for what, step in trainer.events if what == "draw"]
     assert drawn == [5, 10, 12]
     assert trainer.events[-3:] == [("draw", 12), ("keep", 12), ("export", 12)]
@@ -138,7 +139,7 @@ def test_the_events_of_a_step_come_in_their_order_and_at_their_intervals(tmp_pat
 
 def test_means_are_over_the_samples_of_the_interval_and_rates_follow_the_factor(tmp_path):
     trainer = make(tmp_path, log_every=1, accumulation=2)
-    trainer.train()
+    train(trainer)
     x = [np.random.default_rng([7, p]).random(1, np.float32) for p in range(STEPS * BATCH)]
     largest = np.reshape(x, (STEPS, 2, BATCH // 2)).max(2).mean(1)
     assert [row["largest"] for row in metrics(tmp_path)] == pytest.approx(largest, rel=1e-6)
@@ -150,7 +151,7 @@ def test_a_stopped_run_leaves_its_folder_to_the_next(tmp_path):
     first = make(tmp_path)
     first.measure = lambda due, last: os.kill(os.getpid(), signal.SIGTERM) or {}
     with pytest.raises(Stopped):
-        first.train()
+        train(first)
     assert in_a_process(train_until, tmp_path) == 0
     assert metrics(tmp_path)[-1]["step"] == STEPS
 
@@ -159,7 +160,7 @@ def test_the_average_follows_the_weights_of_each_step(tmp_path):
     trainer, seen = make(tmp_path), []
     trainer.keep = lambda: seen.append([p.detach().clone() for p in trainer.averaged])
     before = [p.detach().clone() for p in trainer.averaged]
-    trainer.train()
+    train(trainer)
     for n, now in enumerate(seen):
         decay = min(0.5, (1 + n) / (10 + n)) if n else 0  # diffusers' warmup
         before = [decay * a + (1 - decay) * b for a, b in zip(before, now, strict=True)]
@@ -170,9 +171,9 @@ def test_the_average_follows_the_weights_of_each_step(tmp_path):
 def test_auto_takes_the_fewest_micro_batches_that_fit_with_the_bits_of_the_explicit_number(
     tmp_path, monkeypatch, capsys
 ):
-    make(tmp_path / "explicit", accumulation=3).train()
+    train(make(tmp_path / "explicit", accumulation=3))
     monkeypatch.setattr(Toy, "fits", 2)
-    make(tmp_path / "auto").train()
+    train(make(tmp_path / "auto"))
     assert "run.accumulation auto: 3, micro-batches of 2 images" in capsys.readouterr().out
     explicit, auto = ((tmp_path / name / "result.json").read_text() for name in ("explicit", "auto"))
     assert explicit == auto
@@ -181,20 +182,20 @@ def test_auto_takes_the_fewest_micro_batches_that_fit_with_the_bits_of_the_expli
 
 def test_a_resumed_run_keeps_the_micro_batches_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "fits", 3)
-    make(tmp_path).train()
+    train(make(tmp_path))
     monkeypatch.setattr(Toy, "fits", 6)
     again = make(tmp_path)
-    again.train()
+    train(again)
     assert (again.accumulation, again.micro_batch) == (2, 3)
     other = make(tmp_path / "other")  # another folder is another run
-    other.train()
+    train(other)
     assert (other.accumulation, other.micro_batch) == (1, 6)
 
 
 def test_auto_on_a_cpu_is_one_micro_batch_without_a_try(tmp_path):
     trainer = make(tmp_path)
     trainer.heaviest = None
-    trainer.train()
+    train(trainer)
     assert (trainer.accumulation, trainer.accelerator.gradient_accumulation_steps) == (1, 1)
 
 
@@ -210,11 +211,11 @@ def test_auto_on_a_cpu_is_one_micro_batch_without_a_try(tmp_path):
 def test_memory_that_runs_out_is_one_line_with_what_to_set(tmp_path, monkeypatch, accumulation, fits, says):
     monkeypatch.setattr(Toy, "fits", fits)
     with pytest.raises(UserError, match=says):
-        make(tmp_path, accumulation=accumulation).train()
+        train(make(tmp_path, accumulation=accumulation))
 
 
 def test_another_error_of_a_try_is_told_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "fits", 9)
     monkeypatch.setattr(Toy, "step", lambda self, batch: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        make(tmp_path).train()
+        train(make(tmp_path))

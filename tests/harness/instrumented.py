@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
 from nsvq.common import launch, run
-from nsvq.common.training import Trainer
+from nsvq.common.trainer import Trainer
 
 
 class Sharding(Accelerator):
