@@ -184,26 +184,27 @@ class _Encoding:
         """Encode one shard, whose file takes its name when it is complete; returns the names of bad images."""
         tokens = [torch.zeros(0, *self.shape, dtype=self.dtype)]
         labels, bad = [torch.zeros(0, dtype=torch.int64)], []
-        sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64)
+        # On the device, so that it does not wait while the host adds up.
+        sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64, device=self.accelerator.device)
         for batch in batches:
             bad += batch["bad"]
             if not len(batch["label"]):
                 continue
             crops = batch["image"].to(self.accelerator.device)  # (B crops, 3, S, S)
             views = [crops, crops.flip(-1)][: self.key["flips"]]
-            z = torch.stack([self.tokens(view).cpu() for view in views], dim=1)
+            z = torch.stack([self.tokens(view) for view in views], dim=1)
             z = z.reshape(len(batch["label"]), *self.shape)  # (B, crops flips, C, H, W), of codes without C
-            tokens.append(z.to(self.dtype))
             if self.name == "latents":
-                if not tokens[-1].isfinite().all():
-                    raise UserError("the tokenizer's latents of some images do not fit into float16, or are no numbers")
                 sums += z.double().sum((0, 1, 3, 4))
                 squares += z.double().square().sum((0, 1, 3, 4))
+            tokens.append(z.to(self.dtype).cpu())
+            if self.name == "latents" and not tokens[-1].isfinite().all():
+                raise UserError("the tokenizer's latents of some images do not fit into float16, or are no numbers")
             labels.append(batch["label"])
             bar.update(len(z))
         tensors = {self.name: torch.cat(tokens), "labels": torch.cat(labels)}
         if self.name == "latents":
-            tensors |= {"sums": sums.clone(), "squares": squares.clone()}
+            tensors |= {"sums": sums.cpu().clone(), "squares": squares.cpu().clone()}
         about = {"key": json.dumps(self.key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
         try:
             with atomic_file(path) as part:
