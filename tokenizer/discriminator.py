@@ -30,7 +30,9 @@ class PlusConfig(Config):
 class DinoConfig(Config):
     name: Literal["dino"] = Field(description="dino: heads on a frozen ViT (StyleGAN-T, VAR).")
     vit: str = Field("facebook/dino-vits16", min_length=1, description="A ViT of transformers: Hub id or folder.")
-    depths: list[int] = Field([2, 5, 8, 11], min_length=1, description="Its layers that have a head; 0 is the first.")
+    depths: list[int] = Field(
+        [-1, 2, 5, 8, 11], min_length=1, description="Its layers that have a head; 0 is the first, -1 what enters it."
+    )
     kernel: int = Field(9, ge=1, description="Width of the heads' convolution along the tokens; odd.")
     augment: float = Field(1.0, ge=0, le=1, description="Probability of each of DiffAugment's three changes.")
     cutout: float = Field(0.2, ge=0, le=1, description="Side of the square that it cuts out, as a share.")
@@ -39,7 +41,7 @@ class DinoConfig(Config):
     def _possible(self) -> "DinoConfig":
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel = {self.kernel} must be odd")
-        if min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
+        if min(self.depths) < -1 or len(set(self.depths)) < len(self.depths):
             raise ValueError(f"depths = {self.depths} must be layers of the ViT, each once")
         return self
 

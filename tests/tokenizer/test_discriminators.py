@@ -82,12 +82,12 @@ def test_vqgan_plus_is_its_layers_written_out():
 
 def test_features_are_what_transformers_says_of_the_normalised_image_and_gradients_pass(vit):
     model = load_vit(str(vit)).double()
-    features = ViTFeatures(model, [0, 2], augment=0.0, cutout=0.0, seed=0).double()
+    features = ViTFeatures(model, [-1, 0, 2], augment=0.0, cutout=0.0, seed=0).double()
     images = (torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1).requires_grad_()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     hidden = model((images / 2 + 0.5 - mean) / std, output_hidden_states=True).hidden_states
     found = features(images, [0, 1])
-    for x, depth in zip(found, (0, 2), strict=True):
+    for x, depth in zip(found, (-1, 0, 2), strict=True):
         expected = hidden[depth + 1][:, 1:] + hidden[depth + 1][:, :1]
         torch.testing.assert_close(x, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
     sum(x.square().sum() for x in found).backward()
@@ -98,7 +98,8 @@ def test_features_are_what_transformers_says_of_the_normalised_image_and_gradien
 def test_images_of_other_sizes_come_to_the_vit_by_a_window_or_bilinear(vit, monkeypatch):
     features = ViTFeatures(load_vit(str(vit)), [0], augment=0.0, cutout=0.0, seed=0)
     seen = []
-    monkeypatch.setattr(features.vit, "forward", lambda x: seen.append((x * features.std + features.mean) * 2 - 1))
+    mean, std = features.normalize.mean, features.normalize.std
+    monkeypatch.setattr(features.vit, "forward", lambda x: seen.append((x * std + mean) * 2 - 1))
     large, small = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 16, 16)
     features(large, [4, 5])
     for x, image, (v, h) in zip(seen[0], large, uniform_numbers(0, [4, 5])[:, -2:].tolist(), strict=True):
@@ -147,7 +148,7 @@ def test_what_is_no_vit_is_refused_in_a_line(vit, tmp_path):
     model = ViTModel(ViTConfig(intermediate_size=32, **SMALL))
     kept = {name: value for name, value in model.state_dict().items() if "layernorm.weight" not in name}
     model.save_pretrained(tmp_path / "part", state_dict=kept)
-    for folder, message in [("bert", "it must be a ViT"), ("absent", "cannot be loaded"), ("part", "lacks weights")]:
+    for folder, message in [("bert", "it must be a ViT"), ("absent", "no vision model at"), ("part", "lacks weights")]:
         with pytest.raises(UserError, match=message) as caught:
             load_vit(str(tmp_path / folder))
         assert "\n" not in str(caught.value)
@@ -158,8 +159,8 @@ def test_what_is_no_vit_is_refused_in_a_line(vit, tmp_path):
 
 def test_dinov2_with_its_own_layout_serves_too(tmp_path):
     Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(tmp_path / "vit")
-    features = ViTFeatures(load_vit(str(tmp_path / "vit")), [0, 2], augment=1.0, cutout=0.2, seed=0)
-    assert [x.shape for x in features(torch.rand(2, 3, 32, 32), [0, 1])] == [(2, 16, 16)] * 2
+    features = ViTFeatures(load_vit(str(tmp_path / "vit")), [-1, 0, 2], augment=1.0, cutout=0.2, seed=0)
+    assert [x.shape for x in features(torch.rand(2, 3, 32, 32), [0, 1])] == [(2, 16, 16)] * 3
 
 
 # DiffAugment
