@@ -1,6 +1,7 @@
 """Discriminators, DiffAugment, LeCAM and the adaptive weight against formulas written out here, and in training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -363,6 +364,8 @@ def test_a_checkpoint_holds_the_heads_alone(run_script, tiny, vit, tmp_path):
     assert not [name for name in weights(out, 2, "discriminator") if "vit" in name]
     assert {name.split(".")[1] for name in weights(out, 2, "discriminator")} == {"0", "1"}
     assert [g["lr"] for g in state(out, 2)["optimizers"]["discriminator"]["param_groups"]] == [5e-4]
+    moved = shutil.copytree(vit, tmp_path / "moved")  # the same network, elsewhere: the run goes on
+    run_script(train.main, "--config", tiny, "--out", out, "--schedule.epochs", 1, "--discriminator.vit", moved)
 
 
 def test_the_gan_starts_after_epochs_or_steps_whichever_is_later(run_script, tiny, tmp_path):
@@ -394,10 +397,34 @@ def test_weight_decay_is_the_discriminators_alone_and_decoupled(run_script, tiny
     torch.testing.assert_close(moved[0.0][1][name] - moved[0.5][1][name], torch.full((16,), 5e-4 * 0.5))
 
 
+def test_a_gan_that_never_starts_is_refused(run_script, tiny, tmp_path):
+    with pytest.raises(UsageError, match=r"leaves no GAN in the 6 steps of this run; lower it"):
+        run_script(train.main, "--config", tiny, "--out", tmp_path, "--schedule.adversarial_after_steps", 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"), [({"layers": 2}, 12), ({"layers": 3}, 24), ({"name": "plus", "stages": 2}, 8)]
+)
+def test_the_least_size_is_one_that_the_discriminator_takes(config, size):
+    config = validate(TrainConfig, {"discriminator": {"channels": 8} | config}).discriminator
+    assert config.least_size == size
+    _, network = make_discriminator(config, seed=0)
+    assert network(torch.zeros(1, 3, size, size)).shape[2] >= 1
+    if config.name == "patchgan":
+        with pytest.raises((RuntimeError, ValueError)):
+            network(torch.zeros(1, 3, size - 1, size - 1))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"loss": {"adversarial_cap": 1e4}, "model": {"compile": True}}, "set model.compile: false"),
+        ({"loss": {"adversarial_cap": 1e4}, "run": {"mixed_precision": "fp16"}}, "set run.mixed_precision: bf16"),
+        ({"loss": {"adversarial_cap": 1e4, "adversarial_weight": 0}}, "adversarial_cap needs a GAN"),
+        ({"loss": {"lecam_weight": 0.1, "adversarial_weight": 0}}, "lecam_weight needs a GAN"),
+        ({"schedule": {"adversarial_after": 70}}, "leaves no GAN in schedule.epochs = 70"),
+        ({"data": {"image_size": 16}}, "this discriminator needs 24 pixels, data.image_size is 16; lower"),
+        ({"data": {"image_size": 8}, "discriminator": {"name": "plus"}}, "needs 16 pixels"),
         ({"loss": {"discriminator_layers": 2}}, "it is now discriminator.layers"),
         ({"discriminator": {"name": "plus", "layers": 2}}, "discriminator.layers is a key of another choice"),
         ({"discriminator": {"name": "dino", "kernel": 8}}, "kernel = 8 must be odd"),
