@@ -5,6 +5,7 @@ gradient is exact, which behind the quantizer is straight-through, and codes fol
 cosine  GigaTok's loss (arXiv 2504.08736), on z: -mean cos(MLP(z_i), f_i)
 vf      VA-VAE (arXiv 2501.01423, eq. 4-7): mean relu(1 - 0.5 - cos(W z_i, f_i))
         + mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - 0.25), weighed by `AdaptiveWeight` at the encoder's last layer
+        (their code has W z in the second term, too)
 The frozen features f are resized to the grid of the latents."""
 
 from typing import Literal
