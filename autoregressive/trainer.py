@@ -112,9 +112,9 @@ class AutoregressiveTrainer(Trainer):
         """-log2 of the probability of an image's codes given its class, mean over `held_out`, in float32, with the
         weights that draw. A collective call."""
         network, bits = NextToken(self.drawing.network, self.codes).eval(), 0.0
-        mine = torch.arange(self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes)
-        for part in mine.split(self.micro_batch):
-            read = [self.held_out.read(i, 0) for i in part.tolist()]
+        mine = range(self.accelerator.process_index, len(self.held_out), self.accelerator.num_processes)
+        for start in range(0, len(mine), self.micro_batch):  # on more ranks than images, some have none
+            read = [self.held_out.read(i, 0) for i in mine[start : start + self.micro_batch]]
             tokens = torch.stack([codes.long() for codes, _ in read]).flatten(1).to(self.device)
             ids = torch.tensor([self.null if label < 0 else self.codes + label for _, label in read])
             with torch.compiler.set_stance("force_eager"):

@@ -87,7 +87,7 @@ def train_and_measure(name: str, values: dict, folder: Path, measured: list[str]
     (folder / "study.yaml").write_text(yaml.safe_dump(values | {"out": str(folder)}, sort_keys=False))
     run_script(name, "tokenizer/train.py", ["--config", folder / "study.yaml"], folder, *how)
     result = folder / "reconstruction.json"
-    options = ["--tokenizer", folder / "tokenizer", "--data.source", values["data"]["source"], "--workers", 0]
+    options = ["--tokenizer", folder / "tokenizer", *same_data(values), "--workers", 0]
     run_script(name, "eval/reconstruction.py", [*options, "--output", result, *measured], folder, *how)
     lines = _log_of(folder)
     metrics = json.loads(result.read_text())["metrics"] | training_metrics(lines, values["run"]["batch_size"])
@@ -105,7 +105,7 @@ def generate_and_measure(
     (folder / "study.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
     run_script(name, f"{stage}/train.py", ["--config", folder / "study.yaml"], folder, *how)
     result = folder / "generation.json"
-    options = ["--pipeline", folder / "pipeline", "--data.source", values["data"]["source"], "--workers", 0]
+    options = ["--pipeline", folder / "pipeline", *same_data(values), "--workers", 0]
     run_script(name, "eval/generation.py", [*options, "--output", result, *measured], folder, *how)
     for part in ("checkpoints", "latents", "codes"):
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -117,6 +117,13 @@ def generate_and_measure(
     if bits := [line["held_out_bits"] for line in lines if "held_out_bits" in line]:
         metrics["held_out_bits"] = bits[-1]
     return _record(name, config, measured, metrics, _curve(lines))
+
+
+def same_data(values: dict) -> list:
+    """Options that measure on the data that `values`, a training config, names: its splits and columns, too. The size
+    is the tokenizer's."""
+    named = {f"--data.{key}": value for key, value in values["data"].items() if key != "image_size"}
+    return [word for key, value in named.items() for word in (key, "null" if value is None else value)]
 
 
 def _with_distance(line: dict) -> dict:

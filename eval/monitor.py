@@ -1,6 +1,7 @@
 """The Frechet distance of a model in training: the same features, references and statistics as eval/generation.py's."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from nsvq.eval.feature_statistics import frechet_distance
 from nsvq.eval.features import Collector, load_extractor, metric_name
 from nsvq.eval.reference import DEFAULT_CACHE, Cache, real_sets
 from nsvq.eval.samples import GROUP, groups
+
+# Without TF32, which a trainer may have on: eval/generation.py measures without, and shares the kept references.
+_exact_float32 = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
 
 
 def monitor(drawing: DrawingConfig, data: DataConfig, accelerator: Accelerator, workers: int) -> Distance | None:
@@ -37,7 +41,8 @@ class FrechetMonitor:
         self.extractor = load_extractor(features, weights, accelerator, ("fid",))
         self.name, self.layer = metric_name("fid", self.extractor.name), self.extractor.layers["fid"]
         cache, extractors = Cache(DEFAULT_CACHE, False, accelerator), {self.extractor.name: self.extractor}
-        sets, _ = real_sets(extractors, ("fid",), cache, data, "test", batch_size=4 * GROUP, workers=workers)
+        with _exact_float32():
+            sets, _ = real_sets(extractors, ("fid",), cache, data, "test", batch_size=4 * GROUP, workers=workers)
         self.real = sets[self.extractor.name]
 
     @torch.no_grad()
@@ -49,7 +54,9 @@ class FrechetMonitor:
         collector = Collector(self.extractor, ("fid",))
         for group in groups(samples, self.accelerator.process_index, self.accelerator.num_processes):
             wanted = group[: samples - group.start]
-            collector.add(to_uint8(draw(group)[: len(wanted)]), torch.tensor(wanted))
+            images = to_uint8(draw(group)[: len(wanted)])
+            with _exact_float32():
+                collector.add(images, torch.tensor(wanted))
         made, value = collector.total(self.accelerator), None
         if self.accelerator.is_main_process:
             value = frechet_distance(made.gaussians[self.layer], self.real.gaussians[self.layer])

@@ -5,6 +5,7 @@ gradient is exact, which behind the quantizer is straight-through, and codes fol
 cosine  GigaTok's loss (arXiv 2504.08736), on z: -mean cos(MLP(z_i), f_i)
 vf      VA-VAE (arXiv 2501.01423, eq. 4-7): mean relu(1 - 0.5 - cos(W z_i, f_i))
         + mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - 0.25), weighed by `AdaptiveWeight` at the encoder's last layer
+        (their code has W z in the second term, too)
 The frozen features f are resized to the grid of the latents."""
 
 from typing import Literal
@@ -20,7 +21,7 @@ from nsvq.tokenizer.teachers import Registered, Teacher, feature_width, load_vis
 COSINE_MARGIN, DISTANCE_MARGIN = 0.5, 0.25  # VA-VAE's m1 and m2
 RATIO_EPSILON, RATIO_CAP = 1e-4, 1e8  # and its limits of the adaptive weight
 _WEIGHTS = {"cosine": 0.5, "vf": 0.1}
-_ADVICE = "give another network with --loss.alignment.network, or set loss.alignment: null"
+_ADVICE = "give another --loss.alignment.network, or the image_size that it takes, or set loss.alignment: null"
 
 
 class AlignmentConfig(Config):
@@ -32,7 +33,7 @@ class AlignmentConfig(Config):
         description="A vision model of transformers (id or folder), or a Python file that registers a network.",
     )
     layer: str | None = Field(None, description="Of a Python file's network: the part that gives patch features.")
-    image_size: int = Field(224, ge=32, description="Side to which a transformers model's images are resized.")
+    image_size: int = Field(224, ge=64, description="Side to which a transformers model's images are resized.")
     weight: float | None = Field(None, gt=0, description="Weight; null: 0.5 of cosine, 0.1 of vf.")
     width: int = Field(2048, ge=1, description="Width of the two hidden layers of cosine's MLP; vf has a linear map.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Autocast type of the vision model.")

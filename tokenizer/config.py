@@ -111,10 +111,9 @@ class TrainConfig(Config):
             what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
             raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
         self._check_start()
-        if self.loss.adversarial_cap is not None and self.model.compile:
-            why = "asks for gradients in the middle of the decoder, which a compiled one does not give"
-            raise ValueError(f"loss.adversarial_cap {why}; set model.compile: false")
-        self._check_teachers()
+        self._check_gan()
+        self._check_alignment()
+        self._check_adaptive_weights()
         method = QUANTIZERS[self.quantizer.name]
         if self.perturbation and not (issubclass(method, NearestQuantizer) or method.free_table):
             raise ValueError(f"{self.quantizer.name} has no table of codes to draw from; set perturbation: null")
@@ -128,18 +127,34 @@ class TrainConfig(Config):
                 raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
         return self
 
-    def _check_teachers(self) -> None:
-        alignment, freeze = self.loss.alignment, self.nsvq.freeze
-        if alignment is None:
+    def _check_gan(self) -> None:
+        loss, schedule, least = self.loss, self.schedule, self.discriminator.least_size
+        if loss.adversarial_weight == 0:
+            for key, given in (("lecam_weight", loss.lecam_weight), ("adversarial_cap", loss.adversarial_cap)):
+                if given:
+                    raise ValueError(f"loss.{key} needs a GAN, and adversarial_weight = 0 trains none; leave it out")
             return
-        if freeze and freeze.latest == 0:
+        if schedule.adversarial_after >= schedule.epochs:
+            what = f"schedule.adversarial_after leaves no GAN in schedule.epochs = {schedule.epochs:g}"
+            raise ValueError(f"{what}; lower it, or set loss.adversarial_weight: 0")
+        if self.data.image_size < least:
+            what = f"this discriminator needs {least} pixels, data.image_size is {self.data.image_size}"
+            raise ValueError(f"{what}; lower discriminator.layers or stages, or set loss.adversarial_weight: 0")
+
+    def _check_alignment(self) -> None:
+        freeze = self.nsvq.freeze
+        if self.loss.alignment is not None and freeze and freeze.latest == 0:
             raise ValueError("nsvq.freeze.latest = 0 trains no encoder that could be aligned; set loss.alignment: null")
-        if alignment.form == "vf" and self.model.compile:
-            what = "loss.alignment.form = vf differentiates twice, which compiled networks do not allow"
-            raise ValueError(f"{what}; set model.compile: false")
-        if alignment.form == "vf" and self.run.mixed_precision == "fp16":
-            what = "loss.alignment.form = vf compares gradients, which float16 loses where they are not scaled"
-            raise ValueError(f"{what}; set run.mixed_precision: bf16")
+
+    def _check_adaptive_weights(self) -> None:
+        alignment = self.loss.alignment
+        vf = alignment is not None and alignment.form == "vf"
+        for key, given in (("adversarial_cap", self.loss.adversarial_cap is not None), ("alignment.form = vf", vf)):
+            what = f"loss.{key} compares gradients, which"
+            if given and self.model.compile:
+                raise ValueError(f"{what} compiled networks do not give twice; set model.compile: false")
+            if given and self.run.mixed_precision == "fp16":
+                raise ValueError(f"{what} float16 loses where they are not scaled; set run.mixed_precision: bf16")
 
     def _check_start(self) -> None:
         schedule, freeze = self.schedule, self.nsvq.freeze

@@ -1,8 +1,9 @@
-"""A discriminator on a frozen DINO ViT: trained heads look at its tokens after several depths.
+"""A discriminator on a frozen DINO ViT: trained heads look at its tokens at several depths.
 
-From StyleGAN-T (arXiv 2301.09515), as VAR (arXiv 2404.02905) trains tokenizers with it. Two things differ: heads have
-GroupNorm, and one power iteration a step for their spectral norms, so that ranks and micro-batches do not change the
-result; and an image and its reconstruction are augmented alike."""
+From StyleGAN-T (arXiv 2301.09515), as VAR (arXiv 2404.02905) trains tokenizers with it. So that ranks and micro-batches
+do not change the result, heads have GroupNorm, and one power iteration a step for their spectral norms. Besides, an
+image and its reconstruction are augmented alike, and a larger image always gives a window (VAR: half of the time, and
+else it is shrunk)."""
 
 import math
 from collections.abc import Sequence
@@ -10,21 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import AutoConfig, AutoModel
 
 from nsvq.errors import UserError
 from nsvq.tokenizer.diffaugment import diffaugment, uniform_numbers, window
-
-# What DINO and DINOv2 were trained with.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from nsvq.tokenizer.teachers import IMAGENET_MEAN, IMAGENET_STD, Normalized, load_pretrained
 
 
 class ViTFeatures(nn.Module):
     """images [B, 3, S, S] in [-1, 1], and positions in the run of B samples, or of the first of several equal parts of
-    B -> a tensor [B, C, tokens] for each depth: patch tokens, with the class token added. Frozen, but gradients pass.
+    B -> a tensor [B, C, tokens] for each depth: patch tokens, with the class token added. Depth 0 is after the first
+    layer, -1 before it. Frozen, but gradients pass.
 
     Images are augmented, and brought to the ViT's own size: a random window of larger ones, bilinear for smaller."""
 
@@ -33,15 +31,18 @@ class ViTFeatures(nn.Module):
         self.vit = vit.eval().requires_grad_(False)
         self.size, self.patch = vit.config.image_size, vit.config.patch_size
         self.augment, self.cutout, self.seed = augment, cutout, seed
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.normalize = Normalized(IMAGENET_MEAN, IMAGENET_STD)  # what DINO and DINOv2 were trained with
         count = vit.config.num_hidden_layers
         layers = next(m for m in vit.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         for depth in depths:
-            layers[depth].register_forward_hook(self._keep)
+            if depth < 0:
+                layers[0].register_forward_pre_hook(self._keep)
+            else:
+                layers[depth].register_forward_hook(self._keep)
         self._kept: list[Tensor] = []
 
-    def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep(self, layer: nn.Module, inputs: tuple, output: Any = None) -> None:
+        output = inputs if output is None else output
         self._kept.append(output[0] if isinstance(output, tuple) else output)
 
     def forward(self, images: Tensor, positions: Sequence[int]) -> list[Tensor]:
@@ -54,7 +55,7 @@ class ViTFeatures(nn.Module):
         elif spare < 0:
             images = F.interpolate(images, self.size, mode="bilinear")
         self._kept = []
-        self.vit(((images + 1) / 2 - self.mean) / self.std)
+        self.vit(self.normalize(images))
         kept, self._kept = self._kept, []
         return [self._tokens(x) for x in kept]
 
@@ -103,19 +104,8 @@ def _block(channels: int, kernel: int) -> nn.Sequential:
 def load_vit(name: str, weights: bool = True) -> nn.Module:
     """A ViT of `transformers` (ViTModel, Dinov2Model, ...) by Hub id or folder; without `weights` its architecture
     alone. Raises `UserError` where it cannot be had or is no such network."""
-    try:
-        if weights:
-            vit, info = AutoModel.from_pretrained(name, output_loading_info=True)
-            if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
-                raise UserError(f"discriminator.vit = {name} lacks weights: {', '.join(missing[:3])}")
-            vit = vit.float()  # they may be of half precision
-        else:
-            vit = AutoModel.from_config(AutoConfig.from_pretrained(name))
-    except (OSError, ValueError, SafetensorError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"discriminator.vit = {name} cannot be loaded ({why}); give a Hub id or a folder of a ViT of transformers"
-        ) from None
+    advice = "give discriminator.vit a Hub id or a folder of a ViT of transformers"
+    vit = load_pretrained(name, advice, weights)
     wanted = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
     numbers = all(isinstance(getattr(vit.config, key, None), int) for key in wanted)
     if not numbers or not any(key.endswith("cls_token") for key, _ in vit.named_parameters()):

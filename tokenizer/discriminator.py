@@ -4,7 +4,7 @@ None has BatchNorm: it would make one image's logits depend on the others of its
 accumulation would change the result."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -20,26 +20,38 @@ class PatchConfig(Config):
     channels: int = Field(64, ge=1, description="Base width.")
     layers: int = Field(3, ge=1, description="Layers, each of which but the last halves the size.")
 
+    @property
+    def least_size(self) -> int:
+        """Pixels a side that images must have: the last two convolutions need 3 x 3 places."""
+        return 3 * 2**self.layers
+
 
 class PlusConfig(Config):
     name: Literal["plus"] = Field(description="plus: VQGAN+'s, with blurs that halve the size.")
     channels: int = Field(128, ge=1, description="Base width.")
     stages: int = Field(3, ge=1, description="Stages, each of which halves the size.")
 
+    @property
+    def least_size(self) -> int:
+        return 2 * 2**self.stages
+
 
 class DinoConfig(Config):
     name: Literal["dino"] = Field(description="dino: heads on a frozen ViT (StyleGAN-T, VAR).")
     vit: str = Field("facebook/dino-vits16", min_length=1, description="A ViT of transformers: Hub id or folder.")
-    depths: list[int] = Field([2, 5, 8, 11], min_length=1, description="Its layers that have a head; 0 is the first.")
+    depths: list[int] = Field(
+        [-1, 2, 5, 8, 11], min_length=1, description="Its layers that have a head; 0 is the first, -1 what enters it."
+    )
     kernel: int = Field(9, ge=1, description="Width of the heads' convolution along the tokens; odd.")
     augment: float = Field(1.0, ge=0, le=1, description="Probability of each of DiffAugment's three changes.")
     cutout: float = Field(0.2, ge=0, le=1, description="Side of the square that it cuts out, as a share.")
+    least_size: ClassVar[int] = 1  # which is enlarged
 
     @model_validator(mode="after")
     def _possible(self) -> "DinoConfig":
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel = {self.kernel} must be odd")
-        if min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
+        if min(self.depths) < -1 or len(set(self.depths)) < len(self.depths):
             raise ValueError(f"depths = {self.depths} must be layers of the ViT, each once")
         return self
 

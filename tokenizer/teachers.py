@@ -11,6 +11,7 @@ from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -88,7 +89,8 @@ class VisionModel(nn.Module):
 
 
 def _grid(tokens: Tensor) -> Tensor:
-    """Tokens [B, n, D] -> [B, D, h, h], without class and register tokens before them; a map [B, D, h, w] as it is."""
+    """Tokens [B, n, D] -> [B, D, h, h], without class and register tokens before them, which are fewer than 2 h + 1; a
+    map [B, D, h, w] as it is."""
     if tokens.dim() != 3:
         return tokens
     side = int(tokens.shape[1] ** 0.5)
@@ -149,19 +151,39 @@ class Registered(nn.Module):
         return _grid(found[0]) if self.layer is not None else output[0]
 
 
-def load_vision_model(name: str, advice: str, size: int | None = None) -> VisionModel:
-    """A vision model of transformers by its id or folder, on the CPU. Raises `UserError`, with `advice`, for an unknown
-    one, and where its folder does not say how images are normalised."""
+def load_pretrained(name: str, advice: str, weights: bool = True) -> nn.Module:
+    """A vision model of transformers by its id or folder, in float32 on the CPU; of CLIP the vision part. Without
+    `weights` its architecture alone. Raises `UserError`, with `advice`, where it cannot be had, or lacks weights, which
+    transformers would draw at random."""
     try:
-        clip = AutoConfig.from_pretrained(name).model_type in ("clip", "clip_vision_model")
-        model = (CLIPVisionModelWithProjection if clip else AutoModel).from_pretrained(name)
-        mean, std = CLIP_MEAN, CLIP_STD
-        if not clip:
+        config = AutoConfig.from_pretrained(name)
+        if not weights:
+            return AutoModel.from_config(config)
+        clip = config.model_type in ("clip", "clip_vision_model")
+        cls = CLIPVisionModelWithProjection if clip else AutoModel
+        model, info = cls.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"no vision model at {name} ({_why(error)}): {advice}") from None
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise UserError(f"{name} lacks weights ({', '.join(missing[:3])}): {advice}")
+    return model.float()  # they may be of half precision
+
+
+def load_vision_model(name: str, advice: str, size: int | None = None) -> VisionModel:
+    """`load_pretrained`, normalised as its folder says. Raises `UserError`, with `advice`, where it does not say so."""
+    model, mean, std = load_pretrained(name, advice), CLIP_MEAN, CLIP_STD
+    if not isinstance(model, CLIPVisionModelWithProjection):
+        try:
             how = ImageProcessingMixin.get_image_processor_dict(name)[0]  # of preprocessor_config.json
             mean, std = tuple(how["image_mean"]), tuple(how["image_std"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no vision encoder at {name} ({str(error).splitlines()[0]}): {advice}") from None
-    return VisionModel(model.float().eval().requires_grad_(False), mean, std, size)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{name} does not say how images are normalised ({_why(error)}): {advice}") from None
+    return VisionModel(model.eval().requires_grad_(False), mean, std, size)
+
+
+def _why(error: Exception) -> str:
+    """Its kind, and its first line where it has one."""
+    return " ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def load_classifier(name: str, weights: Path | None) -> nn.Module:
@@ -174,7 +196,10 @@ def load_classifier(name: str, weights: Path | None) -> nn.Module:
             output = cls.get_default_feature_layer_for_metric("isc")
         except (NotImplementedError, KeyError):
             raise UsageError(f"{name} registers a network that names no class outputs (its layer for isc)") from None
-        return Registered(name, output=output)
+        network = Registered(name, output=output)
+        if not network(torch.zeros(1, 3, _SIDE, _SIDE, requires_grad=True)).requires_grad:
+            raise UserError(f"{name}: the network computes without gradients (torch.no_grad), so nothing learns of it")
+        return network
     build = CLASSIFIERS[name]
     if weights is None:
         try:
@@ -187,8 +212,7 @@ def load_classifier(name: str, weights: Path | None) -> nn.Module:
         state = load_file(weights) if safe else torch.load(weights, "cpu", weights_only=True)
         network.load_state_dict(state)
     except Exception as error:  # a file that holds something else fails in many ways
-        what = f"does not hold torchvision's weights of {name}"
-        raise UserError(f"{weights} {what}: {type(error).__name__} {str(error).splitlines()[0]}") from None
+        raise UserError(f"{weights} does not hold torchvision's weights of {name}: {_why(error)}") from None
     return Classifier(network)
 
 
@@ -198,7 +222,7 @@ def feature_width(teacher: Callable[[Tensor], Tensor], advice: str) -> int:
         with torch.no_grad():
             features = teacher(torch.zeros(1, 3, _SIDE, _SIDE))
     except (ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the network takes no such images ({str(error).splitlines()[0]}): {advice}") from None
+        raise UserError(f"the network takes no such images ({_why(error)}): {advice}") from None
     if features.dim() != 4:
         raise UserError(f"the network gives {tuple(features.shape)}, not a map of features [1, D, h, w]: {advice}")
     return features.shape[1]

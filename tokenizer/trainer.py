@@ -19,6 +19,7 @@ from nsvq.common.trainer import Trainer
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
+from nsvq.errors import UsageError
 from nsvq.files import state_hash
 from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.codebook import wins
@@ -62,6 +63,8 @@ class TokenizerTrainer(Trainer):
             features, discriminator = make_discriminator(config.discriminator, config.run.seed)
             self.losses = load_losses(loss, config.model.latent_channels, self.device)
         self.inputs = {"data.source": self.images.fingerprint}
+        if isinstance(discriminator, DinoHeads):
+            self.inputs["discriminator.vit"] = state_hash(self.features.vit)
         self.has_codes = False
         if config.init_from and not checkpoints.complete(config.out / "checkpoints"):
             with accelerator.main_process_first():  # which downloads it, if any does
@@ -121,6 +124,9 @@ class TokenizerTrainer(Trainer):
         )
         self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
+        if loss.adversarial_weight and config.schedule.adversarial_after_steps >= self.total_steps:
+            what = f"schedule.adversarial_after_steps leaves no GAN in the {self.total_steps} steps of this run"
+            raise UsageError(f"{what}; lower it, or set loss.adversarial_weight: 0")
         adam, seed = optimizers[0].optimizer, config.run.seed
         self.upkeep = CodebookUpkeep(self.quantizer, config.nsvq, self.schedule, adam, self._averages_of, seed)
         self.epoch_usage = EpochUsage(self.quantizer.codebook_size, accelerator)
@@ -155,13 +161,14 @@ class TokenizerTrainer(Trainer):
     def begin_step(self) -> None:
         """What this step trains with: phase, weights of the losses, temperature."""
         schedule, seen = self.schedule, self.run.samples_seen
-        self.phase = self.flops_of = schedule.phase_at(seen)
+        self.phase = schedule.phase_at(seen)
         self.upkeep.begin_step()
         factor = schedule.adversarial_factor(seen)
         self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, factor, self.quantizer)
         late, batch = self.config.schedule, self.config.run.batch_size
         if seen < max(late.adversarial_after * schedule.epoch_samples, late.adversarial_after_steps * batch):
             self.weights.pop("adversarial", None)
+        self.flops_of = self.phase + (" with GAN" if "adversarial" in self.weights else "")
         for name, part in self.adaptive.items():
             if name in self.weights:
                 self.weights[name] = part.factor * self.weights[name]

@@ -1,5 +1,6 @@
 import json
 from functools import partialmethod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,16 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_where_fsdp_splits_the_n
     for a, b in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "shared"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
     assert (tmp_path / "shared" / "samples" / "step-8.png").is_file()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_rank_without_a_held_out_image_adds_nothing(images):
+    trainer, ranks = object.__new__(AutoregressiveTrainer), 4
+    trainer.accelerator = SimpleNamespace(process_index=2, num_processes=ranks, reduce=lambda total, _: total)
+    trainer.held_out, trainer.micro_batch = [None] * images, 8
+    model = TrainConfig(model={"size": "tiny", "depth": 1, "width": 32, "heads": 2}).model
+    trainer.drawing, trainer.codes, trainer.device = SimpleNamespace(network=make_llama(model, 4, 2, 9)), 4, "cpu"
+    assert trainer.held_out_bits() == 0
 
 
 def test_the_rate_rises_stays_and_falls_to_its_hundredth(monkeypatch):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nsvq.common.config import read_yaml, validate
+from nsvq.common.config import parse, read_yaml, validate
 from nsvq.data.config import DataConfig
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.config import ReconstructionConfig
 from nsvq.tokenizer.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +92,16 @@ def test_a_page_says_which_runs_were_made_on_which_machine(tmp_path):
     assert "Machine: (1) fast; (2) slow." in page
     evidence_page.write_page(study, {"vq": {0: old}, "nsvq": {}}, ["x"], tmp_path / "p.md")
     assert "on machine" not in (tmp_path / "p.md").read_text()
+
+
+def test_a_run_is_measured_on_the_splits_and_columns_that_it_was_trained_on():
+    data = DataConfig(source="here", holdout=0.5, test_split="val", flip=False, image_size=64)
+    study = evidence_study.read_study(STUDIES[0])
+    values = evidence_study.training_config(study, next(iter(study.runs)), 0, data)
+    words = [*map(str, evidence.same_data(values)), "--tokenizer", "x", "--output", "x.json"]
+    measured = parse(ReconstructionConfig, words).data
+    assert measured.model_copy(update={"image_size": 64}) == data
+    assert "image_size" not in measured.model_fields_set  # it is the tokenizer's
 
 
 def test_a_script_that_fails_is_told_with_its_log(tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import BitImageProcessor, ViTConfig, ViTModel
 
 from nsvq.errors import UserError
 from nsvq.tokenizer.alignment import Alignment, AlignmentConfig, vf_loss
@@ -55,7 +56,13 @@ def test_a_network_without_patch_features_is_refused(network_file, tmp_path):
         AlignmentConfig(network=network_file)
     with pytest.raises(ValueError, match="layer is needed for a Python file"):
         AlignmentConfig(layer="stem")
-    with pytest.raises(UserError, match=r"not a map of features .*: give another network with --loss\.alignment"):
+    with pytest.raises(UserError, match=r"not a map of features .*: give another --loss\.alignment"):
         Alignment(AlignmentConfig(network=network_file, layer="classify"), 4)
-    with pytest.raises(UserError, match=r"no vision encoder at .*set loss\.alignment: null"):
+    vit = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=64)
+    ViTModel(vit).save_pretrained(tmp_path / "vit")
+    BitImageProcessor().save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match=r"224\*224.* doesn't match model \(64\*64\).*the image_size that it takes"):
+        Alignment(AlignmentConfig(network=str(tmp_path / "vit")), 4)
+    Alignment(AlignmentConfig(network=str(tmp_path / "vit"), image_size=64), 4)
+    with pytest.raises(UserError, match=r"no vision model at .*set loss\.alignment: null"):
         Alignment(AlignmentConfig(network=str(tmp_path / "gone")), 4)

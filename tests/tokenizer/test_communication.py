@@ -37,6 +37,18 @@ def test_moving_averages_send_their_sums_and_counts_once_a_step(make, sent):
     assert (sent.count((K, D)), sent.count((K,))) == (2, 2)
 
 
+def test_a_mean_without_a_gradient_is_the_same_to_the_bit_on_every_rank(monkeypatch):
+    """Or a run that resumes, for which all ranks read what the first one wrote, would not be the one that went on."""
+    values = torch.randn(2, 1000) * torch.tensor([[1.0], [30.0]])
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, rank=rank: tensor.add_(values[1 - rank]))
+        found.append(ranks.mean(values[rank]))
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], values.mean(0))
+
+
 @pytest.mark.parametrize("name", ["vq", "simvq", "fsq"])
 def test_methods_that_train_by_gradients_send_nothing_of_their_own(make, sent, name):
     quantizer = make(name, dim=D) if name != "fsq" else make(name)

@@ -1,6 +1,7 @@
 """Discriminators, DiffAugment, LeCAM and the adaptive weight against formulas written out here, and in training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -82,12 +83,12 @@ def test_vqgan_plus_is_its_layers_written_out():
 
 def test_features_are_what_transformers_says_of_the_normalised_image_and_gradients_pass(vit):
     model = load_vit(str(vit)).double()
-    features = ViTFeatures(model, [0, 2], augment=0.0, cutout=0.0, seed=0).double()
+    features = ViTFeatures(model, [-1, 0, 2], augment=0.0, cutout=0.0, seed=0).double()
     images = (torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1).requires_grad_()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     hidden = model((images / 2 + 0.5 - mean) / std, output_hidden_states=True).hidden_states
     found = features(images, [0, 1])
-    for x, depth in zip(found, (0, 2), strict=True):
+    for x, depth in zip(found, (-1, 0, 2), strict=True):
         expected = hidden[depth + 1][:, 1:] + hidden[depth + 1][:, :1]
         torch.testing.assert_close(x, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
     sum(x.square().sum() for x in found).backward()
@@ -98,7 +99,8 @@ def test_features_are_what_transformers_says_of_the_normalised_image_and_gradien
 def test_images_of_other_sizes_come_to_the_vit_by_a_window_or_bilinear(vit, monkeypatch):
     features = ViTFeatures(load_vit(str(vit)), [0], augment=0.0, cutout=0.0, seed=0)
     seen = []
-    monkeypatch.setattr(features.vit, "forward", lambda x: seen.append((x * features.std + features.mean) * 2 - 1))
+    mean, std = features.normalize.mean, features.normalize.std
+    monkeypatch.setattr(features.vit, "forward", lambda x: seen.append((x * std + mean) * 2 - 1))
     large, small = torch.rand(2, 3, 40, 40), torch.rand(2, 3, 16, 16)
     features(large, [4, 5])
     for x, image, (v, h) in zip(seen[0], large, uniform_numbers(0, [4, 5])[:, -2:].tolist(), strict=True):
@@ -147,7 +149,7 @@ def test_what_is_no_vit_is_refused_in_a_line(vit, tmp_path):
     model = ViTModel(ViTConfig(intermediate_size=32, **SMALL))
     kept = {name: value for name, value in model.state_dict().items() if "layernorm.weight" not in name}
     model.save_pretrained(tmp_path / "part", state_dict=kept)
-    for folder, message in [("bert", "it must be a ViT"), ("absent", "cannot be loaded"), ("part", "lacks weights")]:
+    for folder, message in [("bert", "it must be a ViT"), ("absent", "no vision model at"), ("part", "lacks weights")]:
         with pytest.raises(UserError, match=message) as caught:
             load_vit(str(tmp_path / folder))
         assert "\n" not in str(caught.value)
@@ -158,8 +160,8 @@ def test_what_is_no_vit_is_refused_in_a_line(vit, tmp_path):
 
 def test_dinov2_with_its_own_layout_serves_too(tmp_path):
     Dinov2Model(Dinov2Config(mlp_ratio=2, **SMALL)).save_pretrained(tmp_path / "vit")
-    features = ViTFeatures(load_vit(str(tmp_path / "vit")), [0, 2], augment=1.0, cutout=0.2, seed=0)
-    assert [x.shape for x in features(torch.rand(2, 3, 32, 32), [0, 1])] == [(2, 16, 16)] * 2
+    features = ViTFeatures(load_vit(str(tmp_path / "vit")), [-1, 0, 2], augment=1.0, cutout=0.2, seed=0)
+    assert [x.shape for x in features(torch.rand(2, 3, 32, 32), [0, 1])] == [(2, 16, 16)] * 3
 
 
 # DiffAugment
@@ -362,6 +364,8 @@ def test_a_checkpoint_holds_the_heads_alone(run_script, tiny, vit, tmp_path):
     assert not [name for name in weights(out, 2, "discriminator") if "vit" in name]
     assert {name.split(".")[1] for name in weights(out, 2, "discriminator")} == {"0", "1"}
     assert [g["lr"] for g in state(out, 2)["optimizers"]["discriminator"]["param_groups"]] == [5e-4]
+    moved = shutil.copytree(vit, tmp_path / "moved")  # the same network, elsewhere: the run goes on
+    run_script(train.main, "--config", tiny, "--out", out, "--schedule.epochs", 1, "--discriminator.vit", moved)
 
 
 def test_the_gan_starts_after_epochs_or_steps_whichever_is_later(run_script, tiny, tmp_path):
@@ -393,10 +397,34 @@ def test_weight_decay_is_the_discriminators_alone_and_decoupled(run_script, tiny
     torch.testing.assert_close(moved[0.0][1][name] - moved[0.5][1][name], torch.full((16,), 5e-4 * 0.5))
 
 
+def test_a_gan_that_never_starts_is_refused(run_script, tiny, tmp_path):
+    with pytest.raises(UsageError, match=r"leaves no GAN in the 6 steps of this run; lower it"):
+        run_script(train.main, "--config", tiny, "--out", tmp_path, "--schedule.adversarial_after_steps", 6)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"), [({"layers": 2}, 12), ({"layers": 3}, 24), ({"name": "plus", "stages": 2}, 8)]
+)
+def test_the_least_size_is_one_that_the_discriminator_takes(config, size):
+    config = validate(TrainConfig, {"discriminator": {"channels": 8} | config}).discriminator
+    assert config.least_size == size
+    _, network = make_discriminator(config, seed=0)
+    assert network(torch.zeros(1, 3, size, size)).shape[2] >= 1
+    if config.name == "patchgan":
+        with pytest.raises((RuntimeError, ValueError)):
+            network(torch.zeros(1, 3, size - 1, size - 1))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"loss": {"adversarial_cap": 1e4}, "model": {"compile": True}}, "set model.compile: false"),
+        ({"loss": {"adversarial_cap": 1e4}, "run": {"mixed_precision": "fp16"}}, "set run.mixed_precision: bf16"),
+        ({"loss": {"adversarial_cap": 1e4, "adversarial_weight": 0}}, "adversarial_cap needs a GAN"),
+        ({"loss": {"lecam_weight": 0.1, "adversarial_weight": 0}}, "lecam_weight needs a GAN"),
+        ({"schedule": {"adversarial_after": 70}}, "leaves no GAN in schedule.epochs = 70"),
+        ({"data": {"image_size": 16}}, "this discriminator needs 24 pixels, data.image_size is 16; lower"),
+        ({"data": {"image_size": 8}, "discriminator": {"name": "plus"}}, "needs 16 pixels"),
         ({"loss": {"discriminator_layers": 2}}, "it is now discriminator.layers"),
         ({"discriminator": {"name": "plus", "layers": 2}}, "discriminator.layers is a key of another choice"),
         ({"discriminator": {"name": "dino", "kernel": 8}}, "kernel = 8 must be odd"),

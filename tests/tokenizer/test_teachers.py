@@ -51,7 +51,7 @@ def test_a_vision_model_gives_patch_tokens_of_images_normalised_as_its_folder_sa
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     model = Dinov2Model(config).eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no vision encoder at .*: take another"):
+    with pytest.raises(UserError, match=r"does not say how images are normalised .*: take another"):
         load_vision_model(str(tmp_path), "take another")
     BitImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
     network = load_vision_model(str(tmp_path), "", size=42)
@@ -63,6 +63,32 @@ def test_a_vision_model_gives_patch_tokens_of_images_normalised_as_its_folder_sa
         features = network(images)
     torch.testing.assert_close(features, tokens.transpose(1, 2).reshape(2, 16, 3, 3), rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_folder_with_damaged_or_lacking_weights_is_refused(tmp_path):
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    model = Dinov2Model(config)
+    BitImageProcessor().save_pretrained(tmp_path)
+    kept = {name: value for name, value in model.state_dict().items() if "layer.1" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(UserError, match=r"lacks weights \(encoder\.layer\.1.*: take another"):
+        load_vision_model(str(tmp_path), "take another")
+    (tmp_path / "model.safetensors").write_bytes(b"damaged" * 20)
+    with pytest.raises(UserError, match=r"no vision model at .*: take another"):
+        load_vision_model(str(tmp_path), "take another")
+
+
+def test_a_classifier_through_which_no_gradient_goes_is_refused(network_file, tmp_path):
+    text = Path(network_file).read_text().replace('"net', '"quiet')
+    (tmp_path / "quiet.py").write_text(text.replace("    def forward", "    @torch.no_grad()\n    def forward"))
+    with pytest.raises(UserError, match=r"quiet\.py: the network computes without gradients"):
+        load_classifier(str(tmp_path / "quiet.py"), None)
+
+
+def test_an_empty_file_is_no_weights(tmp_path):
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(UserError, match=r"empty\.pth does not hold torchvision's weights of convnext_small: EOFError"):
+        load_classifier("convnext_small", tmp_path / "empty.pth")
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_two_ranks_are_one_of_the_double_batch(run_instrumented, run_two_ranks, 
         (["--perturbation.delta", "65"], r"perturbation\.delta = 65 must be at most the number of codes, 64"),
         (
             ["--loss.alignment.form", "vf", "--model.compile"],
-            "compiled networks do not allow; set model.compile: false",
+            "compiled networks do not give twice; set model.compile: false",
         ),
         (["--loss.alignment.form", "vf", "--run.mixed_precision", "fp16"], r"set run\.mixed_precision: bf16"),
         (["--loss.logits.network", "resnet18"], "must be resnet50, convnext_small or a Python file"),

@@ -38,9 +38,13 @@ def total(value: Tensor) -> Tensor:
 
 def mean(value: Tensor) -> Tensor:
     """The mean over all ranks, with the gradient of this rank's own value: what DDP, which averages gradients over
-    ranks, needs to get the gradient of a function of the global mean."""
+    ranks, needs to get the gradient of a function of the global mean. Without a gradient it is the same to the bit on
+    every rank, as what is kept from step to step must be."""
     ranks = world()[1]
-    return value if ranks == 1 else value + (total(value) / ranks - value).detach()
+    if ranks == 1:
+        return value
+    mean = total(value) / ranks
+    return value + (mean - value).detach() if value.requires_grad else mean
 
 
 @contextlib.contextmanager
