@@ -24,6 +24,7 @@ from nsvq.files import state_hash
 from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
+from nsvq.tokenizer.dino_discriminator import ViTFeatures
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
@@ -63,8 +64,8 @@ class TokenizerTrainer(Trainer):
             features, discriminator = make_discriminator(config.discriminator, config.run.seed)
             self.losses = load_losses(loss, config.model.latent_channels, self.device)
         self.inputs = {"data.source": self.images.fingerprint}
-        if isinstance(discriminator, DinoHeads):
-            self.inputs["discriminator.vit"] = state_hash(self.features.vit)
+        if isinstance(features, ViTFeatures):
+            self.inputs["discriminator.vit"] = state_hash(features.vit)
         self.has_codes = False
         if config.init_from and not checkpoints.complete(config.out / "checkpoints"):
             with accelerator.main_process_first():  # which downloads it, if any does
