@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from nsvq.autoregressive.config import TokenSampling, TrainConfig
 from nsvq.autoregressive.model import NextToken, make_llama, start_from_codes
@@ -52,9 +53,7 @@ class AutoregressiveTrainer(Trainer):
         self.total_steps = config.schedule.steps
 
         set_seed(config.run.seed)  # whatever encoding drew
-        llama = make_llama(config.model, self.codes, len(self.names), math.prod(cache.shape))
-        if config.model.start_from_codes:
-            start_from_codes(llama, tokenizer.codebook)
+        llama = self.make_network()
         if config.model.gradient_checkpointing:
             llama.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.compile:
@@ -76,6 +75,13 @@ class AutoregressiveTrainer(Trainer):
             parameters,
             {"decay": optim.ema_decay, "foreach": True},
         )
+
+    def make_network(self) -> LlamaForCausalLM:
+        """The network as a run starts with it; a subclass may change it."""
+        llama = make_llama(self.config.model, self.codes, len(self.names), math.prod(self.cache.shape))
+        if self.config.model.start_from_codes:
+            start_from_codes(llama, self.tokenizer.codebook)
+        return llama
 
     def batches(self, start: int) -> Iterator[dict]:
         return code_batches(self.cache, seed=self.config.run.seed, start=start, **self.loading)

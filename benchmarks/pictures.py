@@ -1,6 +1,6 @@
 """The README's pictures: samples of each class and reconstructions of a finished quickstart, and curves of studies.
 
-make quickstart
+make quickstart                                  # or with GENERATOR=autoregressive
 python benchmarks/evidence.py --study configs/evidence/short.yaml
 python benchmarks/pictures.py --quickstart runs/quickstart
 All images are synthetic. The curves are those of docs/evidence/records.
@@ -19,10 +19,12 @@ from pydantic import Field
 from torchvision.utils import save_image
 
 from nsvq import ClassConditionalPipeline, Tokenizer
+from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.data.batches import fixed_images
 from nsvq.data.config import DataConfig
+from nsvq.errors import UserError
 
 STUDIES = Path("configs/evidence")
 
@@ -71,6 +73,10 @@ def plot(panels: list[tuple[str, str, dict[str, list[tuple[float, float]]]]], pa
 @torch.no_grad()
 def main() -> None:
     config = configs.parse(PicturesConfig, sys.argv[1:])
+    for needed in ("tokenizer/config.json", "pipeline/model_index.json"):
+        if not (config.quickstart / needed).is_file():
+            what = f"{config.quickstart} is no finished quickstart (it has no {needed})"
+            raise UserError(f"{what}: run `make quickstart` first, or give its OUT as --quickstart")
     config.out.mkdir(parents=True, exist_ok=True)
     ratio = {
         key: curves("ratio", ["nsvq", "nsvq-paper", "fvq", "simvq"], key, config.records)
@@ -88,7 +94,8 @@ def main() -> None:
 
     pipeline = ClassConditionalPipeline.from_pretrained(config.quickstart / "pipeline")
     labels = [label for _ in range(2) for label in pipeline.id2label]
-    samples = pipeline(labels, guidance_scale=3.0, num_inference_steps=25, seeds=range(len(labels)), output_type="pt")
+    steps = {} if isinstance(pipeline, TokenPipeline) else {"num_inference_steps": 25}
+    samples = pipeline(labels, guidance_scale=3.0, **steps, seeds=range(len(labels)), output_type="pt")
     save_image(samples.images, config.out / "samples.png", nrow=len(pipeline.id2label))
     for file in sorted(config.out.iterdir()):
         print(f"{file}: {file.stat().st_size / 1024:.0f} KiB")

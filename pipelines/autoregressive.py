@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import compare_versions
 from diffusers import DiffusionPipeline, VQModel
 from transformers import LlamaForCausalLM
 
@@ -24,6 +25,8 @@ from nsvq.pipelines.class_names import ClassNames
 from nsvq.pipelines.folders import InstalledCode, local_folder, read_index, refuse_options
 
 SHIPPED_MODULE = "nsvq_autoregressive"
+# What diffusers calls it: releases before 0.40 do not know the new name, and later ones warn of the old one.
+_DTYPE = "dtype" if compare_versions("diffusers", ">=", "0.40") else "torch_dtype"
 CLASS_NAME = [SHIPPED_MODULE, TokenPipeline.__name__]  # in model_index.json
 # Keys of configs that say how to sample the one or the other kind of model.
 TOKEN_KEYS, DIFFUSION_KEYS = set(TokenSampling.model_fields), {"guidance_interval", "steps", "sampler", "guide"}
@@ -39,7 +42,7 @@ class AutoregressivePipeline(InstalledCode, ClassNames, TokenPipeline):
         if "scheduler" in options:
             raise ValueError("an autoregressive pipeline has no scheduler: leave it out")
         if not options.keys() & {"dtype", "torch_dtype"}:  # as diffusers' parts; transformers' keep the stored type
-            options["torch_dtype"] = torch.float32
+            options[_DTYPE] = torch.float32
         index = read_index(pretrained_model_name_or_path, options)
         return super().from_pretrained(local_folder(pretrained_model_name_or_path, index, options), **options)
 

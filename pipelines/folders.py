@@ -28,7 +28,7 @@ class InstalledCode(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **changes):
         """A pipeline of this class with the parts of another, which share their memory, and the names of its classes.
-        `changes`: other parts, or a `torch_dtype`, which the parts take for both; without it they stay as they are."""
+        `changes`: other parts, or a `dtype`, which the parts take for both; without it they stay as they are."""
         dtype = changes.pop("dtype", changes.pop("torch_dtype", None))
         ours = {theirs: name for name, theirs in LDM_NAMES.items()}
         parts = {ours.get(name, name): part for name, part in pipeline.components.items()}

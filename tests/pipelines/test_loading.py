@@ -87,6 +87,12 @@ def test_parts_that_are_passed_are_taken(load, kind, vae):
     assert load(kind, scheduler=scheduler).scheduler is scheduler
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_passes_nothing_on_that_diffusers_is_about_to_forget(load, kind):
+    load(kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_type_for_each_part_is_taken_and_the_parts_of_two_types_sample(load, kind):
     loaded = load(kind, torch_dtype={"transformer": torch.bfloat16, "default": torch.float32})
