@@ -24,6 +24,7 @@ from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import make_accelerator
+from nsvq.common.training import train
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.encode import open_cache
 from nsvq.tokenizer.pretrained import Tokenizer, find_tokenizer
@@ -109,12 +110,12 @@ def bits(way: Way, config: PositionsConfig, tokenizer: Tokenizer) -> tuple[dict[
     one = TrainConfig(**config.model_dump(exclude={"ways", "steps"}) | {"out": config.out / way, "cache": folder})
     accelerator = make_accelerator(one.run, one.out)
     how = {"workers": one.run.workers, "kind": "codes", "verify": one.cache_verify}
-    train = {"limit": one.cache_images, "crops": one.cache_crops, "split": "train"}
+    seen = {"limit": one.cache_images, "crops": one.cache_crops, "split": "train"}
     test = {"limit": one.held_out.images, "split": "test"}
-    cache = open_cache(folder, tokenizer, one.data, accelerator, **train, **how)
+    cache = open_cache(folder, tokenizer, one.data, accelerator, **seen, **how)
     unflipped = one.data.model_copy(update={"flip": False})
     held_out = open_cache(folder / "test", tokenizer, unflipped, accelerator, **test, **how)
-    PositionsTrainer(way, config.steps, one, accelerator, tokenizer, cache, held_out).train()
+    train(PositionsTrainer(way, config.steps, one, accelerator, tokenizer, cache, held_out))
     lines = [json.loads(line) for line in (one.out / "metrics.jsonl").read_text().splitlines()]
     seconds = lines[-1]["step"] * one.run.batch_size / max(line["images_per_second"] for line in lines)
     return {line["step"]: line["held_out_bits"] for line in lines if "held_out_bits" in line}, seconds
