@@ -14,6 +14,7 @@ from nsvq.common import training
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means
 from nsvq.data.bad_images import BadImages
+from nsvq.data.config import DataConfig
 from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler
 from nsvq.diffusion.samplers import sample as draw
@@ -21,9 +22,11 @@ from nsvq.diffusion.train import main as train_diffusion
 from nsvq.eval.generation import main as generation
 from nsvq.eval.reconstruction import main as reconstruction
 from nsvq.pipelines.sample import main as sample
+from nsvq.tokenizer.encode import _Encoding, open_cache
 from nsvq.tokenizer.health import EpochUsage
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.losses import _Distance
+from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.train import main as train_tokenizer
 
@@ -174,6 +177,29 @@ def test_the_autoregressive_trainer_waits_once_a_step(on_device, stage_two, tmp_
     assert all(sum("self.body(" in line for line in waits) <= 2 for waits in steps)
     only_the_guard_waits([[line for line in waits if "self.body(" not in line] for waits in steps])
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["continuous", "quantized", "codes"])
+def test_the_host_waits_at_the_end_of_a_cache_s_shard_alone(accelerator, image_folder, tokenizer_folder, tmp_path, kind):
+    """However many batches it has, so that images are loaded while the GPU encodes."""
+    accelerator.state.device = PartialState().device = DEVICE
+    data = DataConfig(source=str(image_folder), image_size=16, holdout=0.2)
+    waits = {}
+    for images in (8, 32):  # one batch, and four
+        tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+        with Pretend() as device, pytest.MonkeyPatch.context() as patch:
+            original = _Encoding.encode_shard
+
+            def encode(*arguments, device=device, images=images, original=original):
+                with device.counting() as waits[images]:
+                    return original(*arguments)
+
+            patch.setattr(_Encoding, "encode_shard", encode)
+            patch.setattr("nsvq.tokenizer.encode.BATCH_IMAGES", 8)
+            tokenizer.model.to(DEVICE)
+            cache = open_cache(tmp_path / str(images), tokenizer, data, accelerator, limit=images, kind=kind)
+        assert len(cache) == images
+    assert len(waits[32]) == len(waits[8]) <= 2, "\n".join(waits[32])
 
 
 def test_evaluation_mixes_no_devices(on_device, stage_two, tmp_path, image_folder, tokenizer_folder, tiny_extractor):

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -147,10 +148,17 @@ class _Encoding:
             self.announce(count)
         self.accelerator.wait_for_everyone()
         bad: list[str] = []
-        with progress_bar(self.accelerator, None, 0, desc="tokens", unit="img") as bar:
+        with progress_bar(self.accelerator, None, 0, desc="tokens", unit="img") as bar, ThreadPoolExecutor(1) as writer:
+            writing: Future | None = None  # of the shard before, while this one is encoded
             for name, batches in shards:
-                bad += self.write_shard(self.folder / name, batches, bar)
+                tensors, bad_here = self.encode_shard(batches, bar)
+                bad += bad_here
+                if writing:
+                    writing.result()
                 self.check_bad(len(bad), count, bad)  # it can't come right any more
+                writing = writer.submit(self.write_shard, self.folder / name, tensors, len(bad_here))
+            if writing:
+                writing.result()
         self.accelerator.wait_for_everyone()
         manifest = self.manifest()
         self.check_bad(manifest["bad_images"], manifest["count"] + manifest["bad_images"], bad)
@@ -180,39 +188,46 @@ class _Encoding:
                 f"{free / 2**30:.1f} GiB free: give a --cache on a larger one, or fewer --cache_images"
             )
 
-    def write_shard(self, path: Path, batches: Iterable[dict], bar: tqdm) -> list[str]:
-        """Encode one shard, whose file takes its name when it is complete; returns the names of bad images."""
+    def encode_shard(self, batches: Iterable[dict], bar: tqdm) -> tuple[dict[str, Tensor], list[str]]:
+        """Tokens and labels of the images of one shard, and the names of bad ones. A GPU is waited for at the end
+        alone, so that the host loads images while it encodes."""
+        device = self.accelerator.device
+        ahead = device.type == "cuda"  # elsewhere copies that do not block may not be complete when they are read
         tokens = [torch.zeros(0, *self.shape, dtype=self.dtype)]
         labels, bad = [torch.zeros(0, dtype=torch.int64)], []
-        # On the device, so that it does not wait while the host adds up.
-        sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64, device=self.accelerator.device)
+        sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64, device=device)
         for batch in batches:
             bad += batch["bad"]
             if not len(batch["label"]):
                 continue
-            crops = batch["image"].to(self.accelerator.device)  # (B crops, 3, S, S)
+            crops = batch["image"].to(device, non_blocking=ahead)  # (B crops, 3, S, S)
             views = [crops, crops.flip(-1)][: self.key["flips"]]
             z = torch.stack([self.tokens(view) for view in views], dim=1)
             z = z.reshape(len(batch["label"]), *self.shape)  # (B, crops flips, C, H, W), of codes without C
             if self.name == "latents":
                 sums += z.double().sum((0, 1, 3, 4))
                 squares += z.double().square().sum((0, 1, 3, 4))
-            tokens.append(z.to(self.dtype).cpu())
-            if self.name == "latents" and not tokens[-1].isfinite().all():
-                raise UserError("the tokenizer's latents of some images do not fit into float16, or are no numbers")
+            tokens.append(z.to(self.dtype).to("cpu", non_blocking=ahead))
             labels.append(batch["label"])
             bar.update(len(z))
+        if ahead:
+            torch.cuda.synchronize(device)
         tensors = {self.name: torch.cat(tokens), "labels": torch.cat(labels)}
         if self.name == "latents":
             tensors |= {"sums": sums.cpu().clone(), "squares": squares.cpu().clone()}
-        about = {"key": json.dumps(self.key), "bad": str(len(bad)), "sha256": shard_hash(tensors)}
+            if not tensors[self.name].isfinite().all():
+                raise UserError("the tokenizer's latents of some images do not fit into float16, or are no numbers")
+        return tensors, bad
+
+    def write_shard(self, path: Path, tensors: dict[str, Tensor], bad: int) -> None:
+        """The file takes its name when it is complete."""
+        about = {"key": json.dumps(self.key), "bad": str(bad), "sha256": shard_hash(tensors)}
         try:
             with atomic_file(path) as part:
                 save_file(tensors, part, metadata=about)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             what = f"cannot write {path} ({error})"
             raise UserError(f"{what}; the next start goes on from the shards there are") from None
-        return bad
 
     def tokens(self, images: Tensor) -> Tensor:
         """As the generator is to see them."""

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nsvq.data.config import DataConfig
 from nsvq.data.images import center_crop, several_crops, to_tensor
@@ -86,6 +86,29 @@ def test_with_several_crops_each_is_cached_with_its_mirror_image(tmp_path, token
     batches = train_batches(several, batch_size=44, seed=0)
     seen = {row.numpy().tobytes() for _ in range(30) for row in next(batches)["latents"]}
     assert len(seen) > 0.95 * 44 * 6  # views come over time: e^-5 of them are not seen in 30 epochs
+
+
+@pytest.mark.parametrize("full_at", [0, 1, 2])
+def test_a_full_disk_ends_the_cache_and_loses_no_shard_that_is_there(
+    tmp_path, tokenizer, data, accelerator, cache, monkeypatch, full_at
+):
+    written = []
+
+    def save(tensors, path, metadata):
+        written.append(path)
+        if len(written) == full_at + 1:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    folder = tmp_path / "small disk"
+    monkeypatch.setattr(encode, "save_file", save)
+    with pytest.raises(UserError, match="No space left on device.*the next start goes on from the shards there are"):
+        open_cache(folder, tokenizer, data, accelerator)
+    assert len(contents(folder)) == full_at
+    assert not (folder / "manifest.json").exists()
+    again = open_cache(folder, tokenizer, data, accelerator)
+    assert len(written) == 4
+    assert again.manifest == cache.manifest
 
 
 def test_quantized_latents_are_codes_and_decode_to_the_same_images(tmp_path, tokenizer, data, accelerator, cache):
