@@ -228,6 +228,7 @@ def _expected(name: str) -> plan.Outcome | None:
 
 COMMANDS = [
     "benchmarks/codebook.py --sizes 16384 65536 --dims 8 128 --latents 32768 --rounds 5 --memory_limit 20",
+    "benchmarks/tiles.py",
     "benchmarks/tokenizer_step.py --rounds 5",
     "benchmarks/dit.py --sizes B --dtypes bfloat16 --tasks training --batch 64",
     "benchmarks/dit.py --sizes B --dtypes bfloat16 --tasks training --batch 64 --compile",
@@ -237,14 +238,17 @@ COMMANDS = [
     "benchmarks/data_loading.py --workers 0 4",
     "benchmarks/latent_loading.py --workers 0 4",
 ]
-TOY_COMMANDS = ["benchmarks/latent_loading.py --latents 2 4 4 --images 64 --workers 0 --batch 8 --rounds 1"]
+TOY_COMMANDS = [
+    "benchmarks/tiles.py --latents 16 --codes 40 --dim 16 --rounds 1",
+    "benchmarks/latent_loading.py --latents 2 4 4 --images 64 --workers 0 --batch 8 --rounds 1",
+]
 
 
 def benchmarks(setting: Setting) -> Iterator[Row]:
     """Each against its peer; the tables follow in the report."""
     for command in TOY_COMMANDS if setting.toy else COMMANDS:
         try:
-            said = run(*command.split())
+            said = run(*command.split(), environment={"TRITON_INTERPRET": "1"} if setting.toy else None)
             yield Row("benchmarks", command, said, "it runs", True)
         except Failed as failed:
             yield Row("benchmarks", command, str(failed), "it runs", False)

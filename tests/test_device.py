@@ -180,7 +180,7 @@ def test_the_autoregressive_trainer_waits_once_a_step(on_device, stage_two, tmp_
 
 
 @pytest.mark.parametrize("kind", ["continuous", "quantized", "codes"])
-def test_the_host_waits_at_the_end_of_a_cache_s_shard_alone(accelerator, image_folder, tokenizer_folder, tmp_path, kind):
+def test_encoding_waits_at_the_end_of_a_shard_alone(accelerator, image_folder, tokenizer_folder, tmp_path, kind):
     """However many batches it has, so that images are loaded while the GPU encodes."""
     accelerator.state.device = PartialState().device = DEVICE
     data = DataConfig(source=str(image_folder), image_size=16, holdout=0.2)

@@ -4,6 +4,8 @@ Both recompute the scores tile by tile, as FlashAttention does, so that nothing 
 one owner and a fixed order (no atomics): the same input gives the same bits. Products are float32-accurate: three-term
 TF32 on NVIDIA's tensor cores, IEEE elsewhere. With TRITON_INTERPRET=1 the kernels run on the CPU."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,13 +15,25 @@ MAX_DIM = 256  # of a [codes, dim] sum in registers; wider latents take the plai
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
 _PROGRAMS = 1024  # a grid with fewer programs than this is split further along the reduced axis: several waves of a GPU
 _CHUNK = 32  # columns multiplied at a time
-_LATENTS, _CODES, _WARPS, _STAGES = 64, 64, 8, 3  # tile of the search
 
 
-def _sums_tile(dim: int, device: torch.device) -> tuple[int, int, int]:
-    """Latents, codes and warps of the second pass: what the registers hold beside its [codes, dim] sum."""
+class Tile(NamedTuple):
+    """What a program holds at a time. Sums depend on it in their last bits, so it is fixed for a GPU, not tuned in each
+    run: `benchmarks/tiles.py` times others."""
+
+    latents: int
+    codes: int
+    warps: int
+    stages: int
+
+
+SEARCH = Tile(64, 64, 8, 3)
+
+
+def sums_tile(dim: int, device: torch.device) -> Tile:
+    """Of the second pass: what the registers hold beside its [codes, dim] sum."""
     hopper = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
-    return (64, 64, 8) if hopper and dim <= 128 else (16, 32, 4)
+    return Tile(64, 64, 8, 2) if hopper and dim <= 128 else Tile(16, 32, 4, 2)
 
 
 @triton.jit
@@ -154,21 +168,23 @@ def _softmax_sums_kernel(
     tl.store(latent_out + place[:, None] * dim + columns[None, :], latent_sum, mask=mask)
 
 
-def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
+def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool, tile: Tile = SEARCH) -> Tensor:
     """z [N, d], codebook [K, d], float32 on the GPU -> indices [N] int64."""
-    return _search(z, codebook, 1.0, exclude_self, normalize=False)[0]
+    return _search(z, codebook, 1.0, exclude_self, False, tile)[0]
 
 
-def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
-    """As in tokenizer/codebook_tiles.py, for tensors on the GPU."""
+def softmax_sums(
+    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float, tile: Tile | None = None
+) -> tuple[Tensor, ...]:
+    """As in tokenizer/codebook_tiles.py, for tensors on the GPU. `tile`: of the second pass."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
-    found, log_total = _search(z, codebook, 1 / temperature, exclude_self=False, normalize=True)
+    found, log_total = _search(z, codebook, 1 / temperature, False, True, SEARCH)
     winners = found if indices is None else indices
     winner_codes = codebook[winners]
     winner_mass = (((2 * z - winner_codes) * winner_codes).sum(1) / temperature - log_total).exp().clamp(max=1)
 
-    latents, codes, warps = _sums_tile(dim, z.device)
+    latents, codes, warps, stages = tile or sums_tile(dim, z.device)
     code_tiles = triton.cdiv(code_count, codes)
     padded = _padded(dim)
     splits, per_split = _split(latent_count, latents, _PROGRAMS // code_tiles)
@@ -179,26 +195,27 @@ def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperatur
     constants = (_PRECISION, latents, codes, min(_CHUNK, padded), padded)
     with torch.cuda.device_of(z):  # Triton launches on the current device, whichever the tensors are on
         _softmax_sums_kernel[(code_tiles, splits)](
-            *inputs, loss, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=2
+            *inputs, loss, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=stages
         )
     return winners, winner_mass, log_total, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
 
 
-def _search(z, codebook, scale, exclude_self, normalize) -> tuple[Tensor, Tensor | None]:
+def _search(z, codebook, scale, exclude_self, normalize, tile) -> tuple[Tensor, Tensor | None]:
     """-> indices [N] int64, and log sum_j exp(score_ij) [N] where `normalize` asks for it."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
-    latent_tiles = triton.cdiv(latent_count, _LATENTS)
+    latents, codes, warps, stages = tile
+    latent_tiles = triton.cdiv(latent_count, latents)
     if latent_count == 0:
         return torch.empty(0, dtype=torch.int64, device=z.device), None
-    splits, per_split = _split(code_count, _CODES, _PROGRAMS // latent_tiles)
+    splits, per_split = _split(code_count, codes, _PROGRAMS // latent_tiles)
     best = z.new_empty(splits, latent_count)
     index, total = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best) if normalize else best
     inputs, sizes = (z, codebook, codebook.square().sum(1)), (latent_count, code_count, dim, scale, per_split)
-    constants = (exclude_self, normalize, _PRECISION, _LATENTS, _CODES, min(_CHUNK, _padded(dim)))
+    constants = (exclude_self, normalize, _PRECISION, latents, codes, min(_CHUNK, _padded(dim)))
     with torch.cuda.device_of(z):
         _search_kernel[(latent_tiles, splits)](
-            *inputs, best, index, total, *sizes, *constants, num_warps=_WARPS, num_stages=_STAGES
+            *inputs, best, index, total, *sizes, *constants, num_warps=warps, num_stages=stages
         )
     overall, split = best.max(0)  # the first of equals: the lower index
     indices = index.gather(0, split[None]).squeeze(0).long()

@@ -95,12 +95,13 @@ def shared_memory(kernel, constants, capability, warps, stages):
 for capability in (80, 90):
     torch.cuda.get_device_capability = lambda device: (capability // 10, 0)
     shared = {"precision": "tf32x3", "CHUNK": kernels._CHUNK}
-    tile = {"exclude_self": False, "normalize": True, "LATENTS": kernels._LATENTS, "CODES": kernels._CODES}
-    print(shared_memory(kernels._search_kernel, shared | tile, capability, kernels._WARPS, kernels._STAGES))
+    latents, codes, *how = kernels.SEARCH
+    tile = {"exclude_self": False, "normalize": True, "LATENTS": latents, "CODES": codes}
+    print(shared_memory(kernels._search_kernel, shared | tile, capability, *how))
     for dim in (128, 256):
-        latents, codes, warps = kernels._sums_tile(dim, torch.device("cuda"))
+        latents, codes, *how = kernels.sums_tile(dim, torch.device("cuda"))
         tile = {"LATENTS": latents, "CODES": codes, "DIM": dim}
-        print(shared_memory(kernels._softmax_sums_kernel, shared | tile, capability, warps, 2))
+        print(shared_memory(kernels._softmax_sums_kernel, shared | tile, capability, *how))
 """
 
 

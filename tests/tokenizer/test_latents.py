@@ -102,7 +102,7 @@ def test_a_full_disk_ends_the_cache_and_loses_no_shard_that_is_there(
 
     folder = tmp_path / "small disk"
     monkeypatch.setattr(encode, "save_file", save)
-    with pytest.raises(UserError, match="No space left on device.*the next start goes on from the shards there are"):
+    with pytest.raises(UserError, match=r"No space left on device.*the next start goes on from the shards there are"):
         open_cache(folder, tokenizer, data, accelerator)
     assert len(contents(folder)) == full_at
     assert not (folder / "manifest.json").exists()
