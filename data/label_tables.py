@@ -178,6 +178,11 @@ def imagenet_synsets() -> list[str]:
     return list(_imagenet())
 
 
+def imagenet_names() -> list[str]:
+    """The names of ImageNet-1k's classes in the order of its labels."""
+    return names_of_synsets(imagenet_synsets())
+
+
 def names_of_synsets(classes: list[str], root: Path | None = None) -> list[str]:
     """The names of classes that are WordNet synsets (n02099601): ImageNet-1k's, or those in a words.txt or
     LOC_synset_mapping.txt in `root`; others stay as they are."""

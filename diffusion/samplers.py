@@ -66,6 +66,14 @@ def sampler_names(scheduler: SchedulerMixin) -> tuple[str, ...]:
     return _FLOW_SAMPLERS if flow or type(scheduler).__name__.startswith("FlowMatch") else _DDPM_SAMPLERS
 
 
+def same_process(one: SchedulerMixin, other: SchedulerMixin) -> bool:
+    """Whether the networks of both predict the same thing of the same noisy latents, so that they can be mixed."""
+    if (flow := sampler_names(one) is _FLOW_SAMPLERS) or sampler_names(other) is _FLOW_SAMPLERS:
+        return flow and sampler_names(other) is _FLOW_SAMPLERS
+    decided = ("prediction_type", "num_train_timesteps", *_BETAS)
+    return all(one.config.get(name) == other.config.get(name) for name in decided)
+
+
 def make_sampler(sampler: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     """The sampler of that name for the model that `scheduler` belongs to. Raises `ValueError` where there is none of
     that name, or none for models of this kind."""

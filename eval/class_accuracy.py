@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from nsvq.common.image_metrics import from_uint8, to_uint8
 from nsvq.data.bad_images import BadImages
-from nsvq.data.batches import train_batches
+from nsvq.data.batches import batches_in_order, train_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError, UserError
@@ -136,11 +137,15 @@ def from_outputs(
     if outputs < classes:
         raise UsageError(f"--classifier features: {extractor.name} has {outputs} outputs for {classes} classes")
     sums = torch.zeros(classes, outputs, dtype=torch.float64, device=accelerator.device)
-    for batch in real_batches(data, "train", _IMAGES_PER_CLASS * classes, accelerator, "real images", **loading):
-        images, labels = batch["image"].to(accelerator.device), batch["label"].to(accelerator.device)
+    split = open_split(data, "train")
+    labels, shuffled = split.labels(), np.random.default_rng(0).permutation(len(split))
+    some = np.concatenate([shuffled[labels[shuffled] == c][:_IMAGES_PER_CLASS] for c in range(classes)])
+    mine = some[accelerator.process_index :: accelerator.num_processes]
+    for batch in batches_in_order(split, mine, data.image_size, **loading):
+        images = batch["image"].to(accelerator.device)
         if len(images):
             scores = extractor(to_uint8(images))[layer].double().softmax(1)
-            sums.index_add_(0, labels[labels >= 0], scores[labels >= 0])
+            sums.index_add_(0, batch["label"].to(accelerator.device), scores)
     sums = accelerator.reduce(sums, "sum").cpu()
     if not sums.sum(1).all():
         raise UsageError(f"--classifier features: of some class {data.source} has no labelled training image")

@@ -86,7 +86,7 @@ class GenerationConfig(EvaluationConfig):
     pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
     features: list[str] = Field([INCEPTION, DINOV2], min_length=1, description=_FEATURES)
     protocol: Literal["ours", "adm", "nsvq"] | None = Field(
-        None, description=f"How to measure: see docs/evaluation.md; null: adm for {IMAGENET}, else ours."
+        None, description="How to measure: see docs/evaluation.md; null: adm for ImageNet-1k, else ours."
     )
     metrics: list[Literal["fid", "sfid", "isc", "kid", "prc"]] = Field(
         ["fid", "sfid", "isc", "kid", "prc"],

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.data.label_tables import imagenet_names
 from nsvq.data.sources import open_split
 from nsvq.diffusion.samplers import make_sampler, set_steps
 from nsvq.errors import UsageError
@@ -52,18 +53,23 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
     Writes a picture of samples by class beside `config.output`, and the samples where asked to. Raises `UserError` or
     `UsageError` for data, weights, references or sizes that do not work."""
     names, size = class_names(pipeline), image_size(pipeline)
-    config = _resolve(config, size)
+    imagenet = _is_imagenet(config, names)
+    config = _resolve(config, size, imagenet)
     data = config.data
     if data.image_size != size:
         raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
-    if config.guidance_interval != (0.0, 1.0) and not is_ours(pipeline):
-        raise UsageError(f"--guidance_interval: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+    if not is_ours(pipeline):
+        stock = f"{config.pipeline}, a {type(pipeline).__name__},"
+        if config.guidance_interval != (0.0, 1.0):
+            raise UsageError(f"--guidance_interval: {stock} takes none")
+        if min(config.guidance_scale) < 1:
+            raise UsageError(f"--guidance_scale: {stock} takes what is below 1 for 1, no guidance")
     settings = _settings(pipeline, config)
     guide = None if settings[0].tokens else _prepare(pipeline, config)
     split = config.reference if config.reference in ("train", "test") else "train"
     images = open_split(data, split)
     result: dict[str, Any] = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
-    result["warnings"] += _deviations(config)
+    result["warnings"] += _deviations(config, imagenet)
     needs_classes = config.classifier != "none" or config.labels == "data"
     if needs_classes and not names:
         raise UsageError(f"--classifier and --labels data need classes, and {config.pipeline} has none")
@@ -156,17 +162,25 @@ def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixi
         raise UsageError(str(error)) from None
 
 
-def _resolve(config: GenerationConfig, size: int) -> GenerationConfig:
+def _is_imagenet(config: GenerationConfig, names: list[str]) -> bool:
+    """Whether the data are ImageNet-1k: the Hub's, or a copy, of whose 1,000 classes the pipeline has the names."""
+    if config.data.source == IMAGENET:
+        return True
+    split = config.reference if config.reference in ("train", "test") else "train"
+    return names == imagenet_names() and open_split(config.data, split).classes == names
+
+
+def _resolve(config: GenerationConfig, size: int, imagenet: bool) -> GenerationConfig:
     """`config` with what its protocol decides, where it was not given."""
-    protocol = config.protocol or ("adm" if config.data.source == IMAGENET else "ours")
+    protocol = config.protocol or ("adm" if imagenet else "ours")
     samples, reference = _PROTOCOLS[protocol]
-    if protocol == "adm" and config.data.source == IMAGENET and size in ADM_SIZES:
+    if protocol == "adm" and imagenet and size in ADM_SIZES:
         reference = "adm"
     given = {"protocol": protocol, "samples": config.samples or samples, "reference": config.reference or reference}
     return config.model_copy(update={**given, "data": report.data_with_size(config.data, size)})
 
 
-def _deviations(config: GenerationConfig) -> list[str]:
+def _deviations(config: GenerationConfig, imagenet: bool) -> list[str]:
     """What keeps the numbers from being those of the protocol."""
     if config.protocol == "ours":
         return []
@@ -177,6 +191,10 @@ def _deviations(config: GenerationConfig) -> list[str]:
     other_split = config.reference in ("train", "test") and (config.reference != split or config.reference_limit)
     if other_file or other_split:
         found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
+    elif config.protocol == "adm" and not imagenet:
+        found.append(f"protocol adm is for ImageNet-1k, and {config.data.source} is not known to be it")
+    elif config.protocol == "adm" and config.data.image_size in ADM_SIZES and config.reference in ("train", "test"):
+        found.append("protocol adm means ADM's own file as the reference: --reference adm")
     return found
 
 

@@ -147,7 +147,7 @@ def _curves(run: Path) -> str:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         points = [(x, y) for x, y in points if math.isfinite(y)]
         if len(points) > 1:
-            charts.append(_chart(name, points[:: max(1, len(points) // _POINTS)]))
+            charts.append(_chart(name, [*points[: -1 : max(1, len(points) // _POINTS)], points[-1]]))
     return f"<h2>Training: {escape(str(run))}</h2><div class='charts'>{''.join(charts)}</div>"
 
 

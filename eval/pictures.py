@@ -12,6 +12,7 @@ from nsvq.eval.distributed import gather_by_index
 
 _PAIRS = 8  # of each picture of reconstructions
 _GRID_CLASSES, _GRID_SAMPLES = 10, 8
+_GRID_DRAWN = 10_000  # samples whose classes are looked at
 
 
 class Examples:
@@ -37,13 +38,14 @@ class Examples:
 
 
 class Grid:
-    """A row of samples for each of a few classes, spaced evenly over all, or of no class: {class: its first samples} in
-    `of_class`."""
+    """A row of samples for each of a few classes, spaced evenly over those that are drawn, or of no class: {class: its
+    first samples} in `of_class`."""
 
     def __init__(self, samples: int, names: list[str], label: Callable[[int], int | None]):
         self.names = names
-        count = min(len(names), _GRID_CLASSES)
-        classes = [i * len(names) // count for i in range(count)] or [None]
+        drawn = sorted({label(sample) for sample in range(min(samples, _GRID_DRAWN))} - {None})
+        count = min(len(drawn), _GRID_CLASSES)
+        classes = [drawn[i * len(drawn) // count] for i in range(count)] or [None]
         self.of_class: dict[int | None, list[int]] = {c: [] for c in classes}
         for sample in range(samples):
             row = self.of_class.get(label(sample))

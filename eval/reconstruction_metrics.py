@@ -106,8 +106,10 @@ def add_codebook_metrics(
         "bits_per_pixel": tokens * math.log2(k) / image_size**2,
     }
     add(result, metrics | code_bits(rows["codes"]), MEANINGS)
-    if (total := int(counts.sum())) < k**2:
-        result["meanings"]["bigram_bits"] += f"; too low, since {total:,} tokens do not fill K^2 = {k**2:,} pairs"
+    total = int(counts.sum())
+    for name, bins, what in (("unigram_bits", k, f"K = {k:,} codes"), ("bigram_bits", k**2, f"K^2 = {k**2:,} pairs")):
+        if total < bins:
+            result["meanings"][name] += f"; too low, since {total:,} tokens do not fill {what}"
     result["usage_histogram"] = usage_histogram(counts)
 
 

@@ -211,7 +211,7 @@ def set_from_file(
         collector.add(batch.to(accelerator.device), torch.arange(start, start + len(batch)))
     own = collector.total(accelerator)
     # Statistics that the file gives are of more images than it holds.
-    count = None if extractor.layers["fid"] in features.gaussians else own.count
+    count = None if extractor.layers.get("fid") in features.gaussians else own.count
     return FeatureSet(count, own.gaussians | features.gaussians, own.rows)
 
 
@@ -234,7 +234,7 @@ def read_adm(path: Path, layers: dict[str, str]) -> tuple[FeatureSet, np.ndarray
     if images is not None and not (images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8):
         what = f"{images.dtype} {images.shape}"
         raise UserError(f"--reference {path}: arr_0 must hold images, uint8 [N, H, W, 3], not {what}")
-    if images is None and layers["fid"] not in gaussians:
+    if images is None and layers.get("fid") not in gaussians:
         raise UserError(f"--reference {path} must hold mu and sigma, or images in arr_0; it holds {names}")
     return FeatureSet(None, gaussians), images
 

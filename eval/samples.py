@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
@@ -27,7 +29,7 @@ from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
 from nsvq.pipelines.autoregressive import CLASS_NAME
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
-from nsvq.tokenizer.pretrained import VQ_MODELS
+from nsvq.tokenizer.pretrained import TRAINING_FILE, VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once
 
@@ -64,8 +66,7 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
     Raises `UserError` where there is none."""
     try:
         index = DiffusionPipeline.load_config(folder)
-        decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae", CLASS_NAME[1]: "vae"}.get(_last(index["_class_name"]))
-        ours = decoder is not None and index[decoder][1] in VQ_MODELS
+        ours = _made_here(folder, index)
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         folders = "the <out>/pipeline folder of a finished diffusion run"
@@ -76,9 +77,20 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
     return pipeline
 
 
-def _last(name: str | list[str]) -> str:
-    """The class of a pipeline, which has its module before it where that is shipped."""
-    return name if isinstance(name, str) else name[-1]
+def _made_here(source: str, index: dict) -> bool:
+    """Whether a pipeline with that model_index.json is one of this project: on a VAE without a codebook, which others'
+    may have, nsvq.json tells."""
+    name = index["_class_name"]
+    name = name if isinstance(name, str) else name[-1]  # the module before it, where that is shipped
+    decoder = {"DiTPipeline": "vae", "LDMPipeline": "vqvae", CLASS_NAME[1]: "vae"}.get(name)
+    if decoder is None or index[decoder][1] in VQ_MODELS:
+        return decoder is not None
+    if Path(source).is_dir():
+        return (Path(source) / TRAINING_FILE).is_file()
+    try:
+        return bool(hf_hub_download(source, TRAINING_FILE))
+    except EntryNotFoundError:
+        return False
 
 
 def is_ours(pipeline: DiffusionPipeline) -> bool:
@@ -101,7 +113,8 @@ def class_names(pipeline: DiffusionPipeline) -> list[str]:
 def image_size(pipeline: DiffusionPipeline) -> int:
     """Side of the pipeline's images, in pixels."""
     side = pipeline.side if isinstance(pipeline, TokenPipeline) else pipeline.transformer.config.sample_size
-    return side * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    widths = pipeline.vae.config.get("encoder_block_out_channels") or pipeline.vae.config.block_out_channels
+    return side * 2 ** (len(widths) - 1)
 
 
 def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:

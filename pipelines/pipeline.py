@@ -17,7 +17,8 @@ from torch import Tensor
 from nsvq.autoregressive.sampling import generators_of
 from nsvq.diffusion.cpu_attention import use_cpu_attention
 from nsvq.diffusion.dit import PipelineDiT
-from nsvq.diffusion.samplers import make_sampler, sample, set_steps
+from nsvq.diffusion.samplers import make_sampler, same_process, sample, set_steps
+from nsvq.files import state_hash
 from nsvq.pipelines.autoregressive import CLASS_NAME, AutoregressivePipeline
 from nsvq.pipelines.class_names import ClassNames
 from nsvq.pipelines.export import STOCK_NULL_CLASS, from_stock, label_table, save_pipeline, stock_label, to_stock
@@ -72,11 +73,16 @@ class ClassConditionalPipeline(InstalledCode, ClassNames, DiTPipeline):
 
     def load_guide(self, folder: str | Path) -> ModelMixin:
         """The transformer of another pipeline, where this one's is, for autoguidance. Raises `ValueError` where it
-        knows other classes."""
+        knows other classes, or predicts something else or of other latents."""
         other = type(self).from_pretrained(folder)
         if other.id2label != self.id2label:
             raise ValueError(f"the guide {folder} has other classes than this pipeline: take one of the same data")
         _check_guide(other.transformer, self.transformer)
+        trained = f"the guide {folder} was trained on another"
+        if not same_process(other.scheduler, self.scheduler):
+            raise ValueError(f"{trained} objective or noise schedule than this pipeline")
+        if state_hash(other.vae) != state_hash(self.vae):
+            raise ValueError(f"{trained} tokenizer than this pipeline")
         return other.transformer.to(self._execution_device, self.transformer.dtype)
 
     @torch.no_grad()

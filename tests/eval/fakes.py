@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from nsvq.diffusion.samplers import flow_scheduler
 
@@ -15,7 +16,7 @@ class FakePipeline:
     def __init__(self, names=("ant", "bee", "cat")):
         self.id2label = dict(enumerate(names))
         self.transformer = SimpleNamespace(config=SimpleNamespace(sample_size=8))
-        self.vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8)))
+        self.vae = SimpleNamespace(config=FrozenDict(block_out_channels=(8, 8)))
         self.scheduler = flow_scheduler(1.0)
         self.calls = []
 

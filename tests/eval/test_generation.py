@@ -11,6 +11,7 @@ from PIL import Image
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, generation
 from nsvq.eval.config import GenerationConfig
+from nsvq.eval.pictures import Grid
 from nsvq.eval.report import folder_hash
 
 
@@ -135,12 +136,13 @@ def test_an_extractor_judges_by_its_own_class_outputs_whatever_their_order(measu
     real = {"image": COLOURS.view(3, 3, 1, 1).expand(3, 3, 16, 16) * 2 - 1, "label": torch.tensor([0, 1, 2])}
     empty = {"image": torch.zeros(0, 3, 16, 16), "label": torch.zeros(0, dtype=torch.int64)}
     unlabelled = {"image": real["image"], "label": torch.tensor([-1, -1, -1])}
+    monkeypatch.setattr(class_accuracy, "batches_in_order", lambda *args, **kwargs: iter([real, empty]))
     monkeypatch.setattr(class_accuracy, "real_batches", lambda *args, **kwargs: iter([real, empty, unlabelled]))
     monkeypatch.setattr(type(tiny), "__call__", with_outputs(type(tiny).__call__, tiny.layers["isc"], outputs))
     result = measure_samples(samples=12, classifier="features")
     assert result["metrics"]["class_accuracy"] == 1
     assert result["metrics"]["class_accuracy_real"] == 1
-    monkeypatch.setattr(class_accuracy, "real_batches", lambda *args, **kwargs: iter([unlabelled]))
+    monkeypatch.setattr(class_accuracy, "batches_in_order", lambda *args, **kwargs: iter([empty]))
     with pytest.raises(UsageError, match="no labelled training image"):
         measure_samples(classifier="features")
     with pytest.raises(UsageError, match="has none, or --metrics leaves out isc"):
@@ -239,5 +241,50 @@ def test_protocols_say_what_a_number_deviates_in_and_adm_scores_blocks_of_consec
     assert any("nsvq means 5000 samples" in warning for warning in paper["warnings"])
     assert paper["data"]["split"] == "test"
     config = GenerationConfig(pipeline="p", output="r.json")
-    resolved = generation._resolve(config, 128)  # the defaults are ImageNet-1k's
+    assert generation._is_imagenet(config, [])  # the default data
+    resolved = generation._resolve(config, 128, imagenet=True)
     assert (resolved.protocol, resolved.samples, resolved.reference) == ("adm", 50_000, "adm")
+    assert generation._deviations(resolved, imagenet=True) == []
+    for other in ("train", "test"):
+        resolved = generation._resolve(config.model_copy(update={"reference": other}), 128, imagenet=True)
+        assert len(generation._deviations(resolved, imagenet=True)) == 1
+
+
+def test_each_class_shows_its_output_by_as_many_images(measure_samples, monkeypatch):
+    """Also a rare one, which a random draw of as many images might miss."""
+    seen, original = [], class_accuracy.batches_in_order
+
+    def noting(*arguments, **options):
+        for batch in original(*arguments, **options):
+            seen.extend(batch["label"].tolist())
+            yield batch
+
+    monkeypatch.setattr(class_accuracy, "batches_in_order", noting)
+    monkeypatch.setattr(class_accuracy, "_IMAGES_PER_CLASS", 2)
+    measure_samples(samples=12, classifier="features")
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_picture_shows_classes_that_were_drawn(accelerator, tmp_path):
+    names = [f"class {i}" for i in range(1000)]
+    drawn = [3, 500, 3, 999]
+    grid = Grid(4, names, lambda sample: drawn[sample])
+    grid.add(torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 2, 2).to(torch.uint8), torch.arange(4))
+    about = grid.save(tmp_path / "grid.png", accelerator)
+    assert about["rows"] == ["class 3", "class 500", "class 999"]
+    shown = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]  # rows of two tiles, 2 pixels between
+    assert [[int(shown[2 + 4 * row, 2 + 4 * column]) for column in range(2)] for row in range(3)] == [
+        [0, 2],
+        [1, 255],
+        [3, 255],
+    ]
+
+
+def test_a_copy_of_imagenet_is_measured_as_the_hub_s(measure_samples, monkeypatch):
+    """By the names of its classes, which the pipeline has, too."""
+    assert measure_samples(samples=40)["protocol"] == "ours"
+    monkeypatch.setattr(generation, "imagenet_names", lambda: ["ant", "bee", "cat"])
+    copy = measure_samples(samples=40)
+    assert (copy["protocol"], copy["data"]["split"]) == ("adm", "train")  # at 16 pixels ADM has no file
+    assert not any("not known to be it" in warning for warning in copy["warnings"])
+    assert measure_samples(FakePipeline(("ant", "bee", "dog")), samples=40)["protocol"] == "ours"

@@ -100,6 +100,16 @@ def test_the_page_says_every_number_with_its_meaning_and_protocol_and_what_is_mi
         assert part in page
 
 
+def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
+    lines = [{"step": step, "phase": "stage1", "loss": 1 / (step + 1)} for step in range(1000)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page(tmp_path / "page.html", [RESULT], [tmp_path])
+    (curve,) = [a["points"] for tag, a in Reader((tmp_path / "page.html").read_text()).tags if tag == "polyline"]
+    assert 400 <= len(curve.split()) <= 600
+    assert "<b>loss</b> 0.001<" in (tmp_path / "page.html").read_text()
+    assert ">step 999<" in (tmp_path / "page.html").read_text()
+
+
 def test_bars_are_as_high_as_their_codes_and_curves_go_through_the_metrics(page):
     tags = Reader(page).tags
     bars = [float(a["height"]) for tag, a in tags if tag == "rect" and a.get("fill") == "#4477aa"][:3]

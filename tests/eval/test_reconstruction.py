@@ -3,6 +3,7 @@ import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nsvq.eval import autoencoders, perceptual, reconstruction, reconstruction_m
 from nsvq.eval.codes import Perturbed, code_bits
 from nsvq.eval.features import Collector
 from nsvq.eval.reconstruction import main
+from nsvq.eval.reconstruction_metrics import add_codebook_metrics
 from nsvq.tokenizer.perturbation import PerturbationConfig
 from nsvq.tokenizer.pretrained import open_tokenizer
 
@@ -198,6 +200,15 @@ def test_an_images_wrong_codes_depend_on_its_number_alone(tokenizer_folder):
     assert 0.35 < (whole != codes).float().mean() < 0.45  # alpha, less those that drew themselves
     turned = torch.randperm(200)
     assert torch.equal(some(codes[turned], index[turned]), half[turned])
+
+
+@pytest.mark.parametrize(("images", "low"), [(5, ["unigram_bits", "bigram_bits"]), (6, ["bigram_bits"]), (144, [])])
+def test_bits_of_too_few_tokens_say_so(images, low):
+    codes = torch.arange(images * 4).view(images, 2, 2) % 24
+    result = {"metrics": {}, "meanings": {}, "skipped": {}}
+    rows = {"index": torch.arange(images), "codes": codes, "error": torch.zeros(images)}
+    add_codebook_metrics(result, rows, codes.flatten().bincount(minlength=24), SimpleNamespace(codebook_size=24), 16)
+    assert [name for name, meaning in result["meanings"].items() if "too low, since" in meaning] == low
 
 
 def test_bits_are_counted_sparsely_and_the_bias_of_pairs_is_said(measure):

@@ -43,6 +43,16 @@ def test_the_reference_can_be_adms_file_of_statistics(measure_samples, tmp_path)
     assert result["reference"]["sha256"] == file_hash(path)
 
 
+@pytest.mark.parametrize("metric", ["isc", "prc"])
+def test_a_reference_file_of_images_serves_metrics_other_than_the_distance(measure_samples, tmp_path, metric):
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    whole = measure_samples(reference=str(tmp_path / "images.npz"), metrics=["fid", metric])["metrics"]
+    alone = measure_samples(reference=str(tmp_path / "images.npz"), metrics=[metric])["metrics"]
+    assert alone
+    assert alone == {name: value for name, value in whole.items() if name != "fd_tiny"}
+
+
 def test_a_wrong_reference_file_is_one_clear_error(measure_samples, tmp_path):
     path = tmp_path / "reference.npz"
     with pytest.raises(UserError, match=r"reference\.npz is no \.npz file"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
@@ -18,14 +19,16 @@ from fakes import FakePipeline
 from PIL import Image
 
 from nsvq.autoregressive.model import ModelConfig, make_llama
+from nsvq.diffusion.dit import DiT
 from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import generation
 from nsvq.eval.page import write_page
 from nsvq.eval.report import folder_hash
-from nsvq.eval.samples import GROUP, Sampling, draw, groups, image_size, load_pipeline
+from nsvq.eval.samples import GROUP, Sampling, draw, groups, image_size, is_ours, load_pipeline
 from nsvq.pipelines.autoregressive import save_pipeline as save_token_pipeline
-from nsvq.pipelines.export import save_pipeline
+from nsvq.pipelines.export import save_pipeline, to_stock
+from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 
 def test_ranks_share_the_samples_out_without_gap_or_overlap():
@@ -286,6 +289,31 @@ def test_a_stock_pipeline_with_a_stochastic_sampler_gives_the_same_samples_at_an
     assert (drawn[0] != drawn[3]).float().mean() > 0.5
     with pytest.raises(UsageError, match=r"guidance_interval.*a DiTPipeline, takes none"):
         measure_samples(pipeline, guidance_interval=(0.1, 0.5), **options)
+    with pytest.raises(UsageError, match=r"guidance_scale.*takes what is below 1 for 1"):
+        measure_samples(pipeline, guidance_scale=[1.5, 0.0], **options)
+
+
+@pytest.mark.parametrize("variant", ["dit", "modern"])
+def test_a_model_on_a_continuous_vae_is_ours_with_its_classes(stock_pipeline, tmp_path, variant):
+    """Not 1,000 classes, of which most would be the null class."""
+    vae = DiTPipeline.from_pretrained(stock_pipeline).vae
+    model = DiT(4, 4, 3, depth=1, width=16, heads=2, variant=variant)
+    save_pipeline(tmp_path / "own", to_stock(model), vae, flow_scheduler(1.0), {0: "ant", 1: "bee", 2: "cat"})
+    (tmp_path / "own" / "nsvq.json").write_text("{}")
+    pipeline = load_pipeline(str(tmp_path / "own"))
+    assert generation.class_names(pipeline) == ["ant", "bee", "cat"]
+    assert is_ours(pipeline)
+    assert image_size(pipeline) == 16
+
+
+def test_the_size_of_images_of_a_deep_compression_autoencoder_is_known(tmp_path):
+    blocks = {"decoder_block_out_channels": (8, 8, 8), "encoder_block_out_channels": (8, 8, 8)}
+    layers = {"encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1)}
+    kinds = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock", "latent_channels": 4}
+    multiscale = {"encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ())}
+    vae = AutoencoderDC(in_channels=3, **blocks, **layers, **kinds, **multiscale)
+    own = ClassConditionalPipeline(to_stock(DiT(4, 4, 3, depth=1, width=16, heads=2)), vae, flow_scheduler(1.0))
+    assert image_size(own) == 16
 
 
 def test_an_autoregressive_pipeline_is_measured_over_a_sweep_of_temperatures(

@@ -1,4 +1,5 @@
 import shutil
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 
 from nsvq.diffusion.objectives import DDPM, DDPMConfig
-from nsvq.diffusion.samplers import flow_scheduler
+from nsvq.diffusion.samplers import ddpm_scheduler, flow_scheduler
 from nsvq.pipelines.export import save_pipeline, to_stock
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
@@ -134,6 +135,30 @@ def test_a_guide_of_other_latents_or_classes_is_refused(pipeline, tmp_path, rand
     save_pipeline(tmp_path / "classes", to_stock(random_dit()), vae, flow_scheduler(1.5), {0: "cat"})
     with pytest.raises(ValueError, match="has other classes than this pipeline"):
         pipeline.load_guide(tmp_path / "classes")
+
+
+def test_a_guide_that_predicts_something_else_is_refused(pipeline, tmp_path, random_dit, vae):
+    def guide(name, scheduler, tokenizer=vae):
+        save_pipeline(tmp_path / name, to_stock(random_dit(depth=1)), tokenizer, scheduler, pipeline.id2label)
+        return tmp_path / name
+
+    linear = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
+    with pytest.raises(ValueError, match="was trained on another objective or noise schedule than this pipeline"):
+        pipeline.load_guide(guide("ddpm", ddpm_scheduler("epsilon", linear)))
+    with torch.no_grad():
+        (other := deepcopy(vae)).quantize.embedding.weight[0] += 1
+    with pytest.raises(ValueError, match="was trained on another tokenizer than this pipeline"):
+        pipeline.load_guide(guide("tokenizer", pipeline.scheduler, other))
+    pipeline.load_guide(guide("shift", flow_scheduler(3.0, "euler")))  # what the shift changes are the steps alone
+    epsilon = ClassConditionalPipeline.from_pretrained(tmp_path / "ddpm")
+    epsilon.load_guide(guide("ancestral", ddpm_scheduler("epsilon", linear, "ddpm")))
+    for name, scheduler in {
+        "v": ddpm_scheduler("v_prediction", linear),
+        "cosine": ddpm_scheduler("epsilon", {"beta_schedule": "squaredcos_cap_v2"}),
+        "flow": pipeline.scheduler,
+    }.items():
+        with pytest.raises(ValueError, match="another objective"):
+            epsilon.load_guide(guide(name, scheduler))
 
 
 @pytest.mark.slow
