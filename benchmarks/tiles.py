@@ -48,8 +48,8 @@ def main() -> None:
         ),
         "NS loss, with the search": (
             [sums_tile(options.dim, device), *SUMS],
-            lambda tile: softmax_sums(z, codes, None, temperature, tile),
-            lambda: codebook_tiles.softmax_sums(z, codes, None, temperature),
+            lambda tile: softmax_sums(z, codes, None, temperature, False, tile),
+            lambda: codebook_tiles.softmax_sums(z, codes, None, temperature, False),
         ),
     }
     print("| pass | latents x codes, warps, stages | ms | times the tile in use |\n|---|---|---|---|")

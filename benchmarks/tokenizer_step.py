@@ -119,7 +119,7 @@ class TrainingStep:
         torch.manual_seed(0)
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         pull = config.nsvq.pull
-        quantizer.nonstationary_weight = pull.weight if pull else 0.0
+        config.nsvq.set_up(quantizer)
         self.encoder = make_encoder(config.model).to(device)
         self.decoder = QuantizedDecoder(config.model, quantizer).to(device)
         self.images = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1

@@ -38,7 +38,7 @@ TOKENIZER = """
 data: {source: synthetic, image_size: 8}
 model: {channels: 4, channel_multipliers: [1, 2], layers_per_block: 1, latent_channels: 4, norm_groups: 2}
 quantizer: {name: ema, codebook_size: 64}
-nsvq: {pull: {relative: true}, revive: 0.5, replace: {after: 1, weights: error},
+nsvq: {pull: {relative_to: mean}, revive: 0.5, replace: {after: 1, weights: error},
        freeze: {latest: 2, warmup: 1, ramp: 1, consolidate: 1, consolidate_images: 32}}
 loss: {perceptual: none}
 discriminator: {channels: 4, layers: 1}

@@ -52,28 +52,33 @@ class NonStationary:
     gradient: Tensor | None = None  # dL/dC [K, d], for a method that moves its codes itself
 
 
-def nonstationary_loss(z: Tensor, codebook: Tensor, indices: Tensor, temperature: float) -> NonStationary:
+def nonstationary_loss(
+    z: Tensor, codebook: Tensor, indices: Tensor, temperature: float, own: bool = False
+) -> NonStationary:
     """L_NS = 1/(N d) sum_i sum_{j != q_i} p_ij |z_i - c_j|^2 with p = sg[softmax_j(-|z_i - c_j|^2 / temperature)]
     over all codes, the winner's own mass left out and not redistributed (NSVQ, arXiv 2606.11363, eq. 8-10).
 
     z [N, d], codebook [K, d], indices [N] (the winners q). z gets no gradient; dL/dC = 2/(N d) (s C - A), with
-    s = column sums of the weights [K] and A = weights^T z [K, d]. Raises `ValueError` on other shapes, without
-    latents, and for a temperature that is not positive."""
-    return _nonstationary(z, codebook, indices, temperature)[1]
+    s = column sums of the weights [K] and A = weights^T z [K, d]. With `own`, the temperature is in units of each
+    latent's squared distance to its nearest code. Raises `ValueError` on other shapes, without latents, and for a
+    temperature that is not positive."""
+    return _nonstationary(z, codebook, indices, temperature, own)[1]
 
 
-def search_with_nonstationary_loss(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, NonStationary]:
+def search_with_nonstationary_loss(
+    z: Tensor, codebook: Tensor, temperature: float, own: bool = False
+) -> tuple[Tensor, NonStationary]:
     """`nearest_code` and `nonstationary_loss` in one pass over the distances: what training uses."""
-    return _nonstationary(z, codebook, None, temperature)
+    return _nonstationary(z, codebook, None, temperature, own)
 
 
-def _nonstationary(z, codebook, indices, temperature) -> tuple[Tensor, NonStationary]:
+def _nonstationary(z, codebook, indices, temperature, own) -> tuple[Tensor, NonStationary]:
     _check(z, codebook)
     if len(z) == 0:
         raise ValueError("the NS loss is a mean over latents, and there are none")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    arguments = (z.detach(), codebook, indices, temperature)
+    arguments = (z.detach(), codebook, indices, temperature, own)
     indices, loss, winner_mass, entropy, s, gradient = torch.ops.nsvq.nonstationary(*arguments)
     return indices, NonStationary(loss, winner_mass.detach(), entropy.detach().exp(), s.detach(), gradient.detach())
 
@@ -153,25 +158,22 @@ def _(z, codebook, exclude_self):
 
 @torch.library.custom_op("nsvq::nonstationary", mutates_args=())
 def _nonstationary_operator(
-    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float
+    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float, own: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> indices [N], loss, mean winner mass, mean entropy (nats), s [K], dL/dC [K, d] in the codebook's dtype."""
     dtype = codebook.dtype
     with _full_float32(z.device):
         z, codebook = _centered(z, codebook)
-        sums = _passes(z).softmax_sums(z, codebook, indices, temperature)
-        found, winner_mass, log_total, loss, s, weighted_latents = sums
+        sums = _passes(z).softmax_sums(z, codebook, indices, temperature, own)
+        found, winner_mass, entropy, loss, s, weighted_latents = sums
         # The mean code that was taken away cancels in s C - A.
         gradient = torch.addcmul(weighted_latents.neg(), s[:, None], codebook).mul_(2 / z.numel()).to(dtype)
-        # Entropy: the mean of -log p_ij = log sum_k exp(-|z_i - c_k|^2 / temperature) + |z_i - c_j|^2 / temperature.
-        whole_loss = loss + (winner_mass * (z - codebook[found]).square().sum(1)).sum(dtype=torch.float64)
-        entropy = (log_total.double() - z.square().sum(1) / temperature).mean() + whole_loss / (temperature * len(z))
     found = found.clone() if indices is not None else found  # an operator may not return its input
     return found, (loss / z.numel()).float(), winner_mass.mean(), entropy.float(), s, gradient
 
 
 @_nonstationary_operator.register_fake
-def _(z, codebook, indices, temperature):
+def _(z, codebook, indices, temperature, own):
     scalar = z.new_empty((), dtype=torch.float32)
     found = z.new_empty(len(z), dtype=torch.int64)
     s = z.new_empty(len(codebook), dtype=torch.float32)
@@ -197,7 +199,7 @@ def _keep_gradient(ctx, inputs, output):
 
 def _scale_gradient(ctx, grad_indices, grad_loss, *_):
     (gradient,) = ctx.saved_tensors
-    return None, None if grad_loss is None else grad_loss * gradient, None, None
+    return None, None if grad_loss is None else grad_loss * gradient, None, None, None
 
 
 _nonstationary_operator.register_autograd(_scale_gradient, setup_context=_keep_gradient)

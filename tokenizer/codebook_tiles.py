@@ -19,6 +19,7 @@ _GATHERED = 64  # blocks copied at a time for their float32 scores, for the same
 _FILTER_FROM = (32, 1024, 4096)  # channels, latents and codes from which on the bfloat16 filter pays
 _RECHECKS = 4  # blocks that it may leave open, beside the first, for an average latent
 _NEGLIGIBLE = 60.0  # a weight below e^-60 of the nearest code's is nothing, and subnormal numbers slow everything
+_LEAST_POWER = -_NEGLIGIBLE * math.log2(math.e)
 _WEIGHTS = 2**24  # float32 weights kept at a time: 64 MiB
 _MIN_LATENTS = 64  # whose weights are kept at a time: fewer make the matrix products slow
 _PAIRS = 2**23  # of a block and a latent that are told apart at a time, a byte each
@@ -32,52 +33,82 @@ def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool) -> Tensor:
     return _Search(z, codebook, exclude_self).find(slice(0, len(z)))[0]
 
 
-def softmax_sums(z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
-    """-> winners [N], their probability [N], log sum_j exp((2 z_i.c_j - |c_j|^2) / temperature) [N],
-    sum_ij w_ij |z_i - c_j|^2 (float64), s = sum_i w_ij [K], A = w^T z [K, d], with w the softmax without the winner."""
+def softmax_sums(
+    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float, own: bool
+) -> tuple[Tensor, ...]:
+    """-> winners [N], their probability [N], the softmax's mean entropy in nats (float64), sum_ij w_ij |z_i - c_j|^2
+    (float64), s = sum_i w_ij [K], A = w^T z [K, d], with w the softmax without the winner. With `own`, the temperature
+    is in units of a latent's squared distance to its nearest code."""
     search = _Search(z, codebook)
     keys = search.keys  # (K', d + 2)
     latents = torch.cat([z, z.new_ones(len(z), 1), z.square().sum(1, keepdim=True)], 1).T.contiguous()  # [z, 1, |z|^2]
     sums = z.new_zeros(len(latents), len(keys))  # of these with the weights: [A, s, sum_i w_ij |z_i|^2], transposed
     winners = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    winner_mass, log_total = z.new_empty(len(z)), z.new_empty(len(z))
+    winner_mass, log_total, entropy = z.new_empty(len(z)), z.new_empty(len(z)), z.new_empty(len(z))
     in_tile = min(_latents_in_tile(), max(_MIN_LATENTS, _WEIGHTS // len(keys)))
     buffer = z.new_empty(len(keys) * min(in_tile, len(z)))
     for rows in _slices(0, len(z), max(_MIN_LATENTS, _PAIRS * _BLOCK // len(keys))):
-        nearest, score, near = search.find(rows, _NEGLIGIBLE * temperature)
+        # With a temperature of its own, a latent has next to no codes of negligible weight.
+        nearest, score, near = search.find(rows, None if own else _NEGLIGIBLE * temperature)
         winners[rows] = nearest if indices is None else indices[rows]
+        tau = own_temperatures(temperature, score, latents[-1, rows])[:, None] if own else temperature
         # Exponents of 2, relative to the nearest code's: exp2 is many times as fast as exp on some CPUs.
-        queries = torch.cat([search.queries[rows, :-1], -score[:, None]], 1).mul_(-math.log2(math.e) / temperature)
-        pairs = int(near.sum())
-        sparse = z.device.type == "cpu" and len(score) >= _SPARSE_FROM and pairs <= _SPARSE_SHARE * near.numel()
-        sparse = sparse and bool(score.isfinite().all())
+        queries = torch.cat([search.queries[rows, :-1], -score[:, None]], 1).mul_(-math.log2(math.e) / tau)
+        pairs = 0 if near is None else int(near.sum())
+        sparse = near is not None and z.device.type == "cpu" and len(score) >= _SPARSE_FROM
+        sparse = sparse and pairs <= _SPARSE_SHARE * near.numel() and bool(score.isfinite().all())
         in_slice = max(_MIN_LATENTS, len(score) * _WEIGHTS // (pairs * _BLOCK)) if sparse else in_tile
         for some in _slices(0, len(score), in_slice):
             here = slice(rows.start + some.start, rows.start + some.stop)
             arguments = (sums, keys, queries[some], latents[:, here], winners[here])
-            of_winner, total = _add_near(*arguments, near[:, some]) if sparse else _add_all(*arguments, buffer)
+            if own:
+                of_winner, total, powers = _add_all(*arguments, buffer, powers=True)
+                entropy[here] = total.log() - math.log(2) * powers / total
+            else:
+                of_winner, total = _add_near(*arguments, near[:, some]) if sparse else _add_all(*arguments, buffer)
+                log_total[here] = total.log() - score[some] / temperature
             winner_mass[here] = of_winner / total
-            log_total[here] = total.log() - score[some] / temperature
     sums = sums[:, : len(codebook)]
     weighted_latents, s, squares = sums[:-2].T.contiguous(), sums[-2].clone(), sums[-1]
     norms, products = codebook.square().sum(1), (weighted_latents * codebook).sum(1)
     loss = (s * norms - 2 * products + squares).sum(dtype=torch.float64)
-    return winners, winner_mass, log_total, loss, s, weighted_latents
+    if own:
+        mean_entropy = entropy.mean(dtype=torch.float64)
+    else:
+        mean_entropy = entropy_of(z, codebook[winners], winner_mass, log_total, temperature, loss / temperature)
+    return winners, winner_mass, mean_entropy, loss, s, weighted_latents
 
 
-def _add_all(sums, keys, queries, latents, winners, buffer) -> tuple[Tensor, Tensor]:
+def own_temperatures(temperature: float, score: Tensor, squares: Tensor) -> Tensor:
+    """tau of each latent [N], in units of its squared distance to the nearest code: of that code's |c|^2 - 2 z.c, and
+    of |z|^2. A distance is not known to be less than its rounding."""
+    return temperature * torch.maximum(squares + score, 1e-5 * squares).clamp(min=1e-20)
+
+
+def entropy_of(z, winner_codes, winner_mass, log_total, tau, scaled_loss) -> Tensor:
+    """Mean over latents of the softmax's entropy. -log p_ij is log sum_k exp(-|z_i - c_k|^2 / tau_i) + |z_i - c_j|^2 /
+    tau_i, with log sum_j exp((2 z_i.c_j - |c_j|^2) / tau_i) in `log_total`, and in `scaled_loss` the sum of
+    p_ij |z_i - c_j|^2 / tau_i but for the winners, in float64."""
+    of_winners = (winner_mass * (z - winner_codes).square().sum(1) / tau).sum(dtype=torch.float64)
+    return (log_total.double() - z.square().sum(1) / tau).mean() + (scaled_loss + of_winners) / len(z)
+
+
+def _add_all(sums, keys, queries, latents, winners, buffer, powers: bool = False) -> tuple[Tensor, ...]:
     """Add the sums of n latents with their softmax, without the winner, over all codes. Keys (K', d + 2) and queries
     (n, d + 2) make the exponents, latents (d + 2, n) the sums (d + 2, K'). -> the winners' weights [n] and all weights'
-    sums [n], both relative to the nearest code's."""
+    sums [n], both relative to the nearest code's; with `powers` also the weights' sums times their exponents [n]."""
     weights = buffer[: len(keys) * len(queries)].view(len(keys), len(queries))
-    total = queries.new_zeros(len(queries))
+    total, times = queries.new_zeros(len(queries)), queries.new_zeros(len(queries))
     for codes, part in zip(keys.split(_CODES), weights.split(_CODES), strict=True):
         torch.mm(codes, queries.T, out=part)
+        exponents = part.clone() if powers else None
         total += _powers(part).sum(0)
+        if exponents is not None:
+            times += exponents.clamp_(min=_LEAST_POWER).mul_(part).sum(0)
     of_winner = weights.gather(0, winners[None]).squeeze(0)
     weights.scatter_(0, winners[None], 0.0)
     sums.addmm_(latents / total, weights.T)
-    return of_winner, total
+    return (of_winner, total, times) if powers else (of_winner, total)
 
 
 def _add_near(sums, keys, queries, latents, winners, near) -> tuple[Tensor, Tensor]:
@@ -108,7 +139,7 @@ def _add_near(sums, keys, queries, latents, winners, near) -> tuple[Tensor, Tens
 
 def _powers(exponents: Tensor) -> Tensor:
     """2 to these, in place, but never a subnormal number."""
-    return exponents.clamp_(min=-_NEGLIGIBLE * math.log2(math.e)).exp2_()
+    return exponents.clamp_(min=_LEAST_POWER).exp2_()
 
 
 class _Search:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsvq.tokenizer.codebook_tiles import entropy_of, own_temperatures
+
 MAX_DIM = 256  # of a [codes, dim] sum in registers; wider latents take the plain path
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
 _PROGRAMS = 1024  # a grid with fewer programs than this is split further along the reduced axis: several waves of a GPU
@@ -77,7 +79,7 @@ def _search_kernel(
     latent_count,
     code_count,
     dim,
-    scale,
+    scales,
     codes_per_split,
     exclude_self: tl.constexpr,
     normalize: tl.constexpr,
@@ -86,8 +88,11 @@ def _search_kernel(
     CODES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Best score, its code and sum exp(score - best) of LATENTS latents in one part of the codebook -> [splits, N]."""
+    """Best score, its code and sum exp(score - best) of LATENTS latents in one part of the codebook -> [splits, N].
+    With `normalize`, scores are times the latents' `scales` [N]."""
     latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    if normalize:
+        scale = tl.load(scales + latents, mask=latents < latent_count, other=1.0)
     first = tl.program_id(1) * codes_per_split
     best = tl.full([LATENTS], float("-inf"), tl.float32)
     index = tl.full([LATENTS], 0, tl.int32) + first
@@ -98,7 +103,9 @@ def _search_kernel(
         products = _products(
             z, codebook, latents, codes, latent_count, code_count, dim, precision, LATENTS, CODES, CHUNK
         )
-        scores = (2 * products - norm[None, :]) * scale  # (LATENTS, CODES)
+        scores = 2 * products - norm[None, :]  # (LATENTS, CODES)
+        if normalize:
+            scores = scores * scale[:, None]
         if exclude_self:
             scores = tl.where(latents[:, None] == codes[None, :], float("-inf"), scores)
         tile_best, tile_index = tl.max(scores, 1, return_indices=True)  # the first of equals
@@ -123,12 +130,13 @@ def _softmax_sums_kernel(
     normalizer,
     winners,
     loss_out,
+    scaled_out,
     weight_out,
     latent_out,
     latent_count,
     code_count,
     dim,
-    scale,
+    scales,
     latents_per_split,
     precision: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -136,13 +144,14 @@ def _softmax_sums_kernel(
     CHUNK: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """For CODES codes, over one part of the latents, with w the softmax without the winner:
-    sum_i w_ij |z_i - c_j|^2 and s -> [splits, K], A -> [splits, K, d]."""
+    """For CODES codes, over one part of the latents, with w the softmax without the winner: sum_i w_ij |z_i - c_j|^2,
+    the same times `scales` [N], and s -> [splits, K], A -> [splits, K, d]."""
     codes = tl.program_id(0) * CODES + tl.arange(0, CODES)
     columns = tl.arange(0, DIM)
     first = tl.program_id(1) * latents_per_split
     norm = tl.load(norms + codes, mask=codes < code_count, other=0.0)
     loss = tl.zeros([CODES], tl.float32)
+    scaled = tl.zeros([CODES], tl.float32)
     weight_sum = tl.zeros([CODES], tl.float32)
     latent_sum = tl.zeros([CODES, DIM], tl.float32)
     for start in range(first, tl.minimum(first + latents_per_split, latent_count), LATENTS):
@@ -151,18 +160,22 @@ def _softmax_sums_kernel(
         square = tl.load(squares + latents, mask=inside, other=0.0)
         log_total = tl.load(normalizer + latents, mask=inside, other=float("inf"))
         winner = tl.load(winners + latents, mask=inside, other=-1)
+        scale = tl.load(scales + latents, mask=inside, other=1.0)
         products = _products(
             codebook, z, codes, latents, code_count, latent_count, dim, precision, CODES, LATENTS, CHUNK
         )
         scores = 2 * products - norm[:, None]  # (CODES, LATENTS)
-        weights = tl.exp(scores * scale - log_total[None, :])
+        weights = tl.exp(scores * scale[None, :] - log_total[None, :])
         weights = tl.where((codes[:, None] == winner[None, :]) | (codes >= code_count)[:, None], 0.0, weights)
-        loss += tl.sum(weights * tl.maximum(square[None, :] - scores, 0.0), 1)
+        parts = weights * tl.maximum(square[None, :] - scores, 0.0)
+        loss += tl.sum(parts, 1)
+        scaled += tl.sum(parts * scale[None, :], 1)
         weight_sum += tl.sum(weights, 1)
         tile = _tile(z, latents, latent_count, dim, columns)  # (LATENTS, DIM)
         latent_sum = tl.dot(weights, tile, latent_sum, input_precision=precision)
     place = tl.program_id(1).to(tl.int64) * code_count + codes
     tl.store(loss_out + place, loss, mask=codes < code_count)
+    tl.store(scaled_out + place, scaled, mask=codes < code_count)
     tl.store(weight_out + place, weight_sum, mask=codes < code_count)
     mask = (codes < code_count)[:, None] & (columns < dim)[None, :]
     tl.store(latent_out + place[:, None] * dim + columns[None, :], latent_sum, mask=mask)
@@ -170,38 +183,45 @@ def _softmax_sums_kernel(
 
 def nearest_code(z: Tensor, codebook: Tensor, exclude_self: bool, tile: Tile = SEARCH) -> Tensor:
     """z [N, d], codebook [K, d], float32 on the GPU -> indices [N] int64."""
-    return _search(z, codebook, 1.0, exclude_self, False, tile)[0]
+    return _search(z, codebook, None, exclude_self, tile)[0]
 
 
 def softmax_sums(
-    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float, tile: Tile | None = None
+    z: Tensor, codebook: Tensor, indices: Tensor | None, temperature: float, own: bool, tile: Tile | None = None
 ) -> tuple[Tensor, ...]:
     """As in tokenizer/codebook_tiles.py, for tensors on the GPU. `tile`: of the second pass."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
-    found, log_total = _search(z, codebook, 1 / temperature, False, True, SEARCH)
+    squares, tau = z.square().sum(1), z.new_full((latent_count,), temperature)
+    if own:
+        nearest = codebook[nearest_code(z, codebook, False)]
+        tau = own_temperatures(temperature, ((nearest - 2 * z) * nearest).sum(1), squares)
+    scales = 1 / tau
+    found, log_total = _search(z, codebook, scales, False, SEARCH)
     winners = found if indices is None else indices
     winner_codes = codebook[winners]
-    winner_mass = (((2 * z - winner_codes) * winner_codes).sum(1) / temperature - log_total).exp().clamp(max=1)
+    winner_mass = (((2 * z - winner_codes) * winner_codes).sum(1) * scales - log_total).exp().clamp(max=1)
 
     latents, codes, warps, stages = tile or sums_tile(dim, z.device)
     code_tiles = triton.cdiv(code_count, codes)
     padded = _padded(dim)
     splits, per_split = _split(latent_count, latents, _PROGRAMS // code_tiles)
-    loss, weight_sum = z.new_empty(splits, code_count), z.new_empty(splits, code_count)
+    loss, scaled, weight_sum = (z.new_empty(splits, code_count) for _ in range(3))
     latent_sum = z.new_empty(splits, code_count, dim)
-    inputs = (z, codebook, z.square().sum(1), codebook.square().sum(1), log_total, winners.int())
-    sizes = (latent_count, code_count, dim, 1 / temperature, per_split)
+    inputs = (z, codebook, squares, codebook.square().sum(1), log_total, winners.int())
+    sizes = (latent_count, code_count, dim, scales, per_split)
     constants = (_PRECISION, latents, codes, min(_CHUNK, padded), padded)
     with torch.cuda.device_of(z):  # Triton launches on the current device, whichever the tensors are on
         _softmax_sums_kernel[(code_tiles, splits)](
-            *inputs, loss, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=stages
+            *inputs, loss, scaled, weight_sum, latent_sum, *sizes, *constants, num_warps=warps, num_stages=stages
         )
-    return winners, winner_mass, log_total, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
+    mean_entropy = entropy_of(z, winner_codes, winner_mass, log_total, tau, scaled.sum(dtype=torch.float64))
+    return winners, winner_mass, mean_entropy, loss.sum(dtype=torch.float64), weight_sum.sum(0), latent_sum.sum(0)
 
 
-def _search(z, codebook, scale, exclude_self, normalize, tile) -> tuple[Tensor, Tensor | None]:
-    """-> indices [N] int64, and log sum_j exp(score_ij) [N] where `normalize` asks for it."""
+def _search(z, codebook, scales, exclude_self, tile) -> tuple[Tensor, Tensor | None]:
+    """-> indices [N] int64, and with the latents' `scales` [N] log sum_j exp(scale_i score_ij) [N]."""
+    normalize = scales is not None
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
     latents, codes, warps, stages = tile
@@ -211,7 +231,8 @@ def _search(z, codebook, scale, exclude_self, normalize, tile) -> tuple[Tensor, 
     splits, per_split = _split(code_count, codes, _PROGRAMS // latent_tiles)
     best = z.new_empty(splits, latent_count)
     index, total = torch.empty_like(best, dtype=torch.int32), torch.empty_like(best) if normalize else best
-    inputs, sizes = (z, codebook, codebook.square().sum(1)), (latent_count, code_count, dim, scale, per_split)
+    inputs = (z, codebook, codebook.square().sum(1))
+    sizes = (latent_count, code_count, dim, scales if normalize else best, per_split)
     constants = (exclude_self, normalize, _PRECISION, latents, codes, min(_CHUNK, _padded(dim)))
     with torch.cuda.device_of(z):
         _search_kernel[(latent_tiles, splits)](

@@ -87,7 +87,8 @@ class DriftProbe:
         with torch.autocast(z.device.type, enabled=False):
             indices = quantizer.lookup(z) if quantizer.has_codes else None
             if quantizer.learns_codes:
-                ns = nonstationary_loss(quantizer.prepare(z), quantizer.codebook(), indices, temperature)
+                found = quantizer.prepare(z), quantizer.codebook(), indices
+                ns = nonstationary_loss(*found, temperature, quantizer.own_temperature)
                 values |= {"winner_mass": ns.winner_mass.item(), "effective_codes": ns.effective_codes.item()}
         if self.latents is not None:
             drift = (z - self.latents).square().mean().sqrt().item()

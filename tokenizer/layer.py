@@ -18,7 +18,7 @@ from nsvq.tokenizer.quantizers.base import NearestQuantizer, rotated, straight_t
 from nsvq.tokenizer.standalone import StandaloneQuantizer
 
 # Of the method "nsvq": our recipe (configs/imagenet128/nsvq.yaml), at a temperature that fits latents of any scale.
-_NSVQ = {"pull": {"temperature": 0.3, "relative": True}, "revive": 5.0, "replace": {}, "freeze": None}
+_NSVQ = {"pull": {"temperature": 0.3, "relative_to": "mean"}, "revive": 5.0, "replace": {}, "freeze": None}
 _REMEMBERS = 25  # tokens over which a code of mean use is averaged (configs/imagenet128/nsvq.yaml)
 _OFF = dict.fromkeys(NSVQConfig.model_fields)
 

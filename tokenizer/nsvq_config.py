@@ -17,8 +17,10 @@ class PullConfig(Config):
     """The NS loss (eq. 8-11)."""
 
     weight: float = Field(0.1, gt=0, description="alpha, the weight of the NS loss; pull: null is without.")
-    temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d.")
-    relative: bool = Field(False, description="temperature in units of the mean squared distance to the nearest code.")
+    temperature: float = Field(0.35, gt=0, description="tau of the NS loss, in squared distance summed over d,")
+    relative_to: Literal["mean", "own"] | None = Field(
+        None, description="or in units of the mean squared distance to the nearest code, or of a latent's own."
+    )
 
 
 class ReplaceConfig(Config):
@@ -55,12 +57,19 @@ class NSVQConfig(Config):
     def _null_is_all_off(cls, values: Any) -> Any:
         return dict.fromkeys(cls.model_fields) if values is None else values
 
+    def set_up(self, quantizer: Quantizer) -> None:
+        """Tell a quantizer how its codes are pulled."""
+        quantizer.nonstationary_weight = self.pull.weight if self.pull else 0.0
+        quantizer.own_temperature = self.pull is not None and self.pull.relative_to == "own"
+
     def check_method(self, name: str, method: type[Quantizer]) -> None:
         """Raises `ValueError` where a part is on that does not suit the quantizer `name`, of class `method`."""
         consolidate = self.freeze and self.freeze.consolidate
+        own = self.pull and self.pull.relative_to == "own"
         decay = self.freeze and self.freeze.decay is not None
         parts = (
             (self.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
+            (own, name != "ns-vq", "ns-vq has a temperature of its own; set nsvq.pull.relative_to: null"),
             (self.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),
             (self.replace, method.free_table, f"{name} has no free codes to replace; set nsvq.replace: null"),
             (decay, name == "ema", f"{name} has no decay; set nsvq.freeze.decay: null"),

@@ -47,10 +47,9 @@ class StandaloneQuantizer(nn.Module):
         self.quantizer = quantizer = make_quantizer(options, dim)
         self.accumulation, self.remembers = accumulation, remembers
         own = {name: weights[name] for name in quantizer.terms} | quantizer.loss_weights()
-        if nsvq.pull:
-            quantizer.nonstationary_weight = nsvq.pull.weight
-            if list(quantizer.parameters()):  # averages follow it in closed form, without a gradient
-                own["nonstationary"] = nsvq.pull.weight
+        nsvq.set_up(quantizer)
+        if nsvq.pull and list(quantizer.parameters()):  # averages follow it in closed form, without a gradient
+            own["nonstationary"] = nsvq.pull.weight
         self.weights = own
         k = quantizer.codebook_size
         self.schedule = Schedule(ScheduleConfig(epochs=sys.maxsize), nsvq, math.ceil(replace_every * k))

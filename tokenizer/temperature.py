@@ -4,18 +4,20 @@ from nsvq.tokenizer.nsvq_config import PullConfig
 
 
 class Temperature:
-    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code. Where
-    nothing is pulled, it is the paper's, for watching the softmax."""
+    """tau of the NS loss: constant, or in units of the running mean of the squared distance to the nearest code, or (in
+    the codebook's engine) of a latent's own. Where nothing is pulled, it is the paper's, for watching the softmax."""
 
     decay = 0.99
 
     def __init__(self, pull: PullConfig | None, dim: int):
         self.config, self.dim = pull or PullConfig(), dim
+        self.follows = self.config.relative_to == "mean"  # `update`
         self.distance: float | None = None
 
     def value(self) -> float | None:
-        """tau in squared distance summed over d; None before the first distance is known."""
-        if not self.config.relative:
+        """tau in squared distance summed over d, or in units of a latent's own; None before the first distance is
+        known."""
+        if not self.follows:
             return self.config.temperature
         return self.distance and self.config.temperature * self.distance
 

@@ -58,7 +58,7 @@ class TokenizerTrainer(Trainer):
 
         # Networks
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-        quantizer.nonstationary_weight = pull.weight if pull else 0.0
+        config.nsvq.set_up(quantizer)
         encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
         with accelerator.main_process_first():  # which downloads frozen networks, if any does
             features, discriminator = make_discriminator(config.discriminator, config.run.seed)
@@ -245,7 +245,7 @@ class TokenizerTrainer(Trainer):
             return
         for indices, errors, commitment in self.tokens:
             self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
-        if self.temperature.config.relative:
+        if self.temperature.follows:
             self.temperature.update(self.guard.told)
 
     def _end_losses(self, stepped: bool) -> None:
@@ -254,7 +254,7 @@ class TokenizerTrainer(Trainer):
         self.adversary.end_step(stepped)
 
     def told(self) -> Tensor | None:
-        if not self.temperature.config.relative:
+        if not self.temperature.follows:
             return None
         return torch.stack([commitment for *_, commitment in self.tokens]).mean()
 

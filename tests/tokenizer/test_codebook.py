@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,11 +12,13 @@ from nsvq.tokenizer.codebook import (
 )
 
 
-def dense_reference(z, codebook, indices, temperature):
-    """Loss, gradient, winner mass and effective codes of eq. 8-10 from N x K x d float64 tensors and autograd."""
+def dense_reference(z, codebook, indices, temperature, own=False):
+    """Loss, gradient, winner mass and effective codes of eq. 8-10 from N x K x d float64 tensors and autograd. `own`:
+    the temperature is in units of a latent's distance to its nearest code."""
     z, codebook = z.double(), codebook.detach().double().requires_grad_()
     distances = (z[:, None] - codebook[None]).square().sum(-1)  # (N, K)
-    p = torch.softmax(-distances / temperature, 1).detach()
+    tau = temperature * distances.amin(1, keepdim=True) if own else temperature
+    p = torch.softmax(-distances / tau, 1).detach()
     winner = torch.nn.functional.one_hot(indices, len(codebook)).bool()
     loss = (p * distances).masked_fill(winner, 0).sum() / z.numel()
     loss.backward()
@@ -48,12 +52,12 @@ def test_ties_go_to_the_lower_index():
     assert search_with_nonstationary_loss(z, codes, 1.0)[0].max() < 1500
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.35, 10.0])
+@pytest.mark.parametrize(("temperature", "own"), [*product([0.01, 0.35, 10.0], [False]), *product([0.05, 2.0], [True])])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("shape", [(203, 97, 16), (150, 300, 128), (1, 40, 8), (30, 1, 8)])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_nonstationary_loss_and_gradient_equal_a_dense_float64_reference(
-    monkeypatch, sparse, shape, offset, temperature
+    monkeypatch, sparse, shape, offset, temperature, own
 ):
     monkeypatch.setattr(codebook_tiles, "_WEIGHTS", 64 * 100)  # several uneven tiles
     monkeypatch.setattr(codebook_tiles, "_PAIRS", 64 * 6)
@@ -64,10 +68,10 @@ def test_nonstationary_loss_and_gradient_equal_a_dense_float64_reference(
     if k > 5:
         codes[5] = codes[3]  # a duplicate
     codes.requires_grad_()
-    found, fused = search_with_nonstationary_loss(z, codes, temperature)
+    found, fused = search_with_nonstationary_loss(z, codes, temperature, own)
     others = torch.randint(k, (n,))  # winners that a caller chose, not the nearest
-    for indices, ns in ((found, fused), (others, nonstationary_loss(z, codes, others, temperature))):
-        loss, gradient, mass, effective = dense_reference(z, codes, indices, temperature)
+    for indices, ns in ((found, fused), (others, nonstationary_loss(z, codes, others, temperature, own))):
+        loss, gradient, mass, effective = dense_reference(z, codes, indices, temperature, own)
         codes.grad = None
         (3 * ns.loss).backward()
         if k == 1:
@@ -117,6 +121,21 @@ def test_a_sharp_softmax_is_as_exact_as_float32_distances_allow():
         assert relative(codes.grad, gradient) < tolerance
 
 
+def test_a_temperature_of_each_latents_own_knows_no_scale_and_bears_latents_on_their_codes():
+    z, codes = torch.randn(200, 16), torch.randn(300, 16)
+    expected = search_with_nonstationary_loss(z, codes, 0.3, True)[1]
+    for scale in (1e-3, 1e3):
+        ns = search_with_nonstationary_loss(scale * z, scale * codes, 0.3, True)[1]
+        torch.testing.assert_close(ns.weight_sums, expected.weight_sums, rtol=1e-3, atol=1e-5)
+    codes[:100], codes[200:] = z[:100], codes[100:200]  # on a code, and twins
+    ns = search_with_nonstationary_loss(z, codes, 0.3, True)[1]
+    assert ns.loss.isfinite()
+    assert ns.gradient.isfinite().all()
+    alone = search_with_nonstationary_loss(z[:100], codes[:200], 0.3, True)[1]
+    assert float(alone.winner_mass) == pytest.approx(1, abs=1e-6)  # such a latent pulls nothing
+    assert search_with_nonstationary_loss(torch.zeros(3, 4), torch.zeros(5, 4), 0.3, True)[1].loss == 0
+
+
 def test_nonstationary_loss_reaches_the_codebook_alone():
     z, codes = torch.randn(40, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     nonstationary_loss(z, codes, nearest_code(z, codes), 1.0).loss.backward()
@@ -149,8 +168,8 @@ def test_compile_keeps_one_graph_and_its_gradient():
     (found,) = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(z, codes), codes)
     torch.testing.assert_close(found, expected)
     torch.library.opcheck(torch.ops.nsvq.nearest_code.default, (z, codes.detach(), False))
-    torch.library.opcheck(torch.ops.nsvq.nonstationary.default, (z, codes.detach(), None, 0.35))
-    torch.library.opcheck(torch.ops.nsvq.nonstationary.default, (z, codes.detach(), torch.arange(50), 0.35))
+    torch.library.opcheck(torch.ops.nsvq.nonstationary.default, (z, codes.detach(), None, 0.35, False))
+    torch.library.opcheck(torch.ops.nsvq.nonstationary.default, (z, codes.detach(), torch.arange(50), 0.35, True))
 
 
 def test_no_tensor_of_latents_times_codes_is_kept():

@@ -122,4 +122,5 @@ def test_the_plain_passes_run_on_a_device_too():
         assert codebook_tiles.nearest_code(codebook, codebook, True).is_cuda
         indices = codebook_tiles.nearest_code(z, codebook, False)
         for winners in (None, indices):
-            assert all(value.is_cuda for value in codebook_tiles.softmax_sums(z, codebook, winners, 0.5))
+            for own in (False, True):
+                assert all(value.is_cuda for value in codebook_tiles.softmax_sums(z, codebook, winners, 0.5, own))

@@ -85,8 +85,9 @@ def test_lpips_keeps_float32_under_autocast(tmp_path):
 
 
 def test_a_relative_temperature_follows_the_mean_distance_to_the_nearest_code():
-    assert Temperature(PullConfig(temperature=0.3), 8).value() == 0.3
-    relative = Temperature(PullConfig(temperature=0.3, relative=True), 8)
+    for of in (None, "own"):
+        assert Temperature(PullConfig(temperature=0.3, relative_to=of), 8).value() == 0.3
+    relative = Temperature(PullConfig(temperature=0.3, relative_to="mean"), 8)
     assert relative.value() is None  # no distance is known yet
     relative.update(2.0)
     assert relative.value() == pytest.approx(0.3 * 8 * 2.0)

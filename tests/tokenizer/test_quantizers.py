@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from nsvq.tokenizer.codebook import nonstationary_loss
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.model import ModelConfig, QuantizedDecoder
+from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig, make_quantizer, ranks
 from nsvq.tokenizer.quantizers.base import NearestQuantizer, rotated
 
@@ -257,6 +258,12 @@ def test_the_ns_loss_composes_with_every_method_whose_codes_learn(make, name):
     alone = nonstationary_loss(flat, quantizer.codebook(), out.indices.flatten(), 0.7)
     assert float(out.losses["nonstationary"].detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-6)
     assert float(out.stats["winner_mass"]) == pytest.approx(float(alone.winner_mass), rel=1e-6)
+    pull = {"temperature": 0.3, "relative_to": "own"}
+    NSVQConfig(pull=pull).set_up(quantizer)
+    alone = nonstationary_loss(flat, quantizer.codebook(), out.indices.flatten(), 0.3, own=True)
+    assert float(quantizer(z, 0.3).stats["winner_mass"]) == pytest.approx(float(alone.winner_mass), rel=1e-5)
+    NSVQConfig(pull=pull | {"relative_to": "mean"}).set_up(quantizer)
+    assert not quantizer.own_temperature
     if name != "ema":  # whose codes move in closed form (test_ema.py)
         out.losses["nonstationary"].backward()
         assert any(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())

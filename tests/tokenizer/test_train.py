@@ -485,6 +485,8 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--quantizer.name", "simvq"], "simvq has no free codes to replace; set nsvq.replace: null"),
         (["--quantizer.name", "ibq"], "the NS loss pulls no codes of ibq; set nsvq.pull: null"),
         (["--quantizer.name", "simvq", "--nsvq.replace", "null", "--nsvq.revive", "5"], "set nsvq.revive: null"),
+        (["--quantizer.name", "ns-vq", "--nsvq.pull.relative_to", "own"], "ns-vq has a temperature of its own"),
+        (["--nsvq.pull.relative", "true"], "nsvq.pull.relative: it is now nsvq.pull.relative_to .mean for true"),
         (["--nsvq.freeze.decay", "0.999"], "vq has no decay; set nsvq.freeze.decay: null"),
         (["--quantizer.name", "fc_l2", "--nsvq.freeze.consolidate", "9"], "set nsvq.freeze.consolidate: 0"),
         (

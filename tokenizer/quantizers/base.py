@@ -57,6 +57,7 @@ class Quantizer(nn.Module):
     can_consolidate: ClassVar[bool] = False  # k-means of latents as the encoder gives them may become the codes
     can_revive: ClassVar[bool] = False  # it minds `revive_after`
     nonstationary_weight: float = 0.0  # alpha, for a method that moves its codes other than by their gradient
+    own_temperature: bool = False  # the NS loss's is in units of a latent's own distance to its code
     revive_after: float | None = None  # `Schedule.revive_after`, before each step
     dim: int
     codebook_size: int
@@ -179,7 +180,7 @@ class NearestQuantizer(Quantizer):
         """Prepared tokens [N, d] -> nearest codes [N], and with a temperature the NS loss."""
         if temperature is None:
             return nearest_code(z, codebook), None
-        return search_with_nonstationary_loss(z, codebook, temperature)
+        return search_with_nonstationary_loss(z, codebook, temperature, self.own_temperature)
 
 
 def straight_through(z: Tensor, value: Tensor) -> Tensor:
