@@ -71,10 +71,15 @@ def eval_batches(
 
 
 def fixed_images(config: DataConfig, split: str, count: int) -> torch.Tensor:
-    """Some images [B, 3, S, S] of `split`, B at most `count`, always the same. Raises `UserError` where none decodes,
-    and what `open_split` raises."""
-    batches = eval_batches(config, split, batch_size=count)
-    if (found := next((batch["image"] for batch in batches if len(batch["image"])), None)) is None:
+    """Some images [B, 3, S, S] of `split` at random, B at most `count`, always the same. Raises `UserError` where none
+    decodes, and what `open_split` raises."""
+    data, found = open_split(config, split), torch.empty(0, 3, config.image_size, config.image_size)
+    order = np.random.default_rng(0).permutation(len(data))  # class folders come class by class
+    for batch in batches_in_order(data, order, config.image_size, batch_size=count):
+        found = torch.cat([found, batch["image"]])[:count]
+        if len(found) == count:
+            break
+    if not len(found):
         raise UserError(f"{config.source}: none of the images to {split} on decodes: look with python -m nsvq.data")
     return found
 

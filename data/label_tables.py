@@ -46,7 +46,8 @@ def add_labels(root: Path, tree: Tree) -> None:
         flat = all(name is None for _, name in rows)
         ranked = sorted(tables + above, key=lambda table: (not _sure(table), split_of(table) != split, table))
         for table in ranked if rows else ():
-            if split_of(table.rpartition("/")[2]) not in (None, split) or not (flat or _sure(table)):
+            folder, _, name = table.rpartition("/")
+            if any(split_of(part) not in (None, split) for part in (folder, name)) or not (flat or _sure(table)):
                 continue
             found = _labels_in(root, table, [path for path, _ in rows], known)
             if found is None:
@@ -81,10 +82,13 @@ def _labels_in(root: Path, table: str, images: list[str], known: set) -> list[st
     width = Counter(map(len, records)).most_common(1)[0][0] if records else 0
     records = [row for row in records if len(row) == width]
     names: dict[str, int] = {}
-    for i, path in enumerate(images):
-        inside = os.path.relpath(path, os.path.dirname(table) or ".")
-        for name in (inside, path.rpartition("/")[2], PurePosixPath(path).stem):
-            names.setdefault(name, i)
+    paths = {os.path.relpath(path, os.path.dirname(table) or "."): i for i, path in enumerate(images)}
+    if any(_whole(cell) in paths for row in records for cell in row):
+        names = paths  # a table of several splits may have a file name in each
+    else:
+        for i, path in enumerate(images):
+            for name in (path.rpartition("/")[2], PurePosixPath(path).stem):
+                names.setdefault(name, i)
     if width < 2 or not (places := _columns(records, names)):
         return None
     file, label, named = places
@@ -98,6 +102,8 @@ def _labels_in(root: Path, table: str, images: list[str], known: set) -> list[st
             found[i] = _plain(row[label])
     if 2 * sum(label is not None for label in found) < len(images):
         return None
+    if set(found) - {None} <= known:  # the folders' names, be they numbers
+        return found
     if all(label is None or re.fullmatch(r"\d+", str(label)) for label in found):
         return [None if label is None else int(label) for label in found]
     return found
@@ -154,9 +160,13 @@ def _columns(records: list[list], names: dict[str, int]) -> tuple[int, int, bool
     return file, file + 1 if file + 1 < width else file - 1, False
 
 
+def _whole(cell: object) -> str:
+    return str(cell).strip().replace("\\", "/").removeprefix("./")
+
+
 def _find(names: dict[str, int], cell: object) -> int | None:
-    text = str(cell).strip().replace("\\", "/")
-    return next((names[name] for name in (text.removeprefix("./"), text.rpartition("/")[2]) if name in names), None)
+    text = _whole(cell)
+    return next((names[name] for name in (text, text.rpartition("/")[2]) if name in names), None)
 
 
 def _plain(cell: object) -> str | None:

@@ -80,7 +80,11 @@ def table_labels(
         for name in kinds
         if _is_text(kinds[name]) == _is_text(kind)
     }
-    if _is_text(kind):
+    named = {name: kinds[name].names for name in values if isinstance(kinds[name], datasets.ClassLabel)}
+    apart = len({tuple(names) for names in named.values()}) > 1  # each split numbers its own classes: by their names
+    if apart and len(named) == len(values):
+        values = {name: [named[name][i] if i >= 0 else None for i in part.tolist()] for name, part in values.items()}
+    if _is_text(kind) or apart:
         texts = sorted({text for part in values.values() for text in part if text is not None})
         known = texts if config.class_names is None else read_class_names(config.class_names)
         if unknown := sorted(set(texts) - set(known)):
@@ -232,6 +236,9 @@ def _named(config: DataConfig, names: list[str], found: Found) -> list[str]:
     if config.class_names is None:
         return names
     given = read_class_names(config.class_names)
+    if given != names and set(given) == set(names):
+        what = f"data.class_names = {config.class_names} has the names of {config.source} in another order"
+        raise UserError(f"{what}, and its classes have their numbers: bring the file into their order, or leave it out")
     if len(given) != len(names):
         found.said.append(f"data.class_names has {len(given)} names, and the data {len(names)} classes")
     return given

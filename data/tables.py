@@ -17,6 +17,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from nsvq.data.folders import ARCHIVES, files_below, is_hidden, is_image, read_tree, split_of
@@ -157,12 +158,25 @@ def by_split(files: list[str]) -> dict[str, list[str]]:
 
 
 def from_parquet(files: dict[str, list[str]]) -> dict[str, datasets.Dataset]:
-    """One table a split. Raises `UserError` where a file is damaged or the files have different columns."""
+    """One table a split. Raises `UserError` where a file is damaged, the files have different columns, or splits number
+    their classes differently: all would get the names of one."""
     try:
+        named = {split: _class_names(paths[0]) for split, paths in files.items()}
+        first = next(iter(named))
+        for split, names in named.items():
+            if apart := [column for column in names if named[first].get(column, names[column]) != names[column]]:
+                what = f"{files[first][0]} and {files[split][0]} name the classes of {apart[0]!r} differently"
+                raise UserError(f"{what}: write them with the same ClassLabel")
         return dict(datasets.load_dataset("parquet", data_files=files))
     except (DatasetsError, OSError, ValueError) as error:
         first = next(iter(files.values()))[0]
         raise UserError(f"cannot read {first} and the files beside it: {_line(error.__cause__ or error)}") from None
+
+
+def _class_names(path: str) -> dict[str, list[str]]:
+    """The names that a parquet file of `datasets` has for its columns of classes."""
+    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+    return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 
 
 def from_saved(root: Path) -> dict[str, datasets.Dataset]:

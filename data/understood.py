@@ -86,9 +86,9 @@ def doubts(train: Split, test: Split, everything: bool = False) -> list[str]:
 
 def shared_images(train: Images, test: Images, everything: bool = False) -> tuple[int, int] | None:
     """(how many of a sample of test images are training images by content, size of the sample); None for none. Looked
-    for among 20,000 training images at random, or all of them."""
+    for among 20,000 training images at random; with `everything` all of both."""
     rng = np.random.default_rng(0)
-    sample = rng.permutation(len(test))[:_LOOKED_UP]
+    sample = rng.permutation(len(test))[: None if everything else _LOOKED_UP]
     others = np.arange(len(train)) if everything else rng.permutation(len(train))[:_SEARCHED]
     sizes = test.sizes(sample)
     candidates = others[np.isin(train.sizes(others), sizes[sizes > 0])]

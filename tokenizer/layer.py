@@ -52,6 +52,8 @@ class _Layer(nn.Module):
         last = x.movedim(1, -1) if self.channel_first else x
         if mask is not None and (mask.shape != last.shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(f"expected a bool mask {list(last.shape[:-1])}, got {mask.dtype} {list(mask.shape)}")
+        if mask is not None:
+            last = last.masked_fill(~mask[..., None], 0.0)  # what stands there reaches no weight, even as nan times 0
         flat = self.project_in(last.reshape(-1, self.dim))  # (N, d)
         valid = None if mask is None else mask.reshape(-1)
         # Evaluation without a mask is one graph for torch.compile; the rest is one break.
@@ -85,6 +87,9 @@ class _Layer(nn.Module):
         codes = self.get_codes(indices)
         weight = getattr(self.project_out, "weight", codes)
         quantized = self.project_out(codes.to(weight.dtype))
+        none = indices == -1
+        none = none.all(-1) if none.dim() == codes.dim() else none  # of several codes a token
+        quantized = quantized.masked_fill(none[..., None], 0.0)
         return quantized.movedim(-1, 1) if self.channel_first else quantized
 
 

@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.common.metrics import warn
+from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
@@ -64,12 +66,14 @@ def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> None:
-    """Write what is missing of <parts>/shard-*.safetensors: features float16 [n, D], labels int64 [n]."""
+    """Write what is missing of <parts>/shard-*.safetensors: features float16 [n, D], labels int64 [n]. Raises
+    `UserError` where too many images do not decode."""
     if (parts / "encoded").exists():
         return
     encode = load_encoder(config.encoder, device)
     how = {"batch_size": BATCH_IMAGES, "workers": config.workers, "limit": config.images}
     batches = eval_batches(config.data, "train", **how)
+    bad = BadImages(config.data.max_bad_fraction)
     progress = tqdm(desc="encode", unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
     for number in itertools.count():
         path = parts / f"shard-{number:06d}.safetensors"
@@ -77,6 +81,8 @@ def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> 
         features, labels = [], []
         for batch in images:
             progress.update(len(batch["image"]))
+            bad.update(batch)
+            bad.check()
             if path.exists() or not len(batch["image"]):
                 labels.append(batch["label"])  # read again, but not encoded again
                 continue
@@ -87,6 +93,8 @@ def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> 
             _write(path, {"features": torch.cat(features), "labels": torch.cat(labels)})
         if not labels:
             break
+    if count := bad.check(final=True):
+        warn(f"{count} images do not decode, such as {', '.join(bad.bad[:3])}: the codebook is made without them")
     (parts / "encoded").touch()
 
 
@@ -146,6 +154,7 @@ def main() -> None:
     parts = config.output.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
     wanted = configs.to_dict(config) | {"output": None, "workers": None}
+    wanted["data"] = wanted["data"] | {"max_bad_fraction": None}  # it decides when it ends, not what comes out
     key = parts / "config.json"
     if key.exists() and (changed := configs.differences(json.loads(key.read_text()), wanted)):
         what = f"was begun with other options ({'; '.join(changed)})"

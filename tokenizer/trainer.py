@@ -124,6 +124,9 @@ class TokenizerTrainer(Trainer):
             {"decay": optim.ema_decay, "foreach": on_gpu},
         )
         self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
+        if (epoch := self.schedule.epoch_samples) < config.run.batch_size:
+            what = f"an epoch of {epoch} images is shorter than run.batch_size = {config.run.batch_size}"
+            raise UsageError(f"{what}: set schedule.epoch_samples to some batches")
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
         if loss.adversarial_weight and config.schedule.adversarial_after_steps >= self.total_steps:
             what = f"schedule.adversarial_after_steps leaves no GAN in the {self.total_steps} steps of this run"
@@ -324,6 +327,8 @@ class TokenizerTrainer(Trainer):
             for batch in eval_batches(self.config.data, "test", limit=self.config.validation.images, **self.loading):
                 if self.guard.interrupted():
                     break
+                if not len(batch["image"]):  # none of them decodes
+                    continue
                 images = batch["image"].to(self.device)
                 output, quantized = self._reconstruct(images)
                 decibels = psnr(to_uint8(output), to_uint8(images))

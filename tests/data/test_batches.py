@@ -128,8 +128,14 @@ def test_data_that_never_decodes_ends_the_run_in_one_line(folder, workers):
     assert "\n" not in str(caught.value)
 
 
-def test_fixed_images_are_some_that_decode(folder):
-    assert fixed_images(folder(5, damaged=(0, 1, 2)), "test", 2).shape == (1, 3, 8, 8)
+def test_fixed_images_are_some_that_decode_of_all_classes(folder):
+    config = folder(5, damaged=(0, 1, 2))
+    assert fixed_images(config, "test", 2).shape == (2, 3, 8, 8)
+    assert torch.equal(fixed_images(config, "test", 9), fixed_images(config, "test", 2))  # of all that there are
+    synthetic = DataConfig(source="synthetic", image_size=32)
+    first = next(eval_batches(synthetic, "test", batch_size=16))["image"]
+    assert not torch.equal(fixed_images(synthetic, "test", 16), first)
+    assert torch.equal(fixed_images(synthetic, "test", 16)[:5], fixed_images(synthetic, "test", 5))
 
 
 def test_a_split_in_which_nothing_decodes_is_told(folder):

@@ -16,7 +16,7 @@ from nsvq.data import sources
 from nsvq.data.config import DataConfig
 from nsvq.data.label_tables import imagenet_synsets
 from nsvq.data.sources import open_split
-from nsvq.data.understood import describe
+from nsvq.data.understood import describe, shared_images
 from nsvq.errors import UserError
 
 
@@ -489,3 +489,72 @@ def test_a_class_tar_each_gives_imagenets_classes(write):
     train = open_split(config, "train")
     assert (len(train.classes), train.classes[207]) == (1000, "golden retriever")
     assert [train.id(i)[:9] for i in range(len(train))] == [WNIDS[label] for label in train.labels()]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "labels.csv"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_table_of_two_splits_labels_each_by_its_own_rows(write, name, reverse):
+    """Though both have files of the same names."""
+    truth = {
+        f"{split}/{i}.png": ("ant", "bee")[(i + (split == "test")) % 2] for split in ("train", "test") for i in range(6)
+    }
+    rows = sorted(truth.items(), reverse=reverse)
+    images = {path: number for number, path in enumerate(truth)}
+    table = "".join(f"{path},{label}\n" for path, label in rows)
+    files = {path: 5 * number for path, number in images.items()} | {name: "file_name,label\n" + table}
+    found = understood(DataConfig(source=write(files), image_size=8))
+    assert found["labels"] == {number: truth[path] for path, number in images.items()}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "labels.csv"])
+def test_a_table_in_one_split_says_nothing_of_another(write, name):
+    images = {f"{split}/{i}.png": 10 * (split == "test") + i for split in ("train", "test") for i in range(6)}
+    table = "file_name,label\n" + "".join(f"{i}.png,{('ant', 'bee')[i % 2]}\n" for i in range(6))
+    files = {path: 5 * number for path, number in images.items()} | {f"train/{name}": table}
+    found = understood(DataConfig(source=write(files), image_size=8))
+    expected = {number: None if number >= 10 else ("ant", "bee")[number % 2] for number in images.values()}
+    assert found["labels"] == expected
+
+
+def test_folders_with_numbers_as_names_are_meant_by_the_numbers_of_a_table(write):
+    """Not the classes of these numbers: sorted as text, folder 10 is class 2."""
+    files = {f"train/{c}/{i}.png": 5 * (2 * c + i) for c in range(12) for i in range(2)}
+    files |= {f"val/{c}.png": 5 * (30 + c) for c in range(12)}
+    files["val.csv"] = "image,label\n" + "".join(f"{c}.png,{c}\n" for c in range(12))
+    found = understood(DataConfig(source=write(files), image_size=8))
+    expected = {2 * c + i: str(c) for c in range(12) for i in range(2)} | {30 + c: str(c) for c in range(12)}
+    assert found["labels"] == expected
+
+
+def test_all_compares_every_test_image(write, monkeypatch):
+    monkeypatch.setattr("nsvq.data.understood._LOOKED_UP", 1)
+    images = {f"train/{i}.png": i for i in range(10)} | {f"test/{i}.png": i + 5 for i in range(10)}
+    config = DataConfig(source=write(images), image_size=8)
+    assert shared_images(open_split(config, "train"), open_split(config, "test"), everything=True) == (5, 10)
+
+
+def saved(names, texts):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(len(texts))]}
+    return datasets.Dataset.from_dict(rows | {"label": [names.index(text) for text in texts]}, features=features)
+
+
+@pytest.mark.parametrize("names", [["ant", "cat"], ["cat", "bee", "ant"]])
+def test_splits_that_number_their_classes_differently_are_compared_by_names(tmp_path, names):
+    texts = {"train": ["ant", "bee", "cat", "ant"], "test": ["cat", "ant", "ant"]}
+    parts = {"train": saved(["ant", "bee", "cat"], texts["train"]), "test": saved(names, texts["test"])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    for split in parts:
+        images = open_split(DataConfig(source=str(tmp_path / "saved"), image_size=8), split)
+        assert images.classes == ["ant", "bee", "cat"]
+        assert [images.classes[label] for label in images.labels()] == texts[split]
+        parts[split].to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="name the classes of 'label' differently"):
+        open_split(DataConfig(source=str(tmp_path / "*.parquet"), image_size=8), "train")
+
+
+def test_class_names_of_folders_in_another_order_are_refused(write, tmp_path):
+    source = write({f"{name}/{i}.png": i for i, name in enumerate(("ant", "bee", "cat"))})
+    (tmp_path / "names.txt").write_text("cat\nbee\nant\n")
+    with pytest.raises(UserError, match="in another order"):
+        open_split(DataConfig(source=source, image_size=8, class_names=str(tmp_path / "names.txt")), "train")

@@ -120,6 +120,19 @@ def test_channels_may_come_first():
     assert torch.equal(one.decode(a.indices).movedim(-1, 1), other.decode(b.indices))
 
 
+def test_what_stands_at_masked_positions_reaches_no_weight_and_decodes_to_nothing():
+    layer, x = VectorQuantizer(6, 16, codebook_dim=3), torch.randn(4, 20, 6)
+    mask = torch.rand(4, 20) < 0.7
+    x[~mask] = torch.nan
+    quantized, indices, loss = layer(x, mask)
+    (loss + quantized.sum()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert not layer.decode(indices)[~mask].any()
+    several = ResidualVectorQuantizer(6, 16, num_quantizers=2, codebook_dim=3)
+    _, indices, _ = several(x, mask)
+    assert not several.decode(indices)[~mask].any()
+
+
 def test_masked_positions_change_nothing():
     one, other = short(), short()
     other.load_state_dict(one.state_dict())

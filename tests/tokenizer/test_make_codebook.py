@@ -1,5 +1,6 @@
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -50,6 +51,21 @@ def test_codes_are_a_k_means_fixed_point_of_clips_pooled_patch_features(run_scri
     means = torch.stack([features[nearest == i].mean(0) for i in range(6)])
     torch.testing.assert_close(codes, means, atol=2e-3, rtol=1e-2)  # features are kept in float16
     assert not (tmp_path / "codes.parts").exists()
+
+
+def test_bad_images_are_told_and_too_many_end_it(run_script, clip, tmp_path, capsys):
+    folder = tmp_path / "images" / "ant"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        (folder / f"{i}.png").write_bytes(b"no picture")
+        if i > 1:
+            Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(folder / f"{i}.png")
+    options = arguments(tmp_path, "--codes", 4, "--data.holdout", 0.2)
+    options[options.index("synthetic")] = tmp_path / "images"
+    with pytest.raises(UserError, match=r"\d of \d+ images do not decode .*more than data\.max_bad_fraction"):
+        run_script(main, *options)
+    run_script(main, *options, "--data.max_bad_fraction", 0.2)
+    assert "images do not decode, such as" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_without_encoding_again(run_script, clip, tmp_path, monkeypatch):

@@ -269,6 +269,24 @@ def test_a_run_whose_launcher_is_stopped_writes_a_checkpoint_and_goes_on(run_scr
     assert unvalidated(whole) == unvalidated(out)  # the signal may have come in a validation
 
 
+def test_a_batch_of_bad_images_alone_changes_no_validation(run_script, tiny, tmp_path, monkeypatch):
+    run_script(main, "--config", tiny, "--out", tmp_path / "whole")
+
+    def batches(*arguments, **how):
+        for batch in eval_batches(*arguments, **how):
+            yield batch
+            yield batch | {"image": batch["image"][:0], "label": batch["label"][:0], "bad": ["x"]}
+
+    monkeypatch.setattr("nsvq.tokenizer.trainer.eval_batches", batches)
+    run_script(main, "--config", tiny, "--out", tmp_path / "bad")
+    validated = [
+        [{k: v for k, v in row.items() if k.startswith("val_")} for row in metrics(tmp_path / out)]
+        for out in ("whole", "bad")
+    ]
+    assert validated[0] == validated[1]
+    assert any(validated[0])
+
+
 def test_a_signal_in_a_validation_leaves_its_numbers_out_and_nothing_else(
     run_script, tiny, tmp_path, monkeypatch, capsys
 ):
@@ -499,6 +517,7 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--nsvq.freeze", "false"], "nsvq.freeze = False: it must be a section"),
         (["--quantizer.decay", "0.9"], "quantizer.decay is a key of another choice"),
         (["--data.image_size", "17"], "multiple of f = 2"),
+        (["--schedule.epoch_samples", "7"], "an epoch of 7 images is shorter than run.batch_size = 8"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], "must be a multiple of ranks"),
         (["--config", "absent.yaml"], "cannot read the config absent.yaml"),
     ],
