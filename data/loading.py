@@ -72,8 +72,16 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
             raise UserError(f"batch {done + 1} did not come within {_PATIENCE} seconds: {why}") from None
         if "DataLoader worker" not in str(error):
             raise
-        why = f"a loading process was killed ({str(error).splitlines()[0]})"
-        raise LoadingProcessDied(f"{why}; if the machine is short of memory, take fewer --run.workers") from None
+        raise _died(error) from None
+    except (ConnectionError, EOFError) as error:  # it was killed while its batch was handed over
+        if not loader.num_workers or "in DataLoader worker process" in str(error):  # an error of the data
+            raise
+        raise _died(error) from None
+
+
+def _died(error: Exception) -> LoadingProcessDied:
+    why = f"a loading process was killed ({(str(error) or type(error).__name__).splitlines()[0]})"
+    return LoadingProcessDied(f"{why}; if the machine is short of memory, take fewer --run.workers")
 
 
 def _lose_patience(batches: Any) -> None:

@@ -101,3 +101,25 @@ def test_loading_goes_on_when_every_process_of_the_job_gets_a_signal():
     os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", sender])
     found += [batch["index"] for batch in islice(batches, 29)]
     assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("error", "workers", "raised"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), 1, LoadingProcessDied),
+        (EOFError(), 1, LoadingProcessDied),
+        (ConnectionResetError(104, "Connection reset by peer"), 0, ConnectionResetError),  # of the data
+        (ConnectionError("Caught ConnectionError in DataLoader worker process 0."), 1, ConnectionError),
+    ],
+)
+def test_a_process_that_dies_while_it_hands_a_batch_over_is_one_that_died(error, workers, raised):
+    class Loader:
+        num_workers = workers
+
+        def __iter__(self):
+            yield 1
+            raise error
+
+    with pytest.raises(raised) as caught:
+        list(batches_of(Loader()))
+    assert type(caught.value) is raised
