@@ -250,7 +250,8 @@ def benchmarks(setting: Setting) -> Iterator[Row]:
     """Each against its peer; the tables follow in the report."""
     for command in TOY_COMMANDS if setting.toy else COMMANDS:
         try:
-            said = run(*command.split(), environment={"TRITON_INTERPRET": "1"} if setting.toy else None)
+            on_cpu = {"TRITON_INTERPRET": "1"} if setting.device.type == "cpu" else None
+            said = run(*command.split(), environment=on_cpu)
             yield Row("benchmarks", command, said, "it runs", True)
         except Failed as failed:
             yield Row("benchmarks", command, str(failed), "it runs", False)

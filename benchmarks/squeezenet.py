@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torchvision.models import squeezenet1_1
 from torchvision.transforms import functional
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from nsvq.tokenizer.teachers import IMAGENET_MEAN, IMAGENET_STD
 
 
 class SqueezeNet(FeatureExtractorBase):
@@ -25,7 +25,7 @@ class SqueezeNet(FeatureExtractorBase):
 
     def forward(self, x):
         pixels = functional.resize(x, [224, 224], antialias=True).float() / 255
-        maps = self.features(functional.normalize(pixels, MEAN, STD))
+        maps = self.features(functional.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
         found = {"512": maps.mean((2, 3)), "logits": self.classifier(maps).flatten(1)}
         return tuple(found[name] for name in self.features_list)
 

@@ -81,8 +81,10 @@ def table_labels(
         if _is_text(kinds[name]) == _is_text(kind)
     }
     named = {name: kinds[name].names for name in values if isinstance(kinds[name], datasets.ClassLabel)}
-    apart = len({tuple(names) for names in named.values()}) > 1  # each split numbers its own classes: by their names
-    if apart and len(named) == len(values):
+    # Each split may number its own classes: then by their names.
+    apart = len(named) == len(values) and len({tuple(names) for names in named.values()}) > 1
+    apart = apart and all((values[name] < len(names)).all() for name, names in named.items())  # else told below
+    if apart:
         values = {name: [named[name][i] if i >= 0 else None for i in part.tolist()] for name, part in values.items()}
     if _is_text(kind) or apart:
         texts = sorted({text for part in values.values() for text in part if text is not None})
