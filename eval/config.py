@@ -124,7 +124,9 @@ class GenerationConfig(EvaluationConfig):
     reference: str | None = Field(
         None, description="Real images: train, test, or an .npz file in ADM's format; null: what the protocol asks for."
     )
-    reference_limit: int | None = Field(None, ge=1, description="Compare with only this many of a split; null for all.")
+    reference_limit: int | None = Field(
+        None, ge=1, description="Compare with only this many of a split (a file is taken whole); null for all."
+    )
     keep: Literal["none", "png", "npz"] = Field(
         "none", description="Keep samples beside the result: PNG files, from which sampling resumes; npz: ADM's, too."
     )
