@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -154,18 +154,27 @@ def describe(schema: type[Config], default_file: Path | None = None) -> str:
     return "\n".join([doc, "", "options: " + start + "any of these keys:", *_describe(schema, "")])
 
 
-def _describe(schema: type[Config], prefix: str) -> list[str]:
+def _describe(schema: type[Config], prefix: str, said: str = "") -> list[str]:
+    """Without the key `said`, which tells sections apart."""
     lines = []
     for name, field in schema.model_fields.items():
+        if name == said:
+            continue
         sections = _sections(field.annotation)
         if sections and field.description:
             or_null = " or null" if type(None) in get_args(field.annotation) else ""
             lines.append(f"  --{prefix}{name} a section{or_null}\n        {field.description}")
+        apart = str(field.discriminator) if len(sections) > 1 else ""
+        if apart:
+            choices = [get_args(section.model_fields[apart].annotation) for section in sections]
+            default = getattr(field.get_default(call_default_factory=True), apart)
+            every = ",".join(choice for some in choices for choice in some)
+            lines.append(f"  --{prefix}{name}.{apart} {{{every}}} (default: {default})")
+            lines += [f"        {section.model_fields[apart].description}" for section in sections]
         for section in sections:
-            if len(sections) > 1:
-                choice = " or ".join(get_args(section.model_fields[str(field.discriminator)].annotation))
-                lines.append(f"  with {prefix}{name}.{field.discriminator} {choice}:")
-            lines += _describe(section, f"{prefix}{name}.")
+            if apart:
+                lines.append(f"  with {prefix}{name}.{apart} {' or '.join(choices.pop(0))}:")
+            lines += _describe(section, f"{prefix}{name}.", apart)
         if not sections:
             kind, default = _type_name(field.annotation), _default(field)
             lines.append(f"  --{prefix}{name} {kind} {default}\n        {field.description or ''}")
@@ -190,6 +199,8 @@ def _sections(annotation: Any) -> list[type[Config]]:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
     if get_origin(annotation) in (Union, types.UnionType):

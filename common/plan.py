@@ -38,14 +38,14 @@ from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import make_objective
 from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError, UserError
-from nsvq.tokenizer import losses
+from nsvq.tokenizer import losses, ranks
 from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.alignment import Alignment
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
-from nsvq.tokenizer.quantizers import make_quantizer, ranks
+from nsvq.tokenizer.quantizers import make_quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.teachers import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, Classifier, VisionModel

@@ -60,7 +60,7 @@ class DiTConfig(_NetworkConfig):
 class UNetConfig(_NetworkConfig):
     """The U-Net of latent diffusion, at NSVQ's sizes (arXiv 2606.11363, appendix D.5)."""
 
-    variant: Literal["unet"] = Field("unet", description="diffusers' UNet2DModel.")
+    variant: Literal["unet"] = Field("unet", description="unet: diffusers' UNet2DModel.")
     width: int = Field(256, ge=32, multiple_of=32, description="Channels of the first level.")
     multipliers: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="Channels of each level, in widths.")
     layers: int = Field(2, ge=1, description="Residual blocks of a level.")

@@ -27,7 +27,7 @@ class ObjectiveOptions(Config):
 class FlowConfig(ObjectiveOptions):
     """Rectified flow: the network predicts v = noise - x_0 at x = (1 - sigma) x_0 + sigma noise."""
 
-    name: Literal["flow"] = Field("flow", description="Rectified flow (docs/diffusion.md).")
+    name: Literal["flow"] = Field("flow", description="flow: rectified flow (docs/diffusion.md).")
     noise_levels: Literal["logit-normal", "uniform"] = Field("logit-normal", description="Sigma, before the shift.")
     logit_mean: float = Field(0.0, description="Mean of logit(sigma), for logit-normal levels.")
     logit_std: float = Field(1.0, gt=0, description="Standard deviation of logit(sigma), for logit-normal levels.")
@@ -37,7 +37,7 @@ class FlowConfig(ObjectiveOptions):
 class DDPMConfig(ObjectiveOptions):
     """DDPM of 1000 steps: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise."""
 
-    name: Literal["ddpm"] = Field("ddpm", description="DDPM (docs/diffusion.md).")
+    name: Literal["ddpm"] = Field("ddpm", description="ddpm: DDPM (docs/diffusion.md).")
     prediction: Literal["epsilon", "v"] = Field("epsilon", description="The noise, or v of Salimans and Ho.")
     schedule: Literal["linear", "cosine"] = Field("linear", description="Betas from 1e-4 to 2e-2, or cosine alpha_bar.")
 

@@ -194,7 +194,7 @@ def _deviations(config: GenerationConfig, imagenet: bool) -> list[str]:
     elif config.protocol == "adm" and not imagenet:
         found.append(f"protocol adm is for ImageNet-1k, and {config.data.source} is not known to be it")
     elif config.protocol == "adm" and config.data.image_size in ADM_SIZES and config.reference in ("train", "test"):
-        found.append("protocol adm means ADM's own file as the reference: --reference adm")
+        found.append("protocol adm means ADM's own file as the reference: leave --reference out")
     return found
 
 

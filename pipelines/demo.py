@@ -56,7 +56,8 @@ class DemoConfig(Config):
 def main() -> None:
     config = configs.parse(DemoConfig, sys.argv[1:])
     if gr is None:
-        raise UserError("the demo needs Gradio: pip install 'nsvq[demo]', in a clone --editable '.[demo]'")
+        wheel = "elsewhere 'nsvq[demo] @ file:///PATH/TO/WHEEL'"
+        raise UserError(f"the demo needs Gradio: pip install --editable '.[demo]' in a clone, {wheel}")
     if config.pipeline is None and not config.tokenizer:
         raise UsageError("there is nothing to show: give --pipeline DIR, --tokenizer DIR ..., or both")
     pipeline = None

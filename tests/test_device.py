@@ -22,12 +22,12 @@ from nsvq.diffusion.train import main as train_diffusion
 from nsvq.eval.generation import main as generation
 from nsvq.eval.reconstruction import main as reconstruction
 from nsvq.pipelines.sample import main as sample
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.encode import _Encoding, open_cache
 from nsvq.tokenizer.health import EpochUsage
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.losses import _Distance
 from nsvq.tokenizer.pretrained import Tokenizer
-from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.train import main as train_tokenizer
 
 RUN = """

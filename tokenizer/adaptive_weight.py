@@ -4,7 +4,7 @@ its alignment (arXiv 2501.01423, eq. 7)."""
 import torch
 from torch import Tensor, nn
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 
 
 class AdaptiveWeight:

@@ -23,6 +23,7 @@ _LEAST_POWER = -_NEGLIGIBLE * math.log2(math.e)
 _WEIGHTS = 2**24  # float32 weights kept at a time: 64 MiB
 _MIN_LATENTS = 64  # whose weights are kept at a time: fewer make the matrix products slow
 _PAIRS = 2**23  # of a block and a latent that are told apart at a time, a byte each
+_LEAST_TEMPERATURE = 1e-6  # of a latent's |z|^2, to which float32 knows its distances
 _SPARSE_FROM = 512  # latents from which on visiting some blocks alone can pay,
 _SPARSE_SHARE = 1 / 8  # and the share of pairs up to which it does
 
@@ -42,16 +43,17 @@ def softmax_sums(
     search = _Search(z, codebook)
     keys = search.keys  # (K', d + 2)
     latents = torch.cat([z, z.new_ones(len(z), 1), z.square().sum(1, keepdim=True)], 1).T.contiguous()  # [z, 1, |z|^2]
+    # With a temperature for each, a latent has next to no codes of negligible weight.
+    apiece = own or temperature < _LEAST_TEMPERATURE * float(latents[-1].max())
     sums = z.new_zeros(len(latents), len(keys))  # of these with the weights: [A, s, sum_i w_ij |z_i|^2], transposed
     winners = torch.empty(len(z), dtype=torch.int64, device=z.device)
     winner_mass, log_total, entropy = z.new_empty(len(z)), z.new_empty(len(z)), z.new_empty(len(z))
     in_tile = min(_latents_in_tile(), max(_MIN_LATENTS, _WEIGHTS // len(keys)))
     buffer = z.new_empty(len(keys) * min(in_tile, len(z)))
     for rows in _slices(0, len(z), max(_MIN_LATENTS, _PAIRS * _BLOCK // len(keys))):
-        # With a temperature of its own, a latent has next to no codes of negligible weight.
-        nearest, score, near = search.find(rows, None if own else _NEGLIGIBLE * temperature)
+        nearest, score, near = search.find(rows, None if apiece else _NEGLIGIBLE * temperature)
         winners[rows] = nearest if indices is None else indices[rows]
-        tau = own_temperatures(temperature, score, latents[-1, rows])[:, None] if own else temperature
+        tau = temperatures(temperature, score if own else None, latents[-1, rows])[:, None] if apiece else temperature
         # Exponents of 2, relative to the nearest code's: exp2 is many times as fast as exp on some CPUs.
         queries = torch.cat([search.queries[rows, :-1], -score[:, None]], 1).mul_(-math.log2(math.e) / tau)
         pairs = 0 if near is None else int(near.sum())
@@ -61,7 +63,7 @@ def softmax_sums(
         for some in _slices(0, len(score), in_slice):
             here = slice(rows.start + some.start, rows.start + some.stop)
             arguments = (sums, keys, queries[some], latents[:, here], winners[here])
-            if own:
+            if apiece:
                 of_winner, total, powers = _add_all(*arguments, buffer, powers=True)
                 entropy[here] = total.log() - math.log(2) * powers / total
             else:
@@ -72,16 +74,18 @@ def softmax_sums(
     weighted_latents, s, squares = sums[:-2].T.contiguous(), sums[-2].clone(), sums[-1]
     norms, products = codebook.square().sum(1), (weighted_latents * codebook).sum(1)
     loss = (s * norms - 2 * products + squares).sum(dtype=torch.float64)
-    if own:
+    if apiece:
         mean_entropy = entropy.mean(dtype=torch.float64)
     else:
         mean_entropy = entropy_of(z, codebook[winners], winner_mass, log_total, temperature, loss / temperature)
     return winners, winner_mass, mean_entropy, loss, s, weighted_latents
 
 
-def own_temperatures(temperature: float, score: Tensor, squares: Tensor) -> Tensor:
-    """tau of each latent [N], in units of its squared distance to the nearest code: of that code's |c|^2 - 2 z.c, and
-    of |z|^2. A distance is not known to be less than its rounding."""
+def temperatures(temperature: float, score: Tensor | None, squares: Tensor) -> Tensor:
+    """tau of each latent [N]: constant, or in units of its squared distance to the nearest code, by that code's `score`
+    |c|^2 - 2 z.c and |z|^2 [N]. A distance is not known to be less than its rounding."""
+    if score is None:
+        return (_LEAST_TEMPERATURE * squares).clamp(min=temperature)
     return temperature * torch.maximum(squares + score, 1e-5 * squares).clamp(min=1e-20)
 
 

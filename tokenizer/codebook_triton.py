@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsvq.tokenizer.codebook_tiles import entropy_of, own_temperatures
+from nsvq.tokenizer.codebook_tiles import entropy_of, temperatures
 
 MAX_DIM = 256  # of a [codes, dim] sum in registers; wider latents take the plain path
 _PRECISION = "ieee" if torch.version.hip else "tf32x3"
@@ -192,10 +192,12 @@ def softmax_sums(
     """As in tokenizer/codebook_tiles.py, for tensors on the GPU. `tile`: of the second pass."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (latent_count, dim), code_count = z.shape, len(codebook)
-    squares, tau = z.square().sum(1), z.new_full((latent_count,), temperature)
+    squares = z.square().sum(1)
+    score = None
     if own:
         nearest = codebook[nearest_code(z, codebook, False)]
-        tau = own_temperatures(temperature, ((nearest - 2 * z) * nearest).sum(1), squares)
+        score = ((nearest - 2 * z) * nearest).sum(1)
+    tau = temperatures(temperature, score, squares)
     scales = 1 / tau
     found, log_total = _search(z, codebook, scales, False, SEARCH)
     winners = found if indices is None else indices

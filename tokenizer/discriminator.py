@@ -3,6 +3,7 @@
 None has BatchNorm: it would make one image's logits depend on the others of its micro-batch, so that ranks and gradient
 accumulation would change the result."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -98,7 +99,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, layers + 1):
             previous, width = width, channels * min(2**i, 8)
             conv = nn.Conv2d(previous, width, 4, 2 if i < layers else 1, 1, bias=False)
-            blocks += [conv, nn.GroupNorm(min(32, width), width), nn.LeakyReLU(0.2)]
+            blocks += [conv, nn.GroupNorm(math.gcd(32, width), width), nn.LeakyReLU(0.2)]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(width, 1, 4, 1, 1))
         self.apply(_initialize)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nsvq.common.config import merged, validate
 from nsvq.errors import UsageError
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.nsvq_config import NSVQConfig
-from nsvq.tokenizer.quantizers import QUANTIZERS, Quantizer, ranks
+from nsvq.tokenizer.quantizers import QUANTIZERS, Quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer, rotated, straight_through
 from nsvq.tokenizer.standalone import StandaloneQuantizer
 
@@ -21,6 +22,7 @@ from nsvq.tokenizer.standalone import StandaloneQuantizer
 _NSVQ = {"pull": {"temperature": 0.3, "relative_to": "mean"}, "revive": 5.0, "replace": {}, "freeze": None}
 _REMEMBERS = 25  # tokens over which a code of mean use is averaged (configs/imagenet128/nsvq.yaml)
 _OFF = dict.fromkeys(NSVQConfig.model_fields)
+_PARTS = {"nsvq": _NSVQ, "ns-vq": _OFF | {"pull": {"weight": 1.0, "temperature": 1.0}}}  # of the others: none
 
 
 class VectorQuantized(NamedTuple):
@@ -38,6 +40,8 @@ class _Layer(nn.Module):
     def __init__(self, dim: int, codebook_dim: int | None, channel_first: bool):
         super().__init__()
         self.dim, self.channel_first = dim, channel_first
+        if codebook_dim is not None and codebook_dim < 1:
+            raise UsageError(f"codebook_dim = {codebook_dim} must be at least 1")
         self.codebook_dim = codebook_dim or dim
         projects = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if projects else nn.Identity()
@@ -99,10 +103,11 @@ class VectorQuantizer(_Layer):
     `codebook_size`: K, None where the method's options say it. `method`: "nsvq" (moving averages with the NS loss,
     revival and replacement), or a quantizer of docs/tokenizers.md, with its `options` (`levels` of "fsq").
     `codebook_dim`: width of the codes, between two linear layers. `nsvq`: changes to what keeps codes alive, as the
-    section of a config; a method other than "nsvq" has nothing of it unless it is asked for. `commitment_weight` and
-    `codebook_weight` of the two losses (VQ-VAE, arXiv 1711.00937, eq. 3), where the method has them. `replace_every`:
-    codes without use are replaced whenever the mean code won so many tokens. `accumulation`: forwards in an optimizer
-    step. Raises `UsageError` for what does not fit together."""
+    section of a config; a method other than "nsvq" and "ns-vq" has nothing of it unless it is asked for.
+    `commitment_weight` and `codebook_weight` of the two losses (VQ-VAE, arXiv 1711.00937, eq. 3), where the method has
+    them; None is 0.25 and 1, of "ibq" 1 and 0.25. `replace_every`: codes without use are replaced whenever the mean
+    code won so many tokens. `accumulation`: forwards in an optimizer step. Raises `UsageError` for what does not fit
+    together."""
 
     def __init__(
         self,
@@ -113,8 +118,8 @@ class VectorQuantizer(_Layer):
         codebook_dim: int | None = None,
         channel_first: bool = False,
         nsvq: dict[str, Any] | None = None,
-        commitment_weight: float = 0.25,
-        codebook_weight: float = 1.0,
+        commitment_weight: float | None = None,
+        codebook_weight: float | None = None,
         replace_every: float = 100,
         accumulation: int = 1,
         **options: Any,
@@ -123,14 +128,17 @@ class VectorQuantizer(_Layer):
         kind = _kind(method)
         if takes_size := "codebook_size" in kind.Config.model_fields:
             options["codebook_size"] = codebook_size
-        if replace_every <= 0 or accumulation < 1:
-            raise UsageError("replace_every must be positive, and accumulation at least 1")
+        if replace_every <= 0 or accumulation < 1 or accumulation != int(accumulation):
+            raise UsageError("replace_every must be positive, and accumulation a whole number, at least 1")
         name = "ema" if method == "nsvq" else method
         config = validate(kind.Config, {"name": name} | options, source=f"the quantizer {method}")
-        parts = validate(NSVQConfig, merged(_NSVQ if method == "nsvq" else _OFF, nsvq or {}), source="nsvq")
+        parts = validate(NSVQConfig, merged(_PARTS.get(method, _OFF), nsvq or {}), source="nsvq")
         if parts.freeze:
             raise UsageError("nsvq.freeze is the trainer's: to freeze, stop training what is before this layer")
-        weights = {"commitment": commitment_weight, "codebook": codebook_weight}
+        given = {"commitment": commitment_weight, "codebook": codebook_weight}
+        weights = kind.usual_weights | {name: weight for name, weight in given.items() if weight is not None}
+        if min(weights.values()) < 0:
+            raise UsageError("commitment_weight and codebook_weight must be 0 or more")
         try:
             config.check_dim(self.codebook_dim)
             parts.check_method(method, kind)
@@ -148,6 +156,11 @@ class VectorQuantizer(_Layer):
     def codebook(self) -> Tensor:
         """The codes [K, codebook_dim] float32."""
         return self.quantizer.quantizer.codebook()
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Start from `codes` [K, codebook_dim], in place of tokens of the first batch. Raises `UsageError` where a
+        method makes its codes of other weights, and `ValueError` for another shape."""
+        self.quantizer.set_codes(codes)
 
     def tokens(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.quantizer(z)
@@ -198,6 +211,8 @@ class ResidualVectorQuantizer(_Layer):
             total = total + code.detach()
             indices.append(index)
             losses.append(loss)
+        # A level that is left out counts the forward, of no tokens, and its parameters take part in it.
+        losses += [level.tokens(z[:0])[2] for level in self.levels[used:]]
         indices += [torch.full_like(index, -1)] * (len(self.levels) - used)
         return self.with_gradient(z, total), torch.stack(indices, 1), torch.stack(losses).sum()
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 
 DECAY = 0.999
 

@@ -68,6 +68,7 @@ class NSVQConfig(Config):
         own = self.pull and self.pull.relative_to == "own"
         decay = self.freeze and self.freeze.decay is not None
         parts = (
+            (name == "ns-vq", self.pull, "ns-vq is its pull; set nsvq.pull"),
             (self.pull, method.learns_codes, f"the NS loss pulls no codes of {name}; set nsvq.pull: null"),
             (own, name != "ns-vq", "ns-vq has a temperature of its own; set nsvq.pull.relative_to: null"),
             (self.revive, method.can_revive, f"{name} cannot revive codes; set nsvq.revive: null"),

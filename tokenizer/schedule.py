@@ -77,8 +77,8 @@ class Schedule:
         return self.epoch > max(replace.after, self.config.discriminator_first)
 
     def revive_after(self) -> float | None:
-        """Tokens that the mean code wins before one without any is revived; None once replacement or the freeze has set
-        in, and where nothing is revived."""
+        """Tokens that the mean code wins before one without any is revived; None once replacement has set in, or the
+        freeze where there is to be replacement, and where nothing is revived."""
         replace = self.nsvq.replace
         waits = replace is None or (self.phase == "stage1" and self.epoch <= replace.after)
         return self.nsvq.revive if waits else None

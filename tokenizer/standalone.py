@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nsvq.errors import UsageError
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.nsvq_config import NSVQConfig
-from nsvq.tokenizer.quantizers import QuantizerOptions, make_quantizer, ranks
+from nsvq.tokenizer.quantizers import QuantizerOptions, make_quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.schedule import Schedule, ScheduleConfig
 from nsvq.tokenizer.temperature import Temperature
 from nsvq.tokenizer.upkeep import CodebookUpkeep
+
+
+def _no_averages(table: Tensor) -> list[Tensor]:
+    return []
 
 
 class StandaloneQuantizer(nn.Module):
@@ -31,6 +37,7 @@ class StandaloneQuantizer(nn.Module):
     # What this step's last forward saw, for activation checkpointing, which repeats it in the backward pass.
     tau: float | None = None
     share = 1.0
+    starts = False  # in this step, whose distances say nothing: many latents are codes themselves
     codes_before: dict[str, Tensor]
 
     def __init__(
@@ -55,7 +62,7 @@ class StandaloneQuantizer(nn.Module):
         self.schedule = Schedule(ScheduleConfig(epochs=sys.maxsize), nsvq, math.ceil(replace_every * k))
         self.temperature = Temperature(nsvq.pull, dim)
         # An optimizer's moments of a replaced code have faded by then: an epoch gave it no gradient.
-        self.upkeep = CodebookUpkeep(quantizer, nsvq, self.schedule, None, averages=lambda table: [], seed=0)
+        self.upkeep = CodebookUpkeep(quantizer, nsvq, self.schedule, None, averages=_no_averages, seed=0)
         self.register_buffer("clock", torch.stack([torch.randint(2**31, ()), *torch.zeros(3, dtype=torch.int64)]))
         self.register_buffer("distance", torch.zeros(()))
         self.register_buffer("usage", torch.zeros(k, dtype=torch.int64))
@@ -96,6 +103,19 @@ class StandaloneQuantizer(nn.Module):
             self._end_step()
         return z_q, indices, loss * self.share
 
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor) -> None:
+        """Start from `codes` [K, d]. Raises `UsageError` where a method makes its codes of other weights, and
+        `ValueError` for another shape."""
+        table = self.quantizer.table()
+        if table is None:
+            raise UsageError(f"{self.quantizer.config.name} makes its codes itself: they cannot be set")
+        if codes.shape != table.shape:
+            raise ValueError(f"expected codes {list(table.shape)}, got {list(codes.shape)}")
+        table.copy_(codes)
+        self.quantizer.initialize(table.detach().clone())
+        self.clock[1] = 1
+
     def codes(self, indices: Tensor) -> Tensor:
         """Indices [...] -> codes [..., d] float32, of zeros where an index is -1."""
         return self.quantizer.codes(indices.clamp(min=0)).masked_fill((indices < 0)[..., None], 0.0)
@@ -115,7 +135,8 @@ class StandaloneQuantizer(nn.Module):
     @torch.no_grad()
     def _begin_step(self, z: Tensor, may_start: bool) -> None:
         seed, started, epoch, tokens = self.clock.tolist()
-        if not started and may_start:
+        self.starts = not started and may_start
+        if self.starts:
             self._start(z, torch.Generator().manual_seed(seed))
             self.clock[1] = 1
         self.schedule.epoch, self.upkeep.seed = epoch, seed
@@ -163,5 +184,6 @@ class StandaloneQuantizer(nn.Module):
             self.usage += wins
             self.errors += errors
             self.clock[3] += counts
-            self.temperature.update(float(errors.sum()) / (counts * self.quantizer.dim))
-            self.distance.fill_(self.temperature.distance)
+            if not self.starts:
+                self.temperature.update(float(errors.sum()) / (counts * self.quantizer.dim))
+                self.distance.fill_(self.temperature.distance)

@@ -15,11 +15,11 @@ class Temperature:
         self.distance: float | None = None
 
     def value(self) -> float | None:
-        """tau in squared distance summed over d, or in units of a latent's own; None before the first distance is
-        known."""
+        """tau in squared distance summed over d, or in units of a latent's own; None before a distance is
+        known, or while all are 0."""
         if not self.follows:
             return self.config.temperature
-        return self.distance and self.config.temperature * self.distance
+        return self.config.temperature * self.distance if self.distance else None
 
     def update(self, commitment: float) -> None:
         """Take in a step's mean commitment loss, over all ranks."""

@@ -21,6 +21,7 @@ from nsvq.data.batches import eval_batches, fixed_images, train_batches
 from nsvq.data.understood import announce
 from nsvq.errors import UsageError
 from nsvq.files import state_hash
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.config import TrainConfig
@@ -31,7 +32,7 @@ from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicate
 from nsvq.tokenizer.losses import RECONSTRUCTION, adaptive_weights, load_losses, phase_weights
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.perturbation import Perturbation
-from nsvq.tokenizer.quantizers import make_quantizer, ranks
+from nsvq.tokenizer.quantizers import make_quantizer
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.temperature import Temperature
 from nsvq.tokenizer.upkeep import CodebookUpkeep
@@ -127,6 +128,10 @@ class TokenizerTrainer(Trainer):
         if (epoch := self.schedule.epoch_samples) < config.run.batch_size:
             what = f"an epoch of {epoch} images is shorter than run.batch_size = {config.run.batch_size}"
             raise UsageError(f"{what}: set schedule.epoch_samples to some batches")
+        tokens = len(self.images) * (config.data.image_size >> (len(config.model.channel_multipliers) - 1)) ** 2
+        if quantizer.final_latents() and tokens < quantizer.codebook_size:
+            what = f"{quantizer.codebook_size} codes cannot be found among {tokens} tokens of {len(self.images)} images"
+            raise UsageError(f"{what}: set a smaller quantizer.codebook_size")
         self.total_steps = math.ceil(self.schedule.total_samples / config.run.batch_size)
         if loss.adversarial_weight and config.schedule.adversarial_after_steps >= self.total_steps:
             what = f"schedule.adversarial_after_steps leaves no GAN in the {self.total_steps} steps of this run"

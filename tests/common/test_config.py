@@ -162,6 +162,16 @@ def test_help_names_every_key_with_type_default_and_meaning():
     assert "--extra a section or null\n        Another one." in text
 
 
+def test_help_says_once_what_there_is_to_choose_among_and_which_is_the_default():
+    from nsvq.diffusion.config import TrainConfig
+
+    text = describe(TrainConfig)
+    assert text.count("--objective.name") == 1
+    assert "--objective.name {flow,ddpm} (default: flow)\n        flow: " in text
+    assert "with model.variant dit or modern:" in text
+    assert "--run.accumulation int or {auto} (default: auto)" in text
+
+
 def test_differences_name_the_leaves():
     old, new = to_dict(Outer()), to_dict(Outer(steps=3, inner=Inner(rate=2)))
     assert differences(old, new) == ["steps: 10 -> 3", "inner.rate: 0.1 -> 2.0"]

@@ -200,7 +200,7 @@ def test_what_cannot_be_shown_is_told_in_one_line(run_script, arguments, error, 
 
 def test_without_gradio_the_way_to_it_is_told(run_script, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(demo, "gr", None)
-    with pytest.raises(UserError, match=r"the demo needs Gradio: pip install 'nsvq\[demo\]'"):
+    with pytest.raises(UserError, match=r"the demo needs Gradio: pip install --editable '\.\[demo\]'"):
         run_script(demo.main, "--tokenizer", tokenizer_folder)
 
 

@@ -136,6 +136,20 @@ def test_a_temperature_of_each_latents_own_knows_no_scale_and_bears_latents_on_t
     assert search_with_nonstationary_loss(torch.zeros(3, 4), torch.zeros(5, 4), 0.3, True)[1].loss == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-6, 1e-3])
+def test_a_temperature_below_rounding_leaves_latents_to_their_winners(temperature):
+    codes = torch.randn(256, 32)
+    z = codes[torch.randint(256, (512,))] + 1e-6 * torch.randn(512, 32)
+    _, ns = search_with_nonstationary_loss(z, codes, temperature)
+    assert float(ns.winner_mass) == pytest.approx(1, abs=1e-6)
+    assert float(ns.loss) == pytest.approx(0, abs=1e-6)
+    assert float(ns.effective_codes) == pytest.approx(1, abs=1e-3)
+    z = torch.randn(512, 32)
+    indices, ns = search_with_nonstationary_loss(z, codes, temperature)
+    _, _, mass, _ = dense_reference(z, codes, indices, temperature)
+    assert float(ns.winner_mass) == pytest.approx(float(mass), abs=2e-2)
+
+
 def test_nonstationary_loss_reaches_the_codebook_alone():
     z, codes = torch.randn(40, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     nonstationary_loss(z, codes, nearest_code(z, codes), 1.0).loss.backward()

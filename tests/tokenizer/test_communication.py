@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 
 K, D = 40, 6
 

@@ -56,6 +56,13 @@ def test_an_images_logits_depend_on_its_position_in_the_run_alone(name, vit):
         assert not torch.allclose(together, discriminator(features(images, [1, 2, 3, 4, 5])))
 
 
+def test_patchgan_takes_widths_that_32_groups_do_not_divide():
+    _, discriminator = make_discriminator(
+        validate(TrainConfig, {"discriminator": {"channels": 20}}).discriminator, seed=0
+    )
+    assert discriminator(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
 def test_blur_pool_is_the_convolution_with_the_outer_product_of_one_three_three_one():
     x = torch.randn(2, 3, 12, 10, dtype=torch.float64)
     kernel = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)

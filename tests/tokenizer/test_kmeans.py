@@ -1,5 +1,8 @@
+import multiprocessing
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from nsvq.tokenizer.kmeans import kmeans
 
@@ -29,6 +32,50 @@ def test_a_centroid_without_points_takes_part_of_a_full_cluster():
     start = torch.cat([points[:4], torch.full((3, 3), 1e3)])
     centroids = kmeans(lambda: [points], 7, seed=0, start=start)
     assert len(torch.cdist(points, centroids).argmin(1).unique()) == 7
+
+
+def test_the_end_does_not_depend_on_the_scale():
+    points = torch.randn(2000, 2)
+    expected = kmeans(lambda: [points], 10, seed=1)
+    for scale in (2**-14, 2**14):
+        assert torch.equal(kmeans(lambda s=scale: [points * s], 10, seed=1), expected * scale)
+
+
+def test_an_empty_centroid_of_single_numbers_moves():
+    points = torch.tensor([[0.0], [0.0], [0.0], [5.0], [5.1]])
+    found = kmeans(lambda: [points], 3, seed=0, start=torch.tensor([[0.0], [5.0], [99.0]]))
+    assert found.isfinite().all()
+    assert len(found.unique()) == 3
+
+
+def _rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    points = torch.load(folder / "points.pt")
+    mine = points[:50] if rank == 0 else points[50:]
+    few = points[:3] if rank == 0 else points[3:]
+    results = [kmeans(lambda: [mine], 10, seed=0), kmeans(lambda: [few], 10, seed=0)]
+    try:
+        kmeans(lambda: [mine[:5]], 12, seed=0)
+    except ValueError as error:
+        results.append(str(error))
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_with_different_numbers_of_points_are_one_or_are_refused_together(tmp_path):
+    points = torch.randn(60, 4)
+    torch.save(points, tmp_path / "points.pt")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(rank, tmp_path)) for rank in range(2)]
+    [process.start() for process in processes]
+    [process.join(60) for process in processes]
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one == other if isinstance(one, str) else torch.equal(one, other)
+    assert "10 < 12" in first[2]
+    torch.testing.assert_close(first[1], kmeans(lambda: [points], 10, seed=0))
 
 
 def test_fewer_points_than_centroids_are_refused():

@@ -1,8 +1,10 @@
 """The layer in other people's loops: nothing of the trainer runs here."""
 
+import contextlib
 import copy
 import io
 import multiprocessing
+import pickle
 import re
 from pathlib import Path
 
@@ -332,15 +334,17 @@ def test_a_forward_that_checkpointing_repeats_counts_once_and_sees_the_same_code
 
 def test_training_resumes_to_the_bit():
     batches = [torch.randn(50, 6) for _ in range(14)]
-    for make in (short, lambda: ResidualVectorQuantizer(6, 40, 2, quantizer_dropout=True, replace_every=4)):
+    residual = {"num_quantizers": 3, "quantizer_dropout": True, "replace_every": 4}
+    parts = lambda: ResidualVectorQuantizer(6, 40, **residual, accumulation=2)  # noqa: E731
+    for make in (short, lambda: ResidualVectorQuantizer(6, 40, **residual), parts):
         whole = make()
-        train(whole, batches[:7])
+        train(whole, batches[:6])
         file = io.BytesIO()
         torch.save(whole.state_dict(), file)
         file.seek(0)
         resumed = make()
         resumed.load_state_dict(torch.load(file, weights_only=True))
-        for one, other in zip(train(whole, batches[7:]), train(resumed, batches[7:]), strict=True):
+        for one, other in zip(train(whole, batches[6:]), train(resumed, batches[6:]), strict=True):
             assert torch.equal(one.quantized, other.quantized)
             assert torch.equal(one.loss, other.loss)
         assert_equal(state(whole), state(resumed))
@@ -364,17 +368,69 @@ def test_compiled_it_is_one_graph_in_evaluation_and_breaks_once_in_training():
         assert torch.equal(whole.indices, layer(x).indices)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_goes_to_another_process(method):
+    layer = VectorQuantizer(6, method=method, **METHODS[method])
+    x = torch.randn(50, 6)
+    layer(x)
+    other = pickle.loads(pickle.dumps(layer)).eval()
+    assert torch.equal(other(x).indices, layer.eval()(x).indices)
+
+
+@pytest.mark.parametrize("method", ["nsvq", "vq", "ibq"])
+def test_a_layer_starts_from_codes_that_it_is_given(method):
+    nsvq = {"revive": None, "pull": None} if method == "nsvq" else None
+    layer, codes = VectorQuantizer(6, 40, method, nsvq=nsvq), torch.randn(40, 6)
+    layer.set_codes(codes)
+    layer(codes[:30])
+    torch.testing.assert_close(layer.codebook, codes)  # averages of latents that are the codes
+    with pytest.raises(ValueError, match=r"expected codes \[40, 6\], got \[3, 6\]"):
+        layer.set_codes(codes[:3])
+    with pytest.raises(UsageError, match="simvq makes its codes itself"):
+        VectorQuantizer(6, 40, "simvq").set_codes(codes)
+
+
+def test_the_first_distance_is_of_latents_that_are_no_codes_themselves():
+    layer, x = VectorQuantizer(6, 512), torch.randn(520, 6)
+    layer(x)  # from which the codes start: 8 of the latents are none
+    assert layer.quantizer.temperature.value() is None
+    x = torch.randn(2000, 6)
+    nearest = torch.cdist(x, layer.codebook).amin(1).square().mean()
+    layer(x)
+    assert float(layer.quantizer.distance) == pytest.approx(float(nearest), rel=1e-3)
+
+
+def test_weights_of_the_losses_are_the_methods_own():
+    x = torch.randn(50, 6)
+    for method, commitment, codebook in (("ibq", 1.0, 0.25), ("vq", 0.25, 1.0)):
+        torch.manual_seed(0)
+        usual = VectorQuantizer(6, 32, method)
+        said = VectorQuantizer(6, 32, method, commitment_weight=commitment, codebook_weight=codebook)
+        said.load_state_dict(usual.state_dict())
+        assert torch.equal(usual(x).loss, said(x).loss)
+    layer = VectorQuantizer(6, 32, "ns-vq")
+    layer(x)
+    layer(x).loss.backward()
+    assert (layer.quantizer.quantizer.weight.grad.abs().sum(1) > 0).float().mean() > 0.9  # losers are pulled, too
+
+
 # Two ranks as one
 
 
 def run_all(rank, ranks):
     """Some steps on this rank's half of each batch, with masks that leave the ranks different numbers of tokens."""
     result = {}
-    for name, kind in {"one": VectorQuantizer, "residual": ResidualVectorQuantizer, "simvq": VectorQuantizer}.items():
+    dropout = {"num_quantizers": 3, "quantizer_dropout": True}
+    for name, arguments in {
+        "one": {"replace_every": 3},
+        "residual": {"replace_every": 3, "num_quantizers": 2},
+        "simvq": {"method": "simvq"},
+        "levels left out": dropout | {"replace_every": 3, "accumulation": 2},
+        "levels of simvq left out": dropout | {"method": "simvq"},
+    }.items():
         torch.manual_seed(3)
-        method = {"method": "simvq"} if name == "simvq" else {"replace_every": 3}
-        method |= {"num_quantizers": 2} if name == "residual" else {}
-        encoder, layer = nn.Linear(6, 6), kind(6, 20, **method)
+        kind = ResidualVectorQuantizer if "num_quantizers" in arguments else VectorQuantizer
+        encoder, layer = nn.Linear(6, 6), kind(6, 20, **arguments)
         model = nn.ModuleList([encoder, layer])
         both = _Encoded(model)
         both = DistributedDataParallel(both) if ranks > 1 else both
@@ -383,10 +439,13 @@ def run_all(rank, ranks):
             draws = torch.Generator().manual_seed(step)
             x, mask = torch.randn(4, 15, 6, generator=draws), torch.rand(4, 15, generator=draws) < 0.6
             mask[2:] &= step != 4  # once, rank 1 has none
-            answer = both(x.chunk(ranks)[rank], mask.chunk(ranks)[rank])
-            optimizer.zero_grad()
-            answer.loss.backward()
-            optimizer.step()
+            waits = step % 2 == 0 and arguments.get("accumulation") == 2
+            with both.no_sync() if waits and ranks > 1 else contextlib.nullcontext():
+                answer = both(x.chunk(ranks)[rank], mask.chunk(ranks)[rank])
+                answer.loss.backward()
+            if not waits:
+                optimizer.step()
+                optimizer.zero_grad()
         result[name] = state(model) | {"indices": answer.indices}
     return result
 
@@ -438,7 +497,11 @@ def test_two_ranks_behave_as_one_and_hold_the_same_codes(tmp_path):
         ({"method": "fsq", "levels": [8, 5], "codebook_dim": 2, "codebook_size": 50}, "fsq has 40 codes"),
         ({"method": "simvq", "codebook_size": 40, "nsvq": {"replace": {}}}, "simvq has no free codes to replace"),
         ({"codebook_size": 40, "nsvq": {"freeze": {}}}, "stop training what is before this layer"),
-        ({"codebook_size": 40, "accumulation": 0}, "accumulation at least 1"),
+        ({"codebook_size": 40, "accumulation": 0}, "accumulation a whole number, at least 1"),
+        ({"codebook_size": 40, "accumulation": 1.5}, "accumulation a whole number, at least 1"),
+        ({"codebook_size": 40, "codebook_dim": 0}, "codebook_dim = 0 must be at least 1"),
+        ({"codebook_size": 40, "commitment_weight": -1}, "must be 0 or more"),
+        ({"codebook_size": 40, "method": "ns-vq", "nsvq": {"pull": None}}, "ns-vq is its pull"),
     ],
 )
 def test_what_does_not_fit_is_one_line_that_says_what_to_do(arguments, message):

@@ -13,6 +13,7 @@ import pytest
 import soak
 import torch
 from instrumented import attempts, samples
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nsvq.common import checkpoints
@@ -527,6 +528,15 @@ def test_impossible_configs_end_at_once_with_the_key_and_the_remedy(run_script, 
     with pytest.raises(UsageError, match=message) as caught:
         run_script(main, *arguments, "--out", tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+def test_codes_that_too_few_images_cannot_give_at_the_end_are_refused_at_the_start(run_script, tiny, tmp_path):
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    vp = ["--config", tiny, "--nsvq", "null", "--data", tmp_path, "--data.holdout", "0.2"]
+    vp += ["--quantizer.name", "vp", "--quantizer.codebook_size", "1024"]
+    with pytest.raises(UsageError, match=r"1024 codes cannot be found among 640 tokens of 10 images: set a smaller"):
+        run_script(main, *vp, "--out", tmp_path / "out")
 
 
 def test_the_folder_of_another_run_is_refused(run_script, tiny, tmp_path):

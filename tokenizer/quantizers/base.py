@@ -62,6 +62,8 @@ class Quantizer(nn.Module):
     dim: int
     codebook_size: int
     weight: Tensor  # where there is a table
+    # Of the losses in `terms`, where nothing else is said.
+    usual_weights: ClassVar[dict[str, float]] = {"commitment": 0.25, "codebook": 1.0}
 
     def __init__(self, config: QuantizerOptions, dim: int):
         super().__init__()

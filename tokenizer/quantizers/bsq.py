@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.quantizers.lfq import BitQuantizer, BitsConfig, bernoulli_entropy, entropy
 
 

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.codebook import NonStationary, wins
-from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.quantizers.vq import TableConfig, TableQuantizer
 
 

@@ -14,14 +14,27 @@ from torch import Tensor
 
 from nsvq.tokenizer.quantizers.base import straight_through
 from nsvq.tokenizer.quantizers.fsq import GridConfig, GridQuantizer
-from nsvq.tokenizer.quantizers.ranks import Draws
 from nsvq.tokenizer.quantizers.vp import moment_losses
+from nsvq.tokenizer.ranks import Draws
+
+
+def _tanh(a: Tensor) -> Tensor:
+    return (torch.tanh(a) + 1) / 2
+
+
+def _normal(a: Tensor) -> Tensor:
+    return (1 + torch.erf(a / math.sqrt(2))) / 2
+
+
+def _laplace(a: Tensor) -> Tensor:
+    return (1 + a.sign() * (1 - torch.exp(-a.abs()))) / 2
+
 
 ACTIVATIONS = {  # g, and the variance of the distribution that it belongs to
-    "tanh": (lambda a: (torch.tanh(a) + 1) / 2, math.pi**2 / 12),
-    "normal": (lambda a: (1 + torch.erf(a / math.sqrt(2))) / 2, 1.0),
+    "tanh": (_tanh, math.pi**2 / 12),
+    "normal": (_normal, 1.0),
     "sigmoid": (torch.sigmoid, math.pi**2 / 3),
-    "laplace": (lambda a: (1 + a.sign() * (1 - torch.exp(-a.abs()))) / 2, 2.0),
+    "laplace": (_laplace, 2.0),
 }
 _EDGE = math.sqrt(3)  # of the range that the decoder sees
 
@@ -73,7 +86,7 @@ class FSP(GridQuantizer):
 
     @torch.no_grad()
     def lookup(self, z: Tensor) -> Tensor:
-        return self.index(torch.minimum((self.activation(z) * self.levels).floor(), self.levels - 1))
+        return self.index((self.activation(z) * self.levels).floor())
 
     def codes(self, indices: Tensor) -> Tensor:
         return ((self.level(indices) + 0.5) / self.levels - 0.5) * (2 * _EDGE)

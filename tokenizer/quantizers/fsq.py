@@ -38,7 +38,9 @@ class GridQuantizer(Quantizer):
         self.register_buffer("basis", torch.tensor(basis), persistent=False)
 
     def index(self, levels: Tensor) -> Tensor:
-        """Levels [..., d] as whole numbers -> indices [...]."""
+        """Levels [..., d] as whole numbers -> indices [...]. Those beyond an end, as the margin of 1e-3 leaves of a
+        thousand levels, count as the end, and nan as 0."""
+        levels = torch.minimum(levels.nan_to_num(0.0).clamp(min=0), self.levels - 1)
         return (levels.long() * self.basis).sum(-1)
 
     def level(self, indices: Tensor) -> Tensor:

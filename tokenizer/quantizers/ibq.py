@@ -9,13 +9,13 @@ scores several times; here they live in tiles, and are computed again for the gr
 The largest inner product is the nearest code in one more dimension, with M the longest code:
 |(z, 0) - (c, sqrt(M^2 - |c|^2))|^2 = |z|^2 + M^2 - 2 z.c. This makes the export a stock nearest-neighbour table."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, vq_losses
 
 _TILE_ELEMENTS = 2**22
@@ -34,6 +34,7 @@ class IBQ(Quantizer):
     Config = IBQConfig
     free_table = True
     terms = ("codebook", "commitment")
+    usual_weights: ClassVar[dict[str, float]] = {"commitment": 1.0, "codebook": 0.25}
 
     def __init__(self, config: IBQConfig, dim: int):
         super().__init__(config, dim)

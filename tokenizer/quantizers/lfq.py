@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.quantizers.base import Quantizer, QuantizerOptions, straight_through
 
 MAX_BITS = 20

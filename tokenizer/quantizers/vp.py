@@ -15,8 +15,8 @@ from pydantic import Field
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.kmeans import kmeans
-from nsvq.tokenizer.quantizers import ranks
 from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, straight_through
 
 
@@ -92,7 +92,8 @@ class VP(Quantizer):
         """(D_k, D_M) of points [N, d], each [N]; at least 1e-12, for latents that are equal."""
         if self._tree is None:
             self._tree = cKDTree(self.searched.cpu().numpy())
-        found, _ = self._tree.query(x.cpu().numpy(), k=[self.config.neighbors, self.mass], workers=-1)
+        points = x.nan_to_num(0.0, 0.0, 0.0).cpu().numpy()  # a loss that is not finite is the trainer's to see
+        found, _ = self._tree.query(points, k=[self.config.neighbors, self.mass], workers=-1)
         return torch.from_numpy(found).to(x).clamp(min=1e-12).unbind(1)
 
     @torch.no_grad()

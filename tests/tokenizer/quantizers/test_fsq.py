@@ -53,6 +53,15 @@ def test_every_level_is_reached_and_there_is_no_loss_or_parameter(make):
     assert torch.equal(quantizer.codebook().amin(0), torch.tensor([-1.0, -1.0]))
 
 
+def test_saturated_channels_of_many_levels_have_the_outermost_codes(make):
+    quantizer = make("fsq", levels=[1024, 3], dim=2)
+    z = torch.tensor([[-30.0, -30.0], [30.0, 30.0], [0.0, torch.nan]])
+    indices = quantizer.lookup(z)
+    assert indices.tolist()[:2] == [0, 3071]
+    assert 0 <= int(indices[2]) < 3072
+    assert quantizer.codes(indices[:2]).sign().tolist() == [[-1, -1], [1, 1]]
+
+
 @pytest.mark.parametrize(("levels", "message"), [([8, 5], "number of quantizer.levels, 2"), ([8, 5, 1], "2 or more")])
 def test_levels_that_do_not_fit_are_refused(levels, message):
     with pytest.raises(ValueError, match=message):

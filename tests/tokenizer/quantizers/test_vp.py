@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from nsvq.tokenizer.quantizers import ranks
+from nsvq.tokenizer import ranks
 
 
 def unfitted(make, **options):
