@@ -71,7 +71,7 @@ def save(folder: Path, trainer: AutoregressiveTrainer) -> None:
         "objective": f"cross-entropy of the next code; the learning rate falls to {config.schedule.final:g} of it",
         "config": configs.to_dict(config),
         "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
-        "tokenizer": trainer.tokenizer.training,
+        "tokenizer": trainer.tokenizer.trained,
     }
     save_pipeline(folder, trainer.drawing.network, trainer.tokenizer.model, trainer.names, about)
 

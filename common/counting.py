@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -25,20 +25,22 @@ class Counted:
     saved: float  # bytes that autograd keeps for an image,
     saved_once: float  # and for a micro-batch of any size
     flops: float  # of an image, all networks
-    flops_perceptual: float  # LPIPS's and other frozen networks' part of it, in TF32
+    flops_tf32: float  # its part in float32, which a GPU computes in TF32
     flops_codebook: float  # of an image, besides
     checkpoint: float  # bytes
 
 
 @dataclass
 class Step:
-    """`run`(images) with the trainer's own step. Which networks train; `averaged` of them have an average."""
+    """`run`(images) with the trainer's own step. Which networks train; `averaged` of them have an average. `exact`:
+    modules that leave the autocast, by the names of torch's counter."""
 
     run: Callable[[int], None]
     trained: list[nn.Module]
     averaged: list[nn.Module]
     frozen: list[nn.Module]
     accelerator: "CountingAccelerator"
+    exact: list[str] = field(default_factory=list)
 
 
 class CountingAccelerator:
@@ -126,8 +128,7 @@ def _count(make: Callable[[torch.device], Step]) -> Counted:
             step.run(few)
     by_module = counter.get_flop_counts()
     codebook = sum(n for op, n in by_module["Global"].items() if str(op).startswith("nsvq."))
-    teachers = ("_Distance", "LogitLoss", "Teacher")  # in float32, whatever the autocast
-    perceptual = sum(sum(by_module.get(name, {}).values()) for name in teachers)
+    exact = sum(sum(by_module.get(name, {}).values()) for name in step.exact)
     saved = (kept[many] - kept[few]) / (many - few)
     return Counted(
         parameters=parameters,
@@ -135,7 +136,7 @@ def _count(make: Callable[[torch.device], Step]) -> Counted:
         saved=saved,
         saved_once=kept[few] - few * saved,
         flops=(counter.get_total_flops() - codebook) / few,
-        flops_perceptual=perceptual / few,
+        flops_tf32=exact / few,
         flops_codebook=codebook / few,
         checkpoint=12 * parameters + 4 * averaged + others,
     )

@@ -32,6 +32,7 @@ from nsvq.common.counting import Counted, CountingAccelerator, Step, count
 from nsvq.common.metrics import PEAK_FLOPS
 from nsvq.common.micro_batches import next_accumulation
 from nsvq.data.bad_images import BadImages
+from nsvq.data.config import IMAGENET
 from nsvq.data.sources import open_split
 from nsvq.diffusion import config as diffusion
 from nsvq.diffusion.model import make_model
@@ -52,7 +53,7 @@ from nsvq.tokenizer.teachers import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, Cl
 from nsvq.tokenizer.trainer import TokenizerTrainer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
-IMAGENET, IMAGENET_IMAGES, IMAGENET_BYTES = "ILSVRC/imagenet-1k", 1_281_167, 150e9
+IMAGENET_IMAGES, IMAGENET_BYTES = 1_281_167, 150e9
 CLASSES = 1000
 GIB = 2**30
 # What CUDA reports as a GPU's memory, GiB; speeds are in common/metrics.py.
@@ -72,7 +73,6 @@ class Plan:
 
     stage: str
     config: Any
-    images: int  # of the data
     samples: int  # of the run
     latents: float  # bytes of the token cache
     make: Callable[[torch.device], "Step"]
@@ -84,10 +84,11 @@ class Plan:
 def read(file: Path, words: list[str], tokenizer_file: Path) -> Plan:
     """The plan of a config of any stage."""
     values = configs.read_config(file)
-    if "tokenizer" not in values:
+    transformer = "steps" in (values.get("schedule") or {})
+    if not transformer and not values.keys() & {"tokenizer", "steps"}:
         return _tokenizer(configs.parse(TrainConfig, words, file))
     tokenizer = configs.parse(TrainConfig, [], tokenizer_file)
-    module, kind = (autoregressive, _autoregressive) if "schedule" in values else (diffusion, _diffusion)
+    module, kind = (autoregressive, _autoregressive) if transformer else (diffusion, _diffusion)
     config = configs.parse(module.TrainConfig, words, file)
     if config.data.image_size != tokenizer.data.image_size:
         tokenizer.data.image_size = config.data.image_size
@@ -101,7 +102,7 @@ def _images(config: Any) -> int:
 def _tokenizer(config: TrainConfig) -> Plan:
     images = _images(config)
     samples = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or images).total_samples
-    return Plan("tokenizer", config, images, samples, 0, lambda device: _tokenizer_step(config, device))
+    return Plan("tokenizer", config, samples, 0, lambda device: _tokenizer_step(config, device))
 
 
 def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
@@ -157,13 +158,18 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
             TokenizerTrainer.step(trainer, batch)  # type: ignore[arg-type]
 
     frozen = [part for part in (features, metric, logits, alignment and alignment.teacher) if part]
-    return Step(run, [encoder, decoder, discriminator, *heads], [encoder, decoder], frozen, accelerator)
+    precisions = {"_Distance": config.loss.perceptual_precision}
+    precisions |= {"LogitLoss": config.loss.logits.precision} if logits else {}
+    precisions |= {"Alignment.teacher": config.loss.alignment.precision} if alignment else {}
+    exact = [name for name, precision in precisions.items() if precision == "fp32"]
+    return Step(run, [encoder, decoder, discriminator, *heads], [encoder, decoder], frozen, accelerator, exact)
 
 
 def _teacher(name: str, section: str) -> nn.Module:
     """A loss's frozen network, without its weights."""
     if name in CLASSIFIERS:
-        return Classifier(CLASSIFIERS[name](weights=None))
+        with patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor):  # which looks at values
+            return Classifier(CLASSIFIERS[name](weights=None))
     try:
         with patch.object(PreTrainedModel, "init_weights", lambda self: None):  # which looks at them
             model = AutoModel.from_config(AutoConfig.from_pretrained(name), attn_implementation="eager")
@@ -201,7 +207,7 @@ def _diffusion(config: diffusion.TrainConfig, tokenizer: TrainConfig) -> Plan:
         return Step(run, [model], [model], _frozen(tokenizer), accelerator)
 
     size = 2.0 * math.prod(shape) * _views(config, images)
-    return Plan("generator", config, images, config.steps * config.run.batch_size, size, make)
+    return Plan("generator", config, config.steps * config.run.batch_size, size, make)
 
 
 def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) -> Plan:
@@ -228,7 +234,7 @@ def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) 
         return Step(run, [model], [model], _frozen(tokenizer), accelerator)
 
     size = (2.0 if codes <= 2**16 else 4.0) * side**2 * _views(config, images)
-    return Plan("generator", config, images, config.schedule.steps * config.run.batch_size, size, make)
+    return Plan("generator", config, config.schedule.steps * config.run.batch_size, size, make)
 
 
 def _frozen(tokenizer: TrainConfig) -> list[nn.Module]:
@@ -267,7 +273,7 @@ def outcome(plan: Plan, counted: Counted, gpu: str, gpus: int, utilization: floa
 
     while accumulation and number == "auto" and memory(share // accumulation) > MEMORY[gpu] * GIB:
         accumulation = next_accumulation(share, accumulation)
-    work = counted.flops + (TF32_COST - 1) * counted.flops_perceptual + CODEBOOK_COST * counted.flops_codebook
+    work = counted.flops + (TF32_COST - 1) * counted.flops_tf32 + CODEBOOK_COST * counted.flops_codebook
     rate = (utilization or UTILIZATION[plan.stage]) * PEAK_FLOPS[gpu] * gpus / work
     micro_batch = share // (accumulation or share)
     return Outcome(accumulation, micro_batch, memory(micro_batch), rate, plan.samples / rate / 3600)

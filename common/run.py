@@ -43,7 +43,7 @@ from nsvq.files import atomic_file
 
 
 class RunConfig(configs.Config):
-    """What both trainers share about a run: seed, precision, and when to log, save and draw."""
+    """What all trainers share about a run: seed, precision, and when to log, save and draw."""
 
     seed: int = Field(0, ge=0, description="Seed of weights, data order, augmentation and noise.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("bf16", description="Autocast type of the networks alone.")
@@ -137,7 +137,7 @@ class Run:
         self._retry_at: int | None = None
         self._log = MetricsLog(accelerator, self.out / "metrics.jsonl")
         self.counting_flops = self._log.counting_flops
-        _on_main_process(accelerator, lambda: self._claim(name))
+        on_main_process(accelerator, lambda: self._claim(name))
         if config.run.trackers and not accelerator.is_main_process:
             accelerator.init_trackers(name)
 
@@ -237,7 +237,7 @@ class Run:
         Lines of metrics.jsonl that are later than the checkpoint are dropped: they will be written again. Raises
         `UserError` where every checkpoint is damaged, and where the one to take is another run's, lies outside the
         run's folder or holds more than data."""
-        folder = _on_main_process(self.accelerator, self._choose)
+        folder = on_main_process(self.accelerator, self._choose)
         if folder is None:
             if self.accelerator.is_main_process:
                 self._log.drop_after(0)
@@ -325,7 +325,7 @@ class Run:
             warn(text)
 
 
-def _on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+def on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     """What `work` gives there, or the `UserError` or `OSError` that it raises there, on every rank."""
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -348,7 +348,9 @@ def progress_bar(accelerator: Accelerator, total: int | None, done: int, **looks
 def code_version() -> str:
     """The package's version, with the commit where the code is a clone: a repository that the installed package happens
     to lie in is another project's."""
-    root = Path(__file__).parents[1]
+    root, version = Path(__file__).parents[1], metadata.version("nsvq")
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return version
     git = ["git", f"--git-dir={root / '.git'}", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=root)
-    return metadata.version("nsvq") + (f"+{commit.stdout.strip()}" if commit.returncode == 0 else "")
+    return version + (f"+{commit.stdout.strip()}" if commit.returncode == 0 else "")

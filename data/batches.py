@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from nsvq.data.config import DataConfig
 from nsvq.data.images import BadImage, several_crops, to_tensor, training_crop
-from nsvq.data.loading import affordable_workers, batches_of, make_loader, restarting
+from nsvq.data.loading import batches_of, make_loader, restarting
 from nsvq.data.sources import Split, open_split
 from nsvq.errors import UserError
 
@@ -49,8 +49,8 @@ def train_batches(
         positions = shuffled_positions(len(data), batch_size, seed, first, rank, world_size)
         collate = partial(_collate, size=config.image_size, full=True)
         images = _TrainImages(data, config, seed)
-        fit = affordable_workers(workers, batch_size * 12 * config.image_size**2)
-        return batches_of(make_loader(images, fit, batch_sampler=positions, collate_fn=collate))
+        size = batch_size * 12 * config.image_size**2
+        return batches_of(make_loader(images, workers, size, batch_sampler=positions, collate_fn=collate))
 
     return restarting(batches_from)
 
@@ -92,8 +92,9 @@ def batches_in_order(
     rows = order.tolist()
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     collate = partial(_collate, size=size)
-    fit = affordable_workers(workers, batch_size * crops * 12 * size**2)
-    return batches_of(make_loader(_EvalImages(data, size, crops), fit, batch_sampler=batches, collate_fn=collate))
+    bytes_each = batch_size * crops * 12 * size**2
+    images = _EvalImages(data, size, crops)
+    return batches_of(make_loader(images, workers, bytes_each, batch_sampler=batches, collate_fn=collate))
 
 
 @dataclass

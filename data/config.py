@@ -22,11 +22,14 @@ class Config(BaseModel):
         return values
 
 
+IMAGENET = "ILSVRC/imagenet-1k"
+
+
 class DataConfig(Config):
     """The images. `--data SOURCE` is short for `--data.source SOURCE`."""
 
     source: str = Field(
-        "ILSVRC/imagenet-1k",
+        IMAGENET,
         min_length=1,
         description="Hugging Face data set id; folder of class folders, of parquet files or of webdataset tars; "
         "parquet or tar file, glob or {a..b} brace; or synthetic.",

@@ -43,12 +43,13 @@ def affordable_workers(workers: int, batch_bytes: int) -> int:
     return fit
 
 
-def make_loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
-    """torch's loader, with pinned memory where there is a GPU."""
+def make_loader(dataset: Dataset, workers: int, batch_bytes: int = 0, **how: Any) -> DataLoader:
+    """torch's loader, with pinned memory where there is a GPU. Of `workers` as many as shared memory has room for,
+    where a batch has tensors of `batch_bytes`."""
     # A generator of its own, so that making a loader leaves the random state of training as it is.
     generator = torch.Generator().manual_seed(0)
     how |= {"pin_memory": torch.cuda.is_available(), "generator": generator, "worker_init_fn": _leave_signals}
-    return DataLoader(dataset, num_workers=workers, **how)
+    return DataLoader(dataset, num_workers=affordable_workers(workers, batch_bytes), **how)
 
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:

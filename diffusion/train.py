@@ -65,7 +65,7 @@ def save(folder: Path, trainer: DiffusionTrainer) -> None:
         "objective": trainer.objective.description,
         "config": configs.to_dict(config),
         "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
-        "tokenizer": trainer.tokenizer.training,
+        "tokenizer": trainer.tokenizer.trained,
     }
     vae, scheduler = trainer.tokenizer.model, trainer.objective.scheduler()
     save_pipeline(folder, to_stock(trainer.drawing.network), vae, scheduler, trainer.names, about)

@@ -9,17 +9,16 @@ its score on real ones, which is measured beside that on generated ones.
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nsvq.common.image_metrics import from_uint8, to_uint8
+from nsvq.common.run import on_main_process
 from nsvq.data.bad_images import BadImages
 from nsvq.data.batches import batches_in_order, train_batches
 from nsvq.data.config import DataConfig
@@ -108,16 +107,9 @@ def _degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def train_on_one_rank(data: DataConfig, workers: int, accelerator: Accelerator) -> Classifier:
     """The same classifier on all ranks. Raises `UserError` where the data has no classes. A collective call."""
-    trained: Any = None
     accelerator.print(f"training a classifier on {data.source} ...", file=sys.stderr)
-    if accelerator.is_main_process:
-        try:
-            trained = train_classifier(data, workers=workers, device=accelerator.device).cpu()
-        except UserError as error:
-            trained = error
-    trained = broadcast_object_list([trained])[0]
-    if isinstance(trained, UserError):
-        raise trained
+    how = {"workers": workers, "device": accelerator.device}
+    trained = on_main_process(accelerator, lambda: train_classifier(data, **how).cpu())
     return trained.to(accelerator.device)
 
 

@@ -13,7 +13,6 @@ from nsvq.eval.features import DINOV2, INCEPTION
 from nsvq.eval.reference import DEFAULT_CACHE
 from nsvq.tokenizer.perturbation import PerturbationConfig
 
-IMAGENET = "ILSVRC/imagenet-1k"
 _FEATURES = "Feature extractors: names of torch-fidelity, .py files that register one each, or none."
 
 
@@ -47,7 +46,7 @@ class EvaluationConfig(MeasuringConfig):
 class ReconstructionConfig(EvaluationConfig):
     """Measure a tokenizer's reconstructions and codebook."""
 
-    tokenizer: str = Field(description="Folder: <out>/tokenizer, or of a diffusers VQModel or AutoencoderKL.")
+    tokenizer: str = Field(description="Folder or Hub id: <out>/tokenizer, or a VQModel or autoencoder of diffusers.")
     compare: str | None = Field(None, description="Folder of an earlier tokenizer, to measure drift and churn since.")
     protocol: Literal["ours", "simvq"] = Field("ours", description="How to measure: see docs/evaluation.md.")
     pfid: PerturbationConfig | None = Field(
@@ -72,7 +71,7 @@ class ReconstructionConfig(EvaluationConfig):
 class ProbeConfig(MeasuringConfig):
     """Measure how well the classes of images are read off a tokenizer's codes."""
 
-    tokenizer: str = Field(description="Folder: <out>/tokenizer, or of a diffusers VQModel or AutoencoderKL.")
+    tokenizer: str = Field(description="Folder or Hub id: <out>/tokenizer, or a VQModel or autoencoder of diffusers.")
     grid: Literal[1, 2] = Field(1, description="Features: mean code vector of the image, or of each of its quarters.")
     l2: float = Field(1e-3, gt=0, description="Of the linear probe: times half the squared weights, in its loss.")
     neighbours: int = Field(20, ge=1, description="Training images that vote on a test image.")

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.data.config import IMAGENET
 from nsvq.data.label_tables import imagenet_names
 from nsvq.data.sources import open_split
 from nsvq.diffusion.samplers import make_sampler, set_steps
 from nsvq.errors import UsageError
 from nsvq.eval import class_accuracy, report
-from nsvq.eval.config import IMAGENET, GenerationConfig
+from nsvq.eval.config import GenerationConfig
 from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, isc_splits
 from nsvq.eval.features import Collector, Extractor, resolve
@@ -309,13 +310,10 @@ def _beside(output: Path, how: Sampling, suffix: str, sweep: bool) -> Path:
 
 def main() -> None:
     config = configs.parse(GenerationConfig, sys.argv[1:])
-    report.open_output(config.output)
-    report.exact_float32()
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
+    accelerator = report.start(config.output)
     pipeline = load_pipeline(config.pipeline).to(accelerator.device)
     if config.compile:
         getattr(pipeline, "unet" if hasattr(pipeline, "unet") else "transformer").compile()
-    launch.keep_freed_memory(accelerator.device.type)
     pipeline.set_progress_bar_config(disable=True)
     result = evaluate(pipeline, config, accelerator)
     if result is not None:

@@ -100,10 +100,7 @@ def evaluate(config: ProbeConfig, accelerator: Accelerator) -> dict | None:
     """Measure `config.tokenizer` over all ranks; returns the result on the main process, None on the others. Raises
     `UserError` or `UsageError` for a tokenizer, data or sizes that do not work."""
     tokenizer = open_tokenizer(config.tokenizer).to(accelerator.device)
-    data = report.data_with_size(config.data, tokenizer.image_size)
-    if data.image_size % tokenizer.downsampling:
-        wanted = f"a multiple of the tokenizer's downsampling, {tokenizer.downsampling}"
-        raise UsageError(f"data.image_size = {data.image_size} must be {wanted}")
+    data = report.data_for(tokenizer, config.data)
     classes = open_split(data, "train").classes
     if len(classes) < 2:
         raise UserError(f"{data.source} has fewer than two classes to tell apart (data.label_column names labels)")
@@ -147,7 +144,7 @@ def _features(
             labelled = batch["label"] >= 0
             found = {"features": features.cpu(), "label": batch["label"], "index": batch["index"]}
             batches.append({name: values[labelled] for name, values in found.items()})
-    unreadable = bad_images(accelerator, bad)
+    unreadable = bad_images(bad)
     return gather_by_index(accelerator, batches), unreadable
 
 
@@ -173,10 +170,7 @@ def _add_accuracies(result: dict, rows: dict[str, dict], classes: int, config: P
 
 def main() -> None:
     config = configs.parse(ProbeConfig, sys.argv[1:])
-    report.open_output(config.output)
-    report.exact_float32()
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
-    launch.keep_freed_memory(accelerator.device.type)
+    accelerator = report.start(config.output)
     result = evaluate(config, accelerator)
     if result is not None:
         report.write(config.output, result)

@@ -21,7 +21,7 @@ from nsvq.common import launch
 from nsvq.common.image_metrics import from_uint8, squared_error, ssim, to_uint8, truncate_uint8
 from nsvq.data.bad_images import BadImages
 from nsvq.data.sources import open_split
-from nsvq.errors import UsageError, UserError
+from nsvq.errors import UserError
 from nsvq.eval import report
 from nsvq.eval.autoencoders import Drift, reconstruct
 from nsvq.eval.codes import Perturbed
@@ -98,10 +98,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
     tokenizer = open_tokenizer(config.tokenizer).to(accelerator.device)
     earlier = open_tokenizer(config.compare).to(accelerator.device) if config.compare else None
     drift = Drift(tokenizer, earlier, config.tokenizer, config.compare) if config.compare else None
-    data = report.data_with_size(config.data, tokenizer.image_size or config.data.image_size)
-    if data.image_size % tokenizer.downsampling:
-        wanted = f"a multiple of the tokenizer's downsampling, {tokenizer.downsampling}"
-        raise UsageError(f"data.image_size = {data.image_size} must be {wanted}")
+    data = report.data_for(tokenizer, config.data)
     open_split(data, config.split)  # before any download: what is wrong with the data is said now
     result: dict[str, Any] = {"kind": "reconstruction", "protocol": config.protocol, **report.no_numbers()}
     if tokenizer.image_size and data.image_size != tokenizer.image_size:
@@ -129,7 +126,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
         bad.update(batch)
         if len(batch["image"]):
             batches.append(measurement.add(to_uint8(batch["image"].to(accelerator.device)), batch["index"]))
-    unreadable = bad_images(accelerator, bad)
+    unreadable = bad_images(bad)
     counts = accelerator.reduce(measurement.counts, "sum").cpu()
     rows = gather_by_index(accelerator, batches)
     pictures = {name: config.output.with_name(f"{config.output.stem}-{name}.png") for name in measurement.examples}
@@ -169,10 +166,7 @@ def evaluate(config: ReconstructionConfig, accelerator: Accelerator) -> dict | N
 
 def main() -> None:
     config = configs.parse(ReconstructionConfig, sys.argv[1:])
-    report.open_output(config.output)
-    report.exact_float32()
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
-    launch.keep_freed_memory(accelerator.device.type)
+    accelerator = report.start(config.output)
     result = evaluate(config, accelerator)
     if result is not None:
         report.write(config.output, result)

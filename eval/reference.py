@@ -143,7 +143,7 @@ def real_sets(
                 pixels = to_uint8(batch["image"].to(accelerator.device))
                 for collector in collectors.values():
                     collector.add(pixels, batch["index"])
-        about_bad = bad_images(accelerator, bad)
+        about_bad = bad_images(bad)
         seen = int(accelerator.reduce(torch.tensor(seen, device=accelerator.device), "sum"))
         if seen == 0:
             raise UserError(f"the {split} split of {data.source} holds no image that decodes")
@@ -163,7 +163,7 @@ def real_batches(
     return tqdm(batches, what, unit="batch", disable=not accelerator.is_main_process, leave=False)
 
 
-def bad_images(accelerator: Accelerator, bad: BadImages) -> dict:
+def bad_images(bad: BadImages) -> dict:
     """How many images of all ranks did not decode, and the first of them. Raises `UserError` where they are too many. A
     collective call."""
     bad.check(final=True)

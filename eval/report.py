@@ -1,4 +1,4 @@
-"""What all evaluations share: the result as a file and a table."""
+"""What all evaluations share: how they start, what they measure with, and the result as a file and a table."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from nsvq.common import config as configs
+from nsvq.common import launch
 from nsvq.common.run import code_version
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
@@ -24,6 +25,7 @@ from nsvq.eval.config import EvaluationConfig
 from nsvq.eval.feature_statistics import FeatureSet
 from nsvq.eval.features import Extractor, Unavailable, load_extractor
 from nsvq.files import atomic_file, file_hash, part_of
+from nsvq.tokenizer.pretrained import Tokenizer
 
 
 def open_output(path: Path) -> None:
@@ -49,9 +51,27 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
     return data if "image_size" in data.model_fields_set else data.model_copy(update={"image_size": size})
 
 
+def data_for(tokenizer: Tokenizer, data: DataConfig) -> DataConfig:
+    """`data` at the tokenizer's size, unless another was given. Raises `UsageError` where it cannot halve the size."""
+    data = data_with_size(data, tokenizer.image_size or data.image_size)
+    if data.image_size % tokenizer.downsampling:
+        wanted = f"a multiple of the tokenizer's downsampling, {tokenizer.downsampling}"
+        raise UsageError(f"data.image_size = {data.image_size} must be {wanted}")
+    return data
+
+
 def no_numbers() -> dict[str, Any]:
     """The part of a result that measuring fills: {name: number}, {name: what it is}, {name: why not}, warnings."""
     return {"metrics": {}, "meanings": {}, "skipped": {}, "warnings": []}
+
+
+def start(output: Path) -> Accelerator:
+    """Of an evaluation that writes `output`: what cannot be written is said now, and float32 is exact."""
+    open_output(output)
+    exact_float32()
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[launch.LONG_WAIT])
+    launch.keep_freed_memory(accelerator.device.type)
+    return accelerator
 
 
 def add(result: dict, metrics: dict[str, float], meanings: dict[str, str]) -> None:

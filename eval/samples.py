@@ -69,7 +69,7 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
         ours = _made_here(folder, index)
         pipeline = (ClassConditionalPipeline if ours else DiffusionPipeline).from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        folders = "the <out>/pipeline folder of a finished diffusion run"
+        folders = "the <out>/pipeline folder of a finished run"
         give = f"give {folders}, or a class-conditional pipeline of diffusers"
         raise UserError(f"no pipeline at {folder}: {give} ({str(error).splitlines()[0]})") from None
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:

@@ -109,7 +109,7 @@ class ClassConditionalPipeline(InstalledCode, ClassNames, DiTPipeline):
             unconditional.
         guidance_interval: (low, high) in t / 1000, 0 to 1, which is sigma of a rectified flow; outside of it only the
             class is evaluated.
-        sampler: one of `diffusion.config.Sampler` that fits the model; null is the folder's own scheduler.
+        sampler: one of `diffusion.samplers.Sampler` that fits the model; null is the folder's own scheduler.
         guide: transformer of a smaller or earlier model of the same latents and classes, for autoguidance: guide +
             scale (transformer - guide), both of the class.
         seeds: one an image, in the same forms. It alone decides the image's noise, so that an image does not depend on

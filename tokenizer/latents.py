@@ -10,6 +10,7 @@ is followed by its mirror image."""
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,7 @@ class LatentCache:
     """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
 
     `classes`: names; `shape`: (C, H, W), of codes (H, W); `views`: how many there are of each image; `manifest`: all of
-    that and more. Of latents alone `mean`, `std`: per channel, over all images, views and places; `overall_std`: over
-    all channels as well.
-    """
+    that and more, of latents `mean` and `std`, per channel over all images, views and places, and `overall_std`."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -40,9 +39,6 @@ class LatentCache:
         self.classes: list[str] = self.manifest["classes"]
         self.views, *shape = self.manifest["shape"]
         self.shape: Any = tuple(shape)
-        self.mean: list[float] = self.manifest.get("mean")
-        self.std: list[float] = self.manifest.get("std")
-        self.overall_std: float = self.manifest.get("overall_std")
         self._files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]])
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
@@ -112,7 +108,7 @@ def train_batches(
     So neither the number of ranks, nor of micro-batches, nor of workers changes a sample. Micro-batch m on rank r holds
     the positions start + (m * world_size + r) * batch_size + [0, batch_size)."""
 
-    return _endless(_Batches(cache, seed), batch_size, start, rank, world_size, workers)
+    return _endless(_Batches(cache, seed, codes=False), batch_size, start, rank, world_size, workers)
 
 
 def code_batches(
@@ -126,14 +122,15 @@ def code_batches(
     workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
     """As `train_batches`, of a cache of codes: codes int64 [B, H, W], labels, id and drop_uniform, without noise."""
-    return _endless(_CodeBatches(cache, seed), batch_size, start, rank, world_size, workers)
+    return _endless(_Batches(cache, seed, codes=True), batch_size, start, rank, world_size, workers)
 
 
 def _endless(batches: "_Batches", batch_size: int, start: int, rank: int, world_size: int, workers: int) -> Iterator:
     def batches_from(done: int) -> Iterator[dict]:
         first = start + done * batch_size * world_size
         places = shuffled_positions(len(batches.cache), batch_size, batches.seed, first, rank, world_size)
-        return batches_of(make_loader(batches, workers, batch_sampler=places, collate_fn=dict))
+        size = batch_size * math.prod(batches.cache.shape) * (8 if batches.codes else 6)  # with float32 noise
+        return batches_of(make_loader(batches, workers, size, batch_sampler=places, collate_fn=dict))
 
     return restarting(batches_from)
 
@@ -141,41 +138,30 @@ def _endless(batches: "_Batches", batch_size: int, start: int, rank: int, world_
 class _Batches(Dataset):
     """List of (position, index) -> the batch of these samples with their draws."""
 
-    def __init__(self, cache: LatentCache, seed: int):
-        self.cache, self.seed = cache, seed
+    def __init__(self, cache: LatentCache, seed: int, codes: bool):
+        self.cache, self.seed, self.codes = cache, seed, codes
 
     def __getitems__(self, places: list[tuple[int, int]]) -> dict:
-        latents = torch.empty(len(places), *self.cache.shape, dtype=torch.float16)
-        noise = np.empty(latents.shape, np.float32)
+        tokens = torch.empty(len(places), *self.cache.shape, dtype=torch.int64 if self.codes else torch.float16)
+        noise = None if self.codes else np.empty(tokens.shape, np.float32)
         labels, times, drops = [], [], []
         for i, (position, index) in enumerate(places):
             rng = np.random.default_rng([self.seed, 1, position])
             stored, label = self.cache.read(index, int(rng.integers(self.cache.views)))
-            latents[i] = stored
+            tokens[i] = stored
             labels.append(label)
-            times.append(rng.standard_normal(dtype=np.float32))
+            if noise is not None:
+                times.append(rng.standard_normal(dtype=np.float32))
             drops.append(rng.random(dtype=np.float32))
-            rng.standard_normal(out=noise[i], dtype=np.float32)
-        return {
-            "latents": latents,
+            if noise is not None:
+                rng.standard_normal(out=noise[i], dtype=np.float32)
+        name = "codes" if self.codes else "latents"
+        batch = {
+            name: tokens,
             "labels": torch.tensor(labels),
-            "id": [f"latents[{index}]" for _, index in places],
-            "time_normal": torch.tensor(np.array(times)),
+            "id": [f"{name}[{index}]" for _, index in places],
             "drop_uniform": torch.tensor(np.array(drops)),
-            "noise": torch.from_numpy(noise),
         }
-
-
-class _CodeBatches(_Batches):
-    def __getitems__(self, places: list[tuple[int, int]]) -> dict:
-        codes = torch.empty(len(places), *self.cache.shape, dtype=torch.int64)
-        labels, drops = [], []
-        for i, (position, index) in enumerate(places):
-            rng = np.random.default_rng([self.seed, 1, position])
-            stored, label = self.cache.read(index, int(rng.integers(self.cache.views)))
-            codes[i] = stored
-            labels.append(label)
-            drops.append(rng.random(dtype=np.float32))
-        drop_uniform = torch.tensor(np.array(drops))
-        ids = [f"codes[{index}]" for _, index in places]
-        return {"codes": codes, "labels": torch.tensor(labels), "id": ids, "drop_uniform": drop_uniform}
+        if noise is not None:
+            batch |= {"time_normal": torch.tensor(np.array(times)), "noise": torch.from_numpy(noise)}
+        return batch

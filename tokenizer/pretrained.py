@@ -62,7 +62,7 @@ class Tokenizer(nn.Module):
         widths = config.get("encoder_block_out_channels") or config.block_out_channels
         self.downsampling = 2 ** (len(widths) - 1)
         self.image_size: int | None = config.get("sample_size")
-        self.training: dict | None = None  # see `read_training`
+        self.trained: dict | None = None  # see `read_training`
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -181,5 +181,5 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
         what = f"{channels[0]} channel{'s' * (channels[0] != 1)} in and {channels[1]} out"
         raise UserError(f"{source} is a tokenizer of images with {what}: images here have 3, red, green and blue")
     tokenizer = kind(model)
-    tokenizer.training = read_training(folder)
+    tokenizer.trained = read_training(folder)
     return tokenizer

@@ -41,7 +41,7 @@ def test_the_default_tokenizer_is_counted_as_a_dispatch_mode_and_a_formula_count
     assert found.saved / 2**20 == pytest.approx(456, rel=0.1)
     assert found.fixed / 2**30 == pytest.approx(1.34, rel=0.1)
     assert found.flops / 1e9 == pytest.approx(546, rel=0.1)
-    assert found.flops_perceptual / 1e9 == pytest.approx(30, rel=0.1)  # VGG forward on two images, backward on one
+    assert found.flops_tf32 / 1e9 == pytest.approx(30, rel=0.1)  # VGG forward on two images, backward on one
     assert found.flops_codebook == 3 * 2 * 256 * 65_536 * 128
 
 
@@ -134,16 +134,32 @@ def test_frozen_networks_of_losses_are_counted(tmp_path):
     plain, logits = counted("nsvq", *SMALL), counted("nsvq", *SMALL, "--loss.logits.network", "resnet50")
     # ResNet-50's 4.09 G multiply-adds: forward on two images, backward to one of them.
     assert logits.flops - plain.flops == pytest.approx(3 * 2 * 4.09e9, rel=0.05)
-    assert logits.flops_perceptual - plain.flops_perceptual == pytest.approx(logits.flops - plain.flops, rel=0.05)
+    assert logits.flops_tf32 - plain.flops_tf32 == pytest.approx(logits.flops - plain.flops, rel=0.05)
     assert logits.fixed - plain.fixed == pytest.approx(4 * 25.6e6, rel=0.02)
     assert logits.checkpoint == plain.checkpoint
+    half = counted("nsvq", *SMALL, "--loss.logits.network", "resnet50", "--loss.logits.precision", "bf16")
+    assert half.flops_tf32 == plain.flops_tf32
+    assert half.flops == logits.flops
+    assert counted("nsvq", *SMALL, "--loss.perceptual_precision", "bf16").flops_tf32 == 0
     vision = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224)
     vision.save_pretrained(tmp_path)
+    aligned = counted("nsvq", *SMALL, "--loss.alignment.network", str(tmp_path))
+    teacher = 2 * 32 * (256 * 3 * 14**2 + 257 * 12 * 32 + 2 * 257**2)  # patches, a block's matrices, attention
+    assert aligned.flops_tf32 - plain.flops_tf32 == pytest.approx(teacher, rel=0.02)
     vf = counted("nsvq", *SMALL, "--loss.alignment.network", str(tmp_path), "--loss.alignment.form", "vf")
     assert vf.parameters - plain.parameters == 128 * 32  # W
     assert vf.flops > 1.2 * plain.flops  # a second backward pass through the decoder
+    plus = counted("nsvq-plus", *SMALL, "--loss.alignment.network", str(tmp_path))  # all in bfloat16 but LPIPS
+    assert plus.flops_tf32 == plain.flops_tf32
     with pytest.raises(UserError, match=r"a plan cannot count net\.py .*: plan with --loss\.logits null"):
         counted("nsvq", *SMALL, "--loss.logits.network", "net.py")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ar64", "AutoregressiveTrainer"), ("dit64", "DiffusionTrainer")])
+def test_configs_of_generators_are_told_from_those_of_tokenizers(name, kind):
+    found = plan.read(CONFIGS.parent / "evidence" / f"{name}.yaml", [], CONFIGS / "nsvq.yaml")
+    assert found.stage == "generator"
+    assert hasattr(found.config, "held_out") == (kind == "AutoregressiveTrainer")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from nsvq.common import checkpoints, metrics
 from nsvq.common.config import Config
-from nsvq.common.run import Run, RunConfig, make_accelerator, micro_batch_size
+from nsvq.common.run import Run, RunConfig, code_version, make_accelerator, micro_batch_size
 from nsvq.errors import UsageError
 
 
@@ -313,6 +314,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 20 * 2048 // 10
+
+
+def test_the_version_is_told_without_git(monkeypatch):
+    assert code_version().startswith(metadata.version("nsvq"))
+    monkeypatch.setenv("PATH", "")
+    assert code_version() == metadata.version("nsvq")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import log_softmax
@@ -125,6 +125,13 @@ def test_a_continuous_tokenizer_is_probed_by_its_latents_and_says_so(probe, tmp_
     result = probe(quarters(tmp_path / "data", ["ant", "bee"]), tokenizer=tmp_path / "kl")
     assert result["pooled"] == "mean latents, as there are no codes"
     assert result["metrics"]["features"] == 2
+
+
+def test_a_tokenizer_that_names_no_size_is_probed_at_the_datas(probe, tmp_path):
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
+    result = probe(quarters(tmp_path / "data", ["ant", "bee"]), "--data.image_size", 16, tokenizer=tmp_path / "tiny")
+    assert result["data"]["image_size"] == 16
 
 
 def test_what_cannot_be_measured_is_one_clear_error(probe, tmp_path):

@@ -1,12 +1,15 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nsvq.data import loading
 from nsvq.data.config import DataConfig
 from nsvq.data.images import center_crop, several_crops, to_tensor
 from nsvq.data.sources import open_split
@@ -122,7 +125,7 @@ def test_quantized_latents_are_codes_and_decode_to_the_same_images(tmp_path, tok
     with torch.no_grad():
         continuous, quantized = tokenizer.model.decode(pair).sample
     torch.testing.assert_close(quantized, continuous)
-    assert codes.std != cache.std
+    assert codes.manifest["std"] != cache.manifest["std"]
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, torch.uint16), (2**16 + 1, torch.int32)])
@@ -235,9 +238,9 @@ def test_a_damaged_shard_is_found_by_its_size_or_on_request_by_its_checksum_and_
 
 def test_statistics_are_those_of_all_latents(cache):
     latents = torch.cat([part["latents"] for part in contents(cache.folder).values()]).double().numpy()
-    np.testing.assert_allclose(cache.mean, latents.mean((0, 1, 3, 4)), atol=1e-4)
-    np.testing.assert_allclose(cache.std, latents.std((0, 1, 3, 4)), rtol=1e-3)
-    np.testing.assert_allclose(cache.overall_std, latents.std(), rtol=1e-3)
+    np.testing.assert_allclose(cache.manifest["mean"], latents.mean((0, 1, 3, 4)), atol=1e-4)
+    np.testing.assert_allclose(cache.manifest["std"], latents.std((0, 1, 3, 4)), rtol=1e-3)
+    np.testing.assert_allclose(cache.manifest["overall_std"], latents.std(), rtol=1e-3)
 
 
 def test_an_interrupted_cache_goes_on_from_its_complete_shards(
@@ -398,6 +401,15 @@ def test_samples_depend_on_their_position_alone(cache):
     ranks = [take(cache, 8, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     assert same(join([batch for pair in zip(*ranks, strict=True) for batch in pair]), expected)
     assert not same(join(take(cache, 4, seed=4)), expected)
+
+
+def test_no_more_processes_are_started_than_shared_memory_has_room_for(cache, monkeypatch, capsys):
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    before = psutil.Process().children()
+    next(batches := train_batches(cache, batch_size=8, seed=3, workers=2))
+    assert set(psutil.Process().children()) <= set(before)
+    assert "has room for the batches of 0 loading processes, not 2" in capsys.readouterr().err
+    batches.close()
 
 
 def test_every_image_comes_once_an_epoch_and_both_flips_come_over_time(cache):

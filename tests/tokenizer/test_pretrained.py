@@ -30,7 +30,7 @@ def test_a_hub_id_is_read_from_the_cache_and_is_the_same_tokenizer(
     monkeypatch.setattr(pretrained, "snapshot_download", lambda id, **how: real(id, cache_dir=tmp_path, **how))
     tokenizer = Tokenizer.from_pretrained("someone/tokenizer")
     assert tokenizer.fingerprint() == Tokenizer.from_pretrained(tokenizer_folder).fingerprint()
-    assert tokenizer.training == {"samples_seen": 7}
+    assert tokenizer.eval().trained == {"samples_seen": 7}
     assert find_tokenizer(tokenizer_folder) == tokenizer_folder
 
 

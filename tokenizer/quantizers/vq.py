@@ -43,7 +43,7 @@ class VQConfig(TableConfig):
 
 
 class VQ(TableQuantizer):
-    """The table trains by gradient, from the codebook loss alone."""
+    """The table trains by gradient, from the codebook loss, and the NS loss where there is one."""
 
     Config = VQConfig
 
