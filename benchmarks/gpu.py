@@ -224,7 +224,7 @@ def _expected(name: str) -> plan.Outcome | None:
     gpu = next((known for known in plan.MEMORY if known in words), None)
     if gpu is None:
         return None
-    made = plan.read(plan.CONFIGS / f"{plan.STAGES[name]}.yaml", [], plan.CONFIGS / "nsvq.yaml")
+    made = plan.read(plan.CONFIGS / f"{plan.STAGES[name]}.yaml", [])
     return plan.outcome(made, counting.count(made.make), gpu, 1)
 
 

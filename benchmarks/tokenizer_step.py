@@ -120,6 +120,7 @@ class TrainingStep:
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         pull = config.nsvq.pull
         config.nsvq.set_up(quantizer)
+        quantizer.revive_after = config.nsvq.revive
         self.encoder = make_encoder(config.model).to(device)
         self.decoder = QuantizedDecoder(config.model, quantizer).to(device)
         self.images = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1

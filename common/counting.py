@@ -53,17 +53,9 @@ class CountingAccelerator:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """bfloat16 by CUDA's rules. torch.autocast itself would look for a GPU."""
-        if self.device.type != "cuda":
+        """bfloat16 by CUDA's rules."""
+        with _autocast("cuda", torch.bfloat16, self.device.type == "cuda"):
             yield
-            return
-        torch.set_autocast_enabled("cuda", True)
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        try:
-            yield
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-            torch.clear_autocast_cache()
 
     def keep(self, tensor: Tensor) -> Tensor:
         self.kept[tensor.untyped_storage()._cdata] = tensor
@@ -101,7 +93,7 @@ def _count(make: Callable[[torch.device], Step]) -> Counted:
     """Memory by CUDA's rules, forward alone; FLOPs by a backward pass too, which needs a device that is there."""
     few, many = 2, 6
     kept = {}
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode(), torch.device("cuda"), patch.object(torch, "autocast", _autocast):
         step = make(torch.device("cuda"))
         own = {
             t.untyped_storage()._cdata
@@ -140,6 +132,21 @@ def _count(make: Callable[[torch.device], Step]) -> Counted:
         flops_codebook=codebook / few,
         checkpoint=12 * parameters + 4 * averaged + others,
     )
+
+
+@contextlib.contextmanager
+def _autocast(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **_: Any) -> Iterator[None]:
+    """torch.autocast, which does not look for a GPU."""
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, enabled)
+    torch.set_autocast_dtype(device_type, dtype or before[1])
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+        if not before[0]:
+            torch.clear_autocast_cache()
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **__: Any) -> Tensor:

@@ -48,6 +48,9 @@ def fewest(share: int, fits: Callable[[int], bool], accelerator: Accelerator, ou
             if (more := next_accumulation(share, number)) is None:
                 raise UserError(advice(share, number))
             number = more
+        release_memory()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(accelerator.device)  # that of the run is what its metrics show
         if accelerator.is_main_process:
             with contextlib.suppress(OSError), atomic_file(path) as part:
                 part.write_text(json.dumps(here | {"accumulation": number}) + "\n")

@@ -48,6 +48,7 @@ from nsvq.tokenizer.logit_loss import LogitLoss
 from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
 from nsvq.tokenizer.quantizers import make_quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.quantizers.ns_vq import NSVQPrecursor
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.teachers import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, Classifier, VisionModel
 from nsvq.tokenizer.trainer import TokenizerTrainer
@@ -62,7 +63,7 @@ MEMORY = {"B200": 178, "H200": 139, "H100": 79, "A100": 79, "L40S": 44, "L40": 4
 # cuDNN's workspace and CUDA's context, NCCL's buffers, and what fragments take.
 PASSING, WORKSPACE, NCCL, FRAGMENTS = 20 * 2**20, 1.6 * GIB, 0.5 * GIB, 1.05
 # Share of peak FLOP/s: convolutions of float32 norms wait for memory; transformers do not.
-UTILIZATION = {"tokenizer": 0.21, "generator": 0.4}
+UTILIZATION = {"tokenizer": 0.21, "unet": 0.21, "transformer": 0.4}
 # TF32 is half as fast as bfloat16, and the codebook's products take three of it to be accurate.
 TF32_COST, CODEBOOK_COST = 2, 6
 
@@ -71,7 +72,7 @@ TF32_COST, CODEBOOK_COST = 2, 6
 class Plan:
     """A config as far as a plan needs it: `step`(images, device) runs forward and backward of a micro-batch."""
 
-    stage: str
+    kind: str  # of UTILIZATION
     config: Any
     samples: int  # of the run
     latents: float  # bytes of the token cache
@@ -81,18 +82,31 @@ class Plan:
 # The stages
 
 
-def read(file: Path, words: list[str], tokenizer_file: Path) -> Plan:
-    """The plan of a config of any stage."""
+def read(file: Path, words: list[str], tokenizer_file: Path | None = None) -> Plan:
+    """The plan of a config of any stage. A generator's tokenizer is of the config in `tokenizer_file`, at the
+    generator's size of images; without one, of that config of ours which leaves it where the generator looks. Raises
+    `UsageError` where none does."""
     values = configs.read_config(file)
     transformer = "steps" in (values.get("schedule") or {})
     if not transformer and not values.keys() & {"tokenizer", "steps"}:
         return _tokenizer(configs.parse(TrainConfig, words, file))
-    tokenizer = configs.parse(TrainConfig, [], tokenizer_file)
     module, kind = (autoregressive, _autoregressive) if transformer else (diffusion, _diffusion)
     config = configs.parse(module.TrainConfig, words, file)
-    if config.data.image_size != tokenizer.data.image_size:
+    tokenizer = configs.parse(TrainConfig, [], tokenizer_file or _config_of(Path(config.tokenizer)))
+    if tokenizer_file:
         tokenizer.data.image_size = config.data.image_size
+    elif config.data.image_size != tokenizer.data.image_size:
+        sizes = f"images of {config.data.image_size} pixels, its tokenizer of {tokenizer.data.image_size}"
+        raise UsageError(f"the generator is for {sizes}: give --data.image_size, or the tokenizer's --tokenizer_config")
     return kind(config, tokenizer)
+
+
+def _config_of(folder: Path) -> Path:
+    for file in sorted(CONFIGS.parent.glob("*/*.yaml")):
+        values = configs.read_yaml(file)
+        if "out" in values and "tokenizer" not in values and Path(values["out"]) / "tokenizer" == folder:
+            return file
+    raise UsageError(f"no config of {CONFIGS.parent} makes {folder}: give its config as --tokenizer_config")
 
 
 def _images(config: Any) -> int:
@@ -109,6 +123,8 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     """stage1 with its GAN, which takes the most."""
     pull, accelerator = config.nsvq.pull, CountingAccelerator(device)
     quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
+    if isinstance(quantizer, NSVQPrecursor):
+        quantizer._finished = 0
     if isinstance(quantizer, NearestQuantizer):
         # Bookkeeping, which may look at values, and takes next to nothing.
         quantizer.searched = lambda *_: None  # type: ignore[method-assign]
@@ -207,7 +223,8 @@ def _diffusion(config: diffusion.TrainConfig, tokenizer: TrainConfig) -> Plan:
         return Step(run, [model], [model], _frozen(tokenizer), accelerator)
 
     size = 2.0 * math.prod(shape) * _views(config, images)
-    return Plan("generator", config, config.steps * config.run.batch_size, size, make)
+    kind = "unet" if config.model.variant == "unet" else "transformer"
+    return Plan(kind, config, config.steps * config.run.batch_size, size, make)
 
 
 def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) -> Plan:
@@ -234,7 +251,7 @@ def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) 
         return Step(run, [model], [model], _frozen(tokenizer), accelerator)
 
     size = (2.0 if codes <= 2**16 else 4.0) * side**2 * _views(config, images)
-    return Plan("generator", config, config.schedule.steps * config.run.batch_size, size, make)
+    return Plan("transformer", config, config.schedule.steps * config.run.batch_size, size, make)
 
 
 def _frozen(tokenizer: TrainConfig) -> list[nn.Module]:
@@ -264,19 +281,21 @@ def outcome(plan: Plan, counted: Counted, gpu: str, gpus: int, utilization: floa
         raise UsageError(f"run.batch_size = {batch} must be a multiple of {gpus} GPUs")
     share, number = batch // gpus, plan.config.run.accumulation
     accumulation: int | None = 1 if number == "auto" else number
-    passing = PASSING * (plan.config.data.image_size / 128) ** 2 if plan.stage == "tokenizer" else 0
+    passing = PASSING * (plan.config.data.image_size / 128) ** 2 if plan.kind == "tokenizer" else 0
 
-    def memory(micro_batch: int) -> float:
-        fixed = counted.fixed + (4 * counted.parameters + NCCL if gpus > 1 else 0)  # DDP keeps gradients twice
-        activations = counted.saved_once + micro_batch * (counted.saved + passing)
+    def memory(accumulation: int) -> float:
+        # Gradients are DDP's buckets; those that it has not sent yet are kept beside them.
+        twice = gpus > 1 and accumulation > 1
+        fixed = counted.fixed + NCCL * (gpus > 1) + 4 * counted.parameters * twice
+        activations = counted.saved_once + share // accumulation * (counted.saved + passing)
         return (fixed + activations) * FRAGMENTS + WORKSPACE
 
-    while accumulation and number == "auto" and memory(share // accumulation) > MEMORY[gpu] * GIB:
+    while accumulation and number == "auto" and memory(accumulation) > MEMORY[gpu] * GIB:
         accumulation = next_accumulation(share, accumulation)
     work = counted.flops + (TF32_COST - 1) * counted.flops_tf32 + CODEBOOK_COST * counted.flops_codebook
-    rate = (utilization or UTILIZATION[plan.stage]) * PEAK_FLOPS[gpu] * gpus / work
-    micro_batch = share // (accumulation or share)
-    return Outcome(accumulation, micro_batch, memory(micro_batch), rate, plan.samples / rate / 3600)
+    rate = (utilization or UTILIZATION[plan.kind]) * PEAK_FLOPS[gpu] * gpus / work
+    parts = accumulation or share
+    return Outcome(accumulation, share // parts, memory(parts), rate, plan.samples / rate / 3600)
 
 
 def report(plan: Plan, counted: Counted, gpus: list[str], number: int, utilization: float | None) -> list[str]:
@@ -288,7 +307,7 @@ def report(plan: Plan, counted: Counted, gpus: list[str], number: int, utilizati
         disk.append(f"token cache {plan.latents / 1e9:.1f} GB")
     if plan.config.data.source == IMAGENET:
         disk.append(f"data {IMAGENET_BYTES / 1e9:.0f} GB, and as much for the cache of `datasets`")
-    share = utilization or UTILIZATION[plan.stage]
+    share = utilization or UTILIZATION[plan.kind]
     lines = [
         f"counted: {counted.parameters / 1e6:.1f} M parameters; {counted.fixed / GIB:.2f} GiB with gradients, "
         "optimizers, averages and frozen networks",
@@ -315,7 +334,7 @@ TABLE = [("A10", 1, "one-gpu"), ("H100", 1, "one-gpu"), ("H100", 4, "four-gpus")
 
 def table() -> list[str]:
     """README's: the default recipe's two stages on a few machines."""
-    plans = {name: read(CONFIGS / f"{file}.yaml", [], CONFIGS / "nsvq.yaml") for name, file in STAGES.items()}
+    plans = {name: read(CONFIGS / f"{file}.yaml", []) for name, file in STAGES.items()}
     counts = {name: count(plan.make) for name, plan in plans.items()}
     lines = [
         "| computed | `accelerate launch` | stage | accumulation | GiB a GPU | images/s | time |",
@@ -344,7 +363,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="GPUs")
     parser.add_argument("--utilization", type=float, help=f"share of peak FLOP/s; default: {UTILIZATION}")
     parser.add_argument(
-        "--tokenizer_config", type=Path, default=CONFIGS / "nsvq.yaml", help="of a generator's tokenizer"
+        "--tokenizer_config", type=Path, help="of a generator's tokenizer; default: the one of ours that makes it"
     )
     parser.add_argument("--table", action="store_true", help="print README's hardware table")
     options, words = parser.parse_known_args(sys.argv[1:])

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, ViTConfig
 
+from nsvq.autoregressive import config as autoregressive
 from nsvq.common import counting, plan
 from nsvq.common.config import read_config, validate
+from nsvq.diffusion import config as diffusion
 from nsvq.errors import UsageError, UserError
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
@@ -21,7 +23,7 @@ SMALL = ["--model.channels", "32", "--data.image_size", "32"]
 
 
 def read(name, *words):
-    return plan.read(CONFIGS / f"{name}.yaml", list(words), CONFIGS / "nsvq.yaml")
+    return plan.read(CONFIGS / f"{name}.yaml", list(words))
 
 
 def counted(name, *words):
@@ -49,9 +51,7 @@ def test_the_default_tokenizer_is_counted_as_a_dispatch_mode_and_a_formula_count
 def test_a_dit_takes_the_flops_of_its_matrices_and_of_attention():
     small = ("--model.depth", "3", "--model.width", "384", "--model.heads", "6")
     found = counted("dit-b", *small)
-    model = plan.make_model(
-        plan.read(CONFIGS / "dit-b.yaml", list(small), CONFIGS / "nsvq.yaml").config.model, (128, 16, 16), 1000
-    )
+    model = plan.make_model(read("dit-b", *small).config.model, (128, 16, 16), 1000)
     tokens, conditioning = 256, ("adaLN", "time", "modulation", "label", "embed")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     once = [m for name, m in linears.items() if any(word in name.lower() for word in conditioning)]
@@ -118,7 +118,7 @@ def test_discriminators_are_counted_by_what_trains_and_what_is_frozen(tmp_path):
     plus = counted("nsvq", *words, "plus", "--discriminator.channels", "8")
     options = {"vit": str(tmp_path), "depths": [0, 1], "name": "dino"}
     (tmp_path / "dino.yaml").write_text(f"base: {CONFIGS / 'nsvq.yaml'}\ndiscriminator: {options}")
-    dino = counting.count(plan.read(tmp_path / "dino.yaml", [*words, "dino"], CONFIGS / "nsvq.yaml").make)
+    dino = counting.count(plan.read(tmp_path / "dino.yaml", [*words, "dino"]).make)
     sizes = {}
     for name, found in (("plus", {"channels": 8}), ("dino", options)):
         config = validate(TrainConfig, {"discriminator": found | {"name": name}}).discriminator
@@ -140,7 +140,10 @@ def test_frozen_networks_of_losses_are_counted(tmp_path):
     half = counted("nsvq", *SMALL, "--loss.logits.network", "resnet50", "--loss.logits.precision", "bf16")
     assert half.flops_tf32 == plain.flops_tf32
     assert half.flops == logits.flops
-    assert counted("nsvq", *SMALL, "--loss.perceptual_precision", "bf16").flops_tf32 == 0
+    assert half.saved < logits.saved
+    lpips = counted("nsvq", *SMALL, "--loss.perceptual_precision", "bf16")
+    assert lpips.flops_tf32 == 0
+    assert lpips.saved < plain.saved
     vision = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224)
     vision.save_pretrained(tmp_path)
     aligned = counted("nsvq", *SMALL, "--loss.alignment.network", str(tmp_path))
@@ -151,15 +154,24 @@ def test_frozen_networks_of_losses_are_counted(tmp_path):
     assert vf.flops > 1.2 * plain.flops  # a second backward pass through the decoder
     plus = counted("nsvq-plus", *SMALL, "--loss.alignment.network", str(tmp_path))  # all in bfloat16 but LPIPS
     assert plus.flops_tf32 == plain.flops_tf32
+    assert counted("ns-vq", *SMALL).flops > 0
     with pytest.raises(UserError, match=r"a plan cannot count net\.py .*: plan with --loss\.logits null"):
         counted("nsvq", *SMALL, "--loss.logits.network", "net.py")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ar64", "AutoregressiveTrainer"), ("dit64", "DiffusionTrainer")])
-def test_configs_of_generators_are_told_from_those_of_tokenizers(name, kind):
-    found = plan.read(CONFIGS.parent / "evidence" / f"{name}.yaml", [], CONFIGS / "nsvq.yaml")
-    assert found.stage == "generator"
-    assert hasattr(found.config, "held_out") == (kind == "AutoregressiveTrainer")
+def test_a_generator_is_planned_on_the_tokenizer_that_it_looks_for():
+    evidence = CONFIGS.parent / "evidence"
+    for name, trained_by in (("ar64", autoregressive), ("dit64", diffusion)):
+        found = plan.read(evidence / f"{name}.yaml", [], evidence / "ratio64.yaml")
+        assert isinstance(found.config, trained_by.TrainConfig)
+        with pytest.raises(UsageError, match="images of 64 pixels, its tokenizer of 128"):
+            plan.read(evidence / f"{name}.yaml", [])
+    with pytest.raises(UsageError, match=r"no config of .* makes elsewhere: give its config as --tokenizer_config"):
+        read("dit-b", "--tokenizer", "elsewhere")
+    found = plan.read(CONFIGS.parent / "imagenet256" / "ar-l.yaml", [])
+    assert found.latents == 2 * 16**2 * 1_281_167 * (2 if found.config.data.flip else 1) * found.config.cache_crops
+    unet, dit = (plan.outcome(read(name), GIVEN, "H100", 1) for name in ("ldm", "dit-b"))
+    assert unet.images_per_second / dit.images_per_second == pytest.approx(0.21 / 0.4)  # convolutions
 
 
 @pytest.mark.slow
