@@ -7,9 +7,7 @@ from pydantic import Field
 from nsvq.autoregressive.model import ModelConfig
 from nsvq.autoregressive.sampling import GuidanceSchedule
 from nsvq.common.config import Config
-from nsvq.common.drawing import DrawingConfig
-from nsvq.common.run import RunConfig
-from nsvq.data.config import DataConfig
+from nsvq.common.generator import DrawingConfig, GeneratorConfig
 
 
 class ScheduleConfig(Config):
@@ -57,23 +55,12 @@ class HeldOutConfig(Config):
     every: int = Field(10_000, ge=1, description="Steps between measurements; the last step is measured in any case.")
 
 
-class TrainConfig(Config):
+class TrainConfig(GeneratorConfig):
     """Train a transformer that generates the codes of a frozen tokenizer one after the other (stage two)."""
 
     out: Path = Field(Path("runs/imagenet128-ar-b"), description="Folder of the run; holds the pipeline at the end.")
-    tokenizer: Path = Field(
-        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder or Hub id of a VQModel, ours or any."
-    )
-    cache: Path | None = Field(None, description="Folder of the codes; null is <out>/codes.")
-    cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
-    cache_crops: int = Field(
-        1, ge=1, description="Crops of each image to encode: ADM's centre crop, and beyond one ADM's random crops."
-    )
-    cache_verify: bool = Field(False, description="Compare every shard of a complete cache with its SHA-256 first.")
-    data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     held_out: HeldOutConfig = Field(default_factory=HeldOutConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    run: RunConfig = Field(default_factory=RunConfig)

@@ -6,14 +6,13 @@ The same command goes on from the newest checkpoint; the finished pipeline is in
 """
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from nsvq.autoregressive.config import TrainConfig
 from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
 from nsvq.common import launch
-from nsvq.common.run import code_version, make_accelerator
+from nsvq.common.run import make_accelerator
 from nsvq.common.training import train
 from nsvq.data.understood import announce
 from nsvq.eval.monitor import monitor
@@ -60,20 +59,10 @@ def main() -> None:
 
 
 def save(folder: Path, trainer: AutoregressiveTrainer) -> None:
-    """The pipeline of the weights in `trainer.drawing.network`, and how it was trained."""
-    config, run = trainer.config, trainer.run
-    about = {
-        "nsvq": code_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-        "step": run.step,
-        "samples_seen": run.samples_seen,
-        "parameters": sum(p.numel() for p in trainer.drawing.network.parameters()),
-        "objective": f"cross-entropy of the next code; the learning rate falls to {config.schedule.final:g} of it",
-        "config": configs.to_dict(config),
-        "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
-        "tokenizer": trainer.tokenizer.trained,
-    }
-    save_pipeline(folder, trainer.drawing.network, trainer.tokenizer.model, trainer.names, about)
+    """The pipeline of the weights in `trainer.drawn`, and how it was trained."""
+    objective = f"cross-entropy of the next code; the learning rate falls to {trainer.config.schedule.final:g} of it"
+    about = trainer.about(objective, "transformers")
+    save_pipeline(folder, trainer.drawn, trainer.tokenizer.model, trainer.names, about)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nsvq.common.config import Config
-from nsvq.common.drawing import DrawingConfig
-from nsvq.common.run import RunConfig
-from nsvq.data.config import DataConfig
+from nsvq.common.generator import DrawingConfig, GeneratorConfig
 from nsvq.diffusion.model import DiTConfig, ModelConfig
 from nsvq.diffusion.objectives import FlowConfig, ObjectiveConfig
 
@@ -30,26 +28,16 @@ class SamplingConfig(DrawingConfig):
     steps: int = Field(50, ge=1, description="Sampler steps.")
 
 
-class TrainConfig(Config):
+class TrainConfig(GeneratorConfig):
     """Train a DiT or a U-Net (stage two) in the latent space of a frozen tokenizer."""
 
     out: Path = Field(Path("runs/imagenet128-dit-b"), description="Folder of the run; holds the pipeline at the end.")
-    tokenizer: Path = Field(
-        Path("runs/imagenet128-nsvq/tokenizer"), description="Folder or Hub id of a VQModel or AutoencoderKL."
-    )
-    cache: Path | None = Field(None, description="Folder of the latents; null is <out>/latents.")
-    cache_images: int | None = Field(None, ge=1, description="Training images to encode; null is all of them.")
-    cache_crops: int = Field(1, ge=1, description="Crops of an image to encode: the centre one, then ADM's random.")
-    cache_verify: bool = Field(False, description="Compare every shard of a complete cache with its SHA-256 first.")
     latents: Literal["continuous", "quantized"] = Field("continuous", description="Train on latents or on their codes.")
     steps: int = Field(400_000, ge=1, description="Optimizer steps; a run may go on to more of them.")
-    export_every: int | None = Field(None, ge=1, description="Steps between two pipelines in <out>/pipelines/step-N.")
-    data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=DiTConfig, discriminator="variant")
     objective: ObjectiveConfig = Field(default_factory=FlowConfig, discriminator="name")
     optim: OptimConfig = Field(default_factory=OptimConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":

@@ -7,12 +7,11 @@ The same command goes on from the newest checkpoint; the finished pipeline is in
 """
 
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from nsvq.common import config as configs
 from nsvq.common import launch
-from nsvq.common.run import code_version, make_accelerator
+from nsvq.common.run import make_accelerator
 from nsvq.common.training import train
 from nsvq.data.understood import announce
 from nsvq.diffusion.config import TrainConfig
@@ -54,21 +53,10 @@ def main() -> None:
 
 
 def save(folder: Path, trainer: DiffusionTrainer) -> None:
-    """The stock pipeline of the weights in `trainer.drawing.network`, and how it was trained."""
-    config, run = trainer.config, trainer.run
-    about = {
-        "nsvq": code_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate")},
-        "step": run.step,
-        "samples_seen": run.samples_seen,
-        "parameters": sum(p.numel() for p in trainer.drawing.network.parameters()),
-        "objective": trainer.objective.description,
-        "config": configs.to_dict(config),
-        "latents": {k: v for k, v in trainer.cache.manifest.items() if k not in ("shards", "classes")},
-        "tokenizer": trainer.tokenizer.trained,
-    }
+    """The stock pipeline of the weights in `trainer.drawn`, and how it was trained."""
     vae, scheduler = trainer.tokenizer.model, trainer.objective.scheduler()
-    save_pipeline(folder, to_stock(trainer.drawing.network), vae, scheduler, trainer.names, about)
+    about = trainer.about(trainer.objective.description)
+    save_pipeline(folder, to_stock(trainer.drawn), vae, scheduler, trainer.names, about)
 
 
 if __name__ == "__main__":

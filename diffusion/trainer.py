@@ -1,18 +1,13 @@
 """The trainer of stage two: a DiT, or a U-Net, by rectified flow or as a DDPM, on cached latents."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 
-from nsvq.common.drawing import Distance, Drawing
-from nsvq.common.metrics import surviving
-from nsvq.common.optimized import Optimized
-from nsvq.common.trainer import Trainer
+from nsvq.common.generator import Distance, GeneratorTrainer
 from nsvq.diffusion.config import TrainConfig
 from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import drop_labels, make_objective
@@ -25,16 +20,10 @@ _QUARTILES = 4  # of the noise level, in the loss that is logged
 _DECODED_AT_ONCE = 8  # images
 
 
-class DiffusionTrainer(Trainer):
-    """Trains the network of `config` on the latents of `cache`, which `tokenizer` made. Its clock is the optimizer
-    step.
-
-    save(folder, trainer) writes the pipeline of the weights in `trainer.drawing.network`; `distance` measures samples,
-    as `Drawing` says. Raises `UsageError` where the model does not fit the latents.
-    """
+class DiffusionTrainer(GeneratorTrainer):
+    """Trains the network of `config` on latents. Raises `UsageError` where the model does not fit them."""
 
     config: TrainConfig
-    shown = ("loss", "grad_norm")
 
     def __init__(
         self,
@@ -45,37 +34,22 @@ class DiffusionTrainer(Trainer):
         save: Callable[[Path, "DiffusionTrainer"], None],
         distance: Distance | None,
     ):
-        super().__init__(config, accelerator)
-        self.tokenizer, self.cache, self.save = tokenizer, cache, save
-        key = cache.manifest["key"]
-        self.inputs = {"data.source": key["data"], "tokenizer": key["tokenizer"]}
-        self.names = dict(enumerate(cache.classes)) if config.model.conditional else {}
+        super().__init__(config, accelerator, tokenizer, cache, save, distance)
+        self.names = self.names if config.model.conditional else {}
         self.objective = make_objective(config.objective, cache.shape)
         self.total_steps = config.steps
-
-        set_seed(config.run.seed)  # whatever encoding drew
         try:
             model = make_model(config.model, cache.shape, len(self.names))
         except ValueError as error:
             raise UsageError(f"the model does not fit these latents: {error}") from None
         if config.model.compile:
             model.compile()
-        self.drawing = Drawing(self, model, len(self.names), self._sample, distance)
         optim = config.optim
         fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(
             model.parameters(), optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=fused
         )
-        self.model = model
-        self.network, optimizer = accelerator.prepare(model, optimizer)
-        parameters = list(model.parameters())
-        self.register(
-            "diffusion",
-            {"model": self.network},
-            {"model": Optimized(optimizer, parameters, optim.clip_grad_norm)},
-            parameters,
-            {"decay": optim.ema_decay, "foreach": True},
-        )
+        self.adopt("diffusion", model, optimizer, drawn=model)
 
     def batches(self, start: int) -> Iterator[dict]:
         return train_batches(self.cache, seed=self.config.run.seed, start=start, **self.loading)
@@ -100,51 +74,16 @@ class DiffusionTrainer(Trainer):
         self.accelerator.backward(losses.mean())
         return _loss_terms(losses.detach(), levels)
 
-    def measure(self, due: bool, last: bool) -> dict[str, float]:
-        values = {}
-        if due:
-            (group,) = self.optimized["model"].optimizer.param_groups
-            values = {"lr": group["lr"], "ema_decay": self.ema.cur_decay_value}
-        return values | self.drawing.distance(last)
-
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        with self.drawing.averaged(super().averaged_weights):
-            yield
-
-    def draw(self) -> None:
-        self.drawing.picture()
-
-    def keep(self) -> None:
-        every = self.config.export_every
-        if every is not None and self.run.step % every == 0:
-            name = f"pipelines/step-{self.run.step}"
-            with surviving(name):
-                self._save(self.config.out / name)
-
-    def export(self) -> None:
-        """<out>/pipeline, with averaged weights."""
-        self._save(self.config.out / "pipeline")
-        self.accelerator.print(f"pipeline: {self.config.out / 'pipeline'}")
-
-    def _save(self, folder: Path) -> None:
-        with self.averaged_weights():
-            if self.accelerator.is_main_process:
-                folder.parent.mkdir(exist_ok=True)
-                self.save(folder, self)
-
     @torch.no_grad()
-    def _sample(self, labels: list[int], seeds: range, guidance_scale: float) -> Tensor:
-        """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds."""
-        network = self.drawing.network
+    def sample(self, labels: list[int], seeds: range, guidance_scale: float) -> Tensor:
         noise = [torch.randn(self.cache.shape, generator=torch.Generator().manual_seed(i)) for i in seeds]
         with self.accelerator.autocast():
             latents = sample(
-                network,
+                self.drawn,
                 self.objective.scheduler(),
                 torch.stack(noise).to(self.device),
                 torch.tensor(labels, device=self.device),
-                network.null_class,
+                self.drawn.null_class,
                 steps=self.config.sampling.steps,
                 guidance_scale=guidance_scale,
             )

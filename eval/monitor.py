@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from nsvq.common.drawing import Distance, DrawingConfig
+from nsvq.common.generator import Distance, DrawingConfig
 from nsvq.common.image_metrics import to_uint8
 from nsvq.data.config import DataConfig
 from nsvq.eval.feature_statistics import frechet_distance

@@ -284,4 +284,4 @@ def test_the_generator_of_the_page_learns_goes_on_and_draws(
     assert len(losses) == 12
     assert losses[-1] < 0.8 * losses[0]
     assert (clone / "runs/mine/samples/step-12.png").is_file()
-    assert (clone / "runs/mine/mine.safetensors").is_file()
+    assert (clone / "runs/mine/pipeline/mine.safetensors").is_file()

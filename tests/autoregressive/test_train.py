@@ -83,6 +83,19 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_earlier_pipelines_are_kept_with_their_averaged_weights(run_script, arguments, tmp_path):
+    out = tmp_path / "out"
+    run_script(main, *arguments, "--out", out, "--export_every", 4)
+    averaged = [value for name, value in checkpoint(out, 4).items() if name.startswith("ema/")]
+    kept = load_file(out / "pipelines" / "step-4" / "transformer" / "model.safetensors")
+    assert sorted(map(_sum, kept.values())) == sorted(map(_sum, averaged))
+    assert not same(exported(out), kept)
+
+
+def _sum(tensor):
+    return float(tensor.double().sum())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_teacher_forced_logits_of_the_exported_folder_are_the_trainers(run_script, arguments, tmp_path, tied):
     out = tmp_path / "out"
@@ -193,7 +206,7 @@ def test_a_rank_without_a_held_out_image_adds_nothing(images):
     trainer.accelerator = SimpleNamespace(process_index=2, num_processes=ranks, reduce=lambda total, _: total)
     trainer.held_out, trainer.micro_batch = [None] * images, 8
     model = TrainConfig(model={"size": "tiny", "depth": 1, "width": 32, "heads": 2}).model
-    trainer.drawing, trainer.codes, trainer.device = SimpleNamespace(network=make_llama(model, 4, 2, 9)), 4, "cpu"
+    trainer.drawn, trainer.codes, trainer.device = make_llama(model, 4, 2, 9), 4, "cpu"
     assert trainer.held_out_bits() == 0
 
 
