@@ -85,7 +85,7 @@ def same(a, b):
 
 def test_earlier_pipelines_are_kept_with_their_averaged_weights(run_script, arguments, tmp_path):
     out = tmp_path / "out"
-    run_script(main, *arguments, "--out", out, "--export_every", 4)
+    run_script(main, *arguments, "--out", out, "--export_every", 4, "--run.checkpoint_every", 4)
     averaged = [value for name, value in checkpoint(out, 4).items() if name.startswith("ema/")]
     kept = load_file(out / "pipelines" / "step-4" / "transformer" / "model.safetensors")
     assert sorted(map(_sum, kept.values())) == sorted(map(_sum, averaged))
