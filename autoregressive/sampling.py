@@ -5,7 +5,6 @@ DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) runs it where 
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Literal
@@ -124,14 +123,21 @@ class TokenPipeline(DiffusionPipeline):
 
         Raises `ValueError` where there is no such class, or several.
         """
-        labels = as_list(class_labels)
-        words = [(word.strip(), i) for i, name in self.id2label.items() for word in {name, *name.split(",")}]
-        times = Counter(word for word, _ in words)
-        known = {word: i for word, i in words if times[word] == 1} | {i: i for i in self.id2label}
-        known[None] = self.null_class
-        if unknown := [label for label in labels if label not in known]:
+        whole, words = {}, {}
+        for i, name in self.id2label.items():
+            whole.setdefault(name.strip().lower(), []).append(i)
+            for word in name.lower().split(","):
+                words.setdefault(word.strip(), []).append(i)
+
+        def ids_of(label: int | str | None) -> list[int]:
+            if isinstance(label, str):
+                return whole.get(label.strip().lower()) or words.get(label.strip().lower(), [])
+            return [self.null_class] if label is None else [i for i in self.id2label if i == label]
+
+        found = {label: ids_of(label) for label in as_list(class_labels)}
+        if unknown := [label for label, ids in found.items() if len(ids) != 1]:
             raise ValueError(f"{unknown} is no class, or several; give an id of {self.id2label}")
-        return [known[label] for label in labels]
+        return [found[label][0] for label in as_list(class_labels)]
 
     @torch.no_grad()
     def __call__(

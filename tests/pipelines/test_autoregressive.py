@@ -11,9 +11,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from nsvq.autoregressive.model import ModelConfig, make_llama
+from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.errors import UsageError
 from nsvq.pipelines import sample
 from nsvq.pipelines.autoregressive import AutoregressivePipeline, save_pipeline
+from nsvq.pipelines.class_names import ClassNames
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.vqmodel import QuantizerVQModel
@@ -55,6 +57,21 @@ def pipeline(tokens_folder):
     loaded = ClassConditionalPipeline.from_pretrained(tokens_folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def test_the_code_in_the_folder_finds_classes_as_ours_does():
+    names = {0: "crane, bird", 1: "crane", 2: "Golden Retriever", 3: "tench, Tinca tinca", 4: "drake, duck", 5: "duck"}
+    ours, shipped = ClassNames(), object.__new__(TokenPipeline)
+    for each in (ours, shipped):
+        vars(each).update(id2label=names, null_class=6)
+    labels = ["crane", " golden retriever", "tinca tinca", "drake", "duck", "bird", 3, None, "crane, BIRD"]
+    assert shipped.class_ids(labels) == ours.class_ids(labels) == [1, 2, 3, 4, 5, 0, 3, 6, 0]
+    names[6] = "drake"
+    names[7] = "Drake"
+    for label in ("drake", "swan", 9):
+        for each in (ours, shipped):
+            with pytest.raises(ValueError, match=r"drake|swan|9"):
+                each.class_ids(label)
 
 
 def test_the_folder_gives_our_class_the_same_network_and_names(pipeline, llama, tokens_folder, tmp_path):
