@@ -123,7 +123,8 @@ class TokenPipeline(DiffusionPipeline):
 
         Raises `ValueError` where there is no such class, or several.
         """
-        whole, words = {}, {}
+        whole: dict[str, list[int]] = {}
+        words: dict[str, list[int]] = {}
         for i, name in self.id2label.items():
             whole.setdefault(name.strip().lower(), []).append(i)
             for word in name.lower().split(","):

@@ -24,7 +24,7 @@ import torch
 import yaml
 from evidence_page import write_page
 from evidence_study import CURVES, Generator, generator_config, read_study, record_key, training_config
-from measure import machine
+from measure import machine, metrics_of
 from pydantic import Field
 
 from nsvq.common import config as configs
@@ -89,7 +89,7 @@ def train_and_measure(name: str, values: dict, folder: Path, measured: list[str]
     result = folder / "reconstruction.json"
     options = ["--tokenizer", folder / "tokenizer", *same_data(values), "--workers", 0]
     run_script(name, "eval/reconstruction.py", [*options, "--output", result, *measured], folder, *how)
-    lines = _log_of(folder)
+    lines = metrics_of(folder)
     metrics = json.loads(result.read_text())["metrics"] | training_metrics(lines, values["run"]["batch_size"])
     metrics["relative_error"] = metrics["quantization_error"] / metrics["latent_rms"] ** 2
     shutil.rmtree(folder / "checkpoints")
@@ -109,7 +109,7 @@ def generate_and_measure(
     run_script(name, "eval/generation.py", [*options, "--output", result, *measured], folder, *how)
     for part in ("checkpoints", "latents", "codes"):
         shutil.rmtree(folder / part, ignore_errors=True)
-    lines = [_with_distance(line) for line in _log_of(folder)]
+    lines = [_with_distance(line) for line in metrics_of(folder)]
     config, measured = record["config"] | {stage: values}, [*record["measured"], *measured]
     metrics = record["metrics"] | sample_metrics(json.loads(result.read_text()))
     steps = max(line["step"] for line in lines)
@@ -163,10 +163,6 @@ def training_metrics(lines: list[dict], batch_size: int) -> dict[str, float]:
 
 def _curve(lines: list[dict]) -> list[dict]:
     return [{k: _short(v) for k, v in line.items() if k in CURVES | {"step", "phase"}} for line in lines]
-
-
-def _log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def _record(name: str, values: dict, measured: list[str], metrics: dict, curve: list[dict]) -> dict:

@@ -8,7 +8,6 @@ with 0 where all is well, 1 where something is not, 2 without a GPU. --toy runs 
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from measure import metrics_of
 
 from nsvq.common import counting, plan
 from nsvq.common.run import code_version
@@ -77,10 +77,6 @@ def run(*words: object, environment: dict[str, str] | None = None) -> str:
     if done.returncode:
         raise Failed("\n".join(done.stdout.splitlines()[-15:]))
     return done.stdout
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # The parts
@@ -140,7 +136,7 @@ def precision(setting: Setting) -> Iterator[Row]:
     decibels = {}
     for name, launcher in cases.items():
         words = ["--run.mixed_precision", {"ddp": "bf16"}.get(name, name)]
-        last = metrics(small_run(setting, f"precision-{name}", *words, launcher=launcher))[-1]
+        last = metrics_of(small_run(setting, f"precision-{name}", *words, launcher=launcher))[-1]
         decibels[name] = last["val_psnr"]
         gap = abs(decibels[name] - decibels["no"])
         yield Row(
@@ -167,7 +163,7 @@ def resume(setting: Setting) -> Iterator[Row]:
     said = run("tokenizer/train.py", *words)
     found = re.search(r"from step (\d+)", said)
     yield Row("resume", "goes on from step", found[1] if found else "0", "> 0", found is not None)
-    steps = [row["step"] for row in metrics(out)]
+    steps = [row["step"] for row in metrics_of(out)]
     whole = steps == sorted(set(steps)) and (out / "tokenizer" / "config.json").exists()
     yield Row("resume", "metrics have each step once, and the tokenizer is there", str(whole), "True", whole)
 
@@ -190,7 +186,7 @@ def smoke(setting: Setting) -> Iterator[Row]:
     small += ["--tokenizer", str(tokenizer / "tokenizer"), "--cache_images", cached, "--steps", steps]
     run("diffusion/train.py", *small, *shared, "--optim.warmup_steps", "50", "--out", dit)
     for name, out, result in (("tokenizer", tokenizer, "tokenizer"), ("DiT-B", dit, "pipeline")):
-        rows = metrics(out)
+        rows = metrics_of(out)
         speed = sorted(row["images_per_second"] for row in rows if "images_per_second" in row)
         there = any((out / result).glob("*.json"))
         yield Row("smoke", f"{name}: exported", str(there), "True", there)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 from nsvq import ResidualVectorQuantizer, VectorQuantizer
+from nsvq.tokenizer.health import usage
 
 TOKENS = 65_536  # that a use is counted in
 AT_ONCE = 10  # steps of one way, before another takes its turn
@@ -132,12 +133,9 @@ def _size(layer: nn.Module) -> int:
 
 def _use(indices: Tensor, size: int) -> tuple[float, float]:
     """Of indices [N, n]: share of codes that are there, perplexity / K, each the mean of the n codebooks."""
-    uses, perplexities = [], []
-    for of_level in indices.T:
-        p = torch.bincount(of_level, minlength=size).double() / len(of_level)
-        uses.append(float((p > 0).double().mean()))
-        perplexities.append(float(torch.exp(-torch.special.xlogy(p, p).sum())) / size)
-    return statistics.mean(uses), statistics.mean(perplexities)
+    found = [usage(torch.bincount(of_level, minlength=size)) for of_level in indices.T]
+    shares = [each["utilization"] for each in found], [each["perplexity"] / size for each in found]
+    return statistics.mean(shares[0]), statistics.mean(shares[1])
 
 
 class _Images(nn.Module):

@@ -1,6 +1,7 @@
 """Times and memory of several ways to do the same thing, interleaved, so that a noisy machine is noisy for all."""
 
 import gc
+import json
 import os
 import platform
 import statistics
@@ -12,6 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines that a run in `folder` logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def machine(device: torch.device) -> str:

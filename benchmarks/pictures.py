@@ -79,7 +79,7 @@ def main() -> None:
             raise UserError(f"{what}: run `make quickstart` first, or give its OUT as --quickstart")
     config.out.mkdir(parents=True, exist_ok=True)
     ratio = {
-        key: curves("ratio", ["nsvq", "nsvq-own", "nsvq-paper", "fvq", "simvq-fast"], key, config.records)
+        key: curves("ratio", ["nsvq", "nsvq-paper-fast", "nsvq-paper", "fvq", "simvq-fast"], key, config.records)
         for key in ("val_psnr", "utilization")
     }
     panels = [("validation PSNR", "dB", ratio["val_psnr"]), ("codes in use in an epoch", "share", ratio["utilization"])]

@@ -8,13 +8,12 @@ The config is that of the studies (configs/evidence/ar64.yaml); seeds, batches a
 ended go on with a larger number; the table has what they have done. Seconds are those of the least disturbed steps.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
-from measure import machine
+from measure import machine, metrics_of
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -116,7 +115,7 @@ def bits(way: Way, config: PositionsConfig, tokenizer: Tokenizer) -> tuple[dict[
     unflipped = one.data.model_copy(update={"flip": False})
     held_out = open_cache(folder / "test", tokenizer, unflipped, accelerator, **test, **how)
     train(PositionsTrainer(way, config.steps, one, accelerator, tokenizer, cache, held_out))
-    lines = [json.loads(line) for line in (one.out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(one.out)
     seconds = lines[-1]["step"] * one.run.batch_size / max(line["images_per_second"] for line in lines)
     return {line["step"]: line["held_out_bits"] for line in lines if "held_out_bits" in line}, seconds
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nsvq.common import config as configs
 from nsvq.common.launch import keep_freed_memory
+from nsvq.errors import UsageError
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
@@ -107,9 +108,14 @@ def print_flops(step: "TrainingStep") -> None:
 
 
 def load(name: str, codebook_size: int | None) -> TrainConfig:
-    """A config of configs/imagenet128; a `codebook_size` replaces its own."""
+    """A config of configs/imagenet128; a `codebook_size` replaces its own. Raises `UsageError` for losses beyond
+    VQGAN's."""
     options = [f"--quantizer.codebook_size={codebook_size}"] if codebook_size else []
-    return configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
+    config = configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
+    others = config.loss.logits or config.loss.alignment or config.perturbation or config.loss.pixel != "l1"
+    if others or config.loss.adversarial_cap or config.loss.lecam_weight:
+        raise UsageError(f"{name} trains with losses that this benchmark does not have")
+    return config
 
 
 class TrainingStep:

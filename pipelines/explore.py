@@ -20,6 +20,7 @@ from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.data.images import center_crop, to_rgb, to_tensor
 from nsvq.pipelines.autoregressive import AutoregressivePipeline
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
+from nsvq.tokenizer.health import usage
 from nsvq.tokenizer.pretrained import Tokenizer
 
 Pipeline = ClassConditionalPipeline | AutoregressivePipeline
@@ -148,8 +149,7 @@ class CodeUse(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        share = self.counts.double() / self.counts.sum()
-        return torch.special.entr(share).sum().exp().item()
+        return usage(self.counts)["perplexity"]
 
 
 def code_use(tokenizer: Tokenizer, images: list[Image.Image]) -> CodeUse:

@@ -16,7 +16,6 @@ from nsvq.tokenizer.quantizers.lfq import BitQuantizer, BitsConfig, bernoulli_en
 
 class BSQConfig(BitsConfig):
     name: Literal["bsq"] = Field(description="bsq: one bit a channel on the sphere, K = 2^model.latent_channels.")
-    entropy_weight: float = Field(0.1, ge=0, description="Weight of the entropy loss.")
     temperature: float = Field(1.0, gt=0, description="tau of the entropy loss.")
 
 

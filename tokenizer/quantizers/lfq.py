@@ -21,6 +21,8 @@ MAX_BITS = 20
 class BitsConfig(QuantizerOptions):
     """Options of a method with one bit a channel."""
 
+    entropy_weight: float = Field(0.1, ge=0, description="Weight of the entropy loss.")
+
     def check_dim(self, dim: int) -> None:
         if dim > MAX_BITS:
             raise ValueError(f"{self.name} has 2^model.latent_channels codes: at most 2^{MAX_BITS}, not 2^{dim}")
@@ -64,7 +66,6 @@ class BitQuantizer(Quantizer):
 
 class LFQConfig(BitsConfig):
     name: Literal["lfq"] = Field(description="lfq: one bit a channel, K = 2^model.latent_channels.")
-    entropy_weight: float = Field(0.1, ge=0, description="Weight of the entropy loss.")
     temperature: float = Field(0.01, gt=0, description="tau of the entropy loss.")
 
 
