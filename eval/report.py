@@ -52,7 +52,8 @@ def data_with_size(data: DataConfig, size: int) -> DataConfig:
 
 
 def data_for(tokenizer: Tokenizer, data: DataConfig) -> DataConfig:
-    """`data` at the tokenizer's size, unless another was given. Raises `UsageError` where it cannot halve the size."""
+    """`data` at the tokenizer's size, unless another was given. Raises `UsageError` where that is no multiple
+    of its downsampling."""
     data = data_with_size(data, tokenizer.image_size or data.image_size)
     if data.image_size % tokenizer.downsampling:
         wanted = f"a multiple of the tokenizer's downsampling, {tokenizer.downsampling}"

@@ -1,4 +1,4 @@
-"""The commands of the pages in docs/ that are to be typed, as they stand there, at toy size.
+"""The links of all pages, and the commands of those in docs/ that are to be typed, as they stand there, at toy size.
 
 Such a command is a line of a block of ```bash. Numbers that make a run small come behind it."""
 
@@ -117,6 +117,25 @@ def clone(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_every_link_between_files_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    assert len(pages) > 25
+    lost = []
+    for page in pages:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#\s]+)?(#[^)\s]*)?\)", text):
+            file = (page.parent / link[0]).resolve() if link[0] else page
+            if "://" in link[0]:
+                continue
+            headings = (
+                re.findall(r"^#+ (.*)$", file.read_text(), re.M) if file.suffix == ".md" and file.is_file() else []
+            )
+            anchors = {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+            if not file.exists() or (link[1] and link[1] not in anchors):
+                lost.append(f"{page.name}: {link[0]}{link[1]}")
+    assert lost == []
 
 
 def vqgan(folder):

@@ -24,7 +24,8 @@ def kmeans(
     tolerance: float = 1e-3,
     on_iteration: Callable[[Tensor], None] = lambda centroids: None,
 ) -> Tensor:
-    """Centroids [K, d] float32 of the points that `batches()` goes through, tensors [n, d], on all ranks together.
+    """Centroids [K, d] float32 of the points that `batches()` goes through, tensors [n, d], on all ranks together
+    (of which each has a batch, if only of none).
 
     Starts from `start`, else by k-means++ on the first points of rank 0 (where it has too few, of the others too),
     their squared distances clipped at the 90th percentile (VP-VAE's code). Ends when no iteration is left or the

@@ -211,8 +211,8 @@ class ResidualVectorQuantizer(_Layer):
             total = total + code.detach()
             indices.append(index)
             losses.append(loss)
-        # A level that is left out counts the forward, of no tokens, and its parameters take part in it.
-        losses += [level.tokens(z[:0])[2] for level in self.levels[used:]]
+        for level in self.levels[used:]:
+            level.tokens(z[:0])  # counts the forward, so that all levels step together
         indices += [torch.full_like(index, -1)] * (len(self.levels) - used)
         return self.with_gradient(z, total), torch.stack(indices, 1), torch.stack(losses).sum()
 

@@ -37,7 +37,7 @@ class StandaloneQuantizer(nn.Module):
     # What this step's last forward saw, for activation checkpointing, which repeats it in the backward pass.
     tau: float | None = None
     share = 1.0
-    starts = False  # in this step, whose distances say nothing: many latents are codes themselves
+    starts = False  # in this step: where codes start from its latents, their distances say nothing
     codes_before: dict[str, Tensor]
 
     def __init__(
@@ -105,16 +105,18 @@ class StandaloneQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
-        """Start from `codes` [K, d]. Raises `UsageError` where a method makes its codes of other weights, and
+        """Start anew, from `codes` [K, d]. Raises `UsageError` where a method makes its codes of other weights, and
         `ValueError` for another shape."""
-        table = self.quantizer.table()
+        table, codes = self.quantizer.table(), torch.as_tensor(codes)
         if table is None:
             raise UsageError(f"{self.quantizer.config.name} makes its codes itself: they cannot be set")
         if codes.shape != table.shape:
             raise ValueError(f"expected codes {list(table.shape)}, got {list(codes.shape)}")
         table.copy_(codes)
         self.quantizer.initialize(table.detach().clone())
-        self.clock[1] = 1
+        self.clock[1:] = torch.tensor([1, 0, 0])
+        for remembered in (self.distance, self.usage, self.errors):
+            remembered.zero_()
 
     def codes(self, indices: Tensor) -> Tensor:
         """Indices [...] -> codes [..., d] float32, of zeros where an index is -1."""

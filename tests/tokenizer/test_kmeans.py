@@ -49,6 +49,7 @@ def test_an_empty_centroid_of_single_numbers_moves():
 
 
 def _rank(rank, folder):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     points = torch.load(folder / "points.pt")
     mine = points[:50] if rank == 0 else points[50:]

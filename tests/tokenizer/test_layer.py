@@ -384,6 +384,11 @@ def test_a_layer_starts_from_codes_that_it_is_given(method):
     layer.set_codes(codes)
     layer(codes[:30])
     torch.testing.assert_close(layer.codebook, codes)  # averages of latents that are the codes
+    train(layer, torch.randn(6, 200, 6))
+    layer.set_codes(codes.tolist())
+    assert not layer.quantizer.usage.any()
+    assert layer.quantizer.clock[1:].tolist() == [1, 0, 0]
+    assert layer.quantizer.distance == 0
     with pytest.raises(ValueError, match=r"expected codes \[40, 6\], got \[3, 6\]"):
         layer.set_codes(codes[:3])
     with pytest.raises(UsageError, match="simvq makes its codes itself"):
@@ -433,7 +438,8 @@ def run_all(rank, ranks):
         encoder, layer = nn.Linear(6, 6), kind(6, 20, **arguments)
         model = nn.ModuleList([encoder, layer])
         both = _Encoded(model)
-        both = DistributedDataParallel(both) if ranks > 1 else both
+        unused = arguments.get("method") == "simvq" and "quantizer_dropout" in arguments
+        both = DistributedDataParallel(both, find_unused_parameters=unused) if ranks > 1 else both
         optimizer = torch.optim.SGD(both.parameters(), lr=0.1)
         for step in range(10):
             draws = torch.Generator().manual_seed(step)
