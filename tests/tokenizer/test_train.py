@@ -147,6 +147,8 @@ def test_every_method_trains_by_the_same_command_to_a_tokenizer_that_loads(run_s
         "lc": {"features": str(tmp_path / "features.safetensors")},
     }.get(name, {"codebook_size": 64})
     config = read_yaml(tiny) | {"quantizer": {"name": name, **options}, "nsvq": None}
+    if name == "ns-vq":  # its pull is what it is
+        config["nsvq"] = {"pull": {"weight": 1.0, "temperature": 1.0}, "replace": None, "freeze": None}
     config["model"]["latent_channels"] = 6 if name in ("lfq", "bsq") else 4  # K = 64 has 6 bits
     config["schedule"]["epochs"] = 2
     (tmp_path / "method.yaml").write_text(json.dumps(config))
