@@ -1,5 +1,8 @@
+import multiprocessing
+
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
@@ -81,3 +84,26 @@ def make(tmp_path):
         return quantizer
 
     return make
+
+
+@pytest.fixture
+def as_two_ranks(tmp_path):
+    """as_two_ranks(run): what run(rank) returns in each of two processes of one group."""
+
+    def work(run, rank):
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        torch.save(run(rank), tmp_path / f"rank-{rank}.pt")
+        dist.destroy_process_group()
+
+    def both(run):
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=work, args=(run, rank), daemon=True) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0, 0]
+        return [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+
+    return both

@@ -1,8 +1,5 @@
-import multiprocessing
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from nsvq.tokenizer.kmeans import kmeans
 
@@ -48,31 +45,18 @@ def test_an_empty_centroid_of_single_numbers_moves():
     assert len(found.unique()) == 3
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    points = torch.load(folder / "points.pt")
-    mine = points[:50] if rank == 0 else points[50:]
-    few = points[:3] if rank == 0 else points[3:]
-    results = [kmeans(lambda: [mine], 10, seed=0), kmeans(lambda: [few], 10, seed=0)]
-    try:
-        kmeans(lambda: [mine[:5]], 12, seed=0)
-    except ValueError as error:
-        results.append(str(error))
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_ranks_with_different_numbers_of_points_are_one_or_are_refused_together(tmp_path):
+def test_ranks_with_different_numbers_of_points_are_one_or_are_refused_together(as_two_ranks):
     points = torch.randn(60, 4)
-    torch.save(points, tmp_path / "points.pt")
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(rank, tmp_path)) for rank in range(2)]
-    [process.start() for process in processes]
-    [process.join(60) for process in processes]
-    assert [process.exitcode for process in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+
+    def run(rank):
+        mine = points[:50] if rank == 0 else points[50:]
+        few = points[:3] if rank == 0 else points[3:]
+        with pytest.raises(ValueError, match="at least as many") as refused:
+            kmeans(lambda: [mine[:5]], 12, seed=0)
+        return [kmeans(lambda: [mine], 10, seed=0), kmeans(lambda: [few], 10, seed=0), str(refused.value)]
+
+    first, second = as_two_ranks(run)
     for one, other in zip(first, second, strict=True):
         assert one == other if isinstance(one, str) else torch.equal(one, other)
     assert "10 < 12" in first[2]

@@ -3,14 +3,12 @@
 import contextlib
 import copy
 import io
-import multiprocessing
 import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -466,21 +464,9 @@ class _Encoded(nn.Module):
         return layer(encoder(x), mask)
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(run_all(rank, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_two_ranks_behave_as_one_and_hold_the_same_codes(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(rank, tmp_path)) for rank in range(2)]
-    [process.start() for process in processes]
-    [process.join(120) for process in processes]
-    assert [process.exitcode for process in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_two_ranks_behave_as_one_and_hold_the_same_codes(as_two_ranks):
+    first, second = as_two_ranks(lambda rank: run_all(rank, 2))
     for name, alone in run_all(0, 1).items():
         indices = torch.cat([each[name].pop("indices") for each in (first, second)])
         assert torch.equal(indices, alone.pop("indices"))

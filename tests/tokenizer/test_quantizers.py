@@ -1,7 +1,6 @@
 """What every method keeps, whatever it is."""
 
 import copy
-import multiprocessing
 
 import pytest
 import torch
@@ -332,22 +331,8 @@ def run_all(rank, ranks):
     return result
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(run_all(rank, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_behave_as_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    one, (first, second) = run_all(0, 1), (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_two_ranks_behave_as_one(as_two_ranks):
+    one, (first, second) = run_all(0, 1), as_two_ranks(lambda rank: run_all(rank, 2))
     close = {"rtol": 1e-4, "atol": 1e-6}
     for name in CROSS_RANK:
         torch.testing.assert_close(torch.cat([first[name]["z_q"], second[name]["z_q"]]), one[name]["z_q"], **close)
