@@ -138,9 +138,10 @@ def write_page(study: Study, records: dict[str, dict[int, dict]], command: list,
         parts.append(
             "\n".join(f"- {name}: `{_flat(study.runs[name])}`{_on(runs, machines)}" for name, runs in of_run.items())
         )
-        common = f" with {_flat(study.common)}" if study.common else ""
+        common = _with(study.common)
         for name, generator in study.generators.items():
-            common += f"; on it {name}: `{generator.config}`, measured with {_flat(generator.samples)}"
+            common += f"; on it {name}: `{generator.config}`{_with(generator.common)}"
+            common += f", measured with {_flat(generator.samples)}"
         names = [f"({i}) {m}" if machines[1:] else m for i, m in enumerate(machines, 1)]
         parts.append(
             f"Base: `{study.base}`{common}. Code: {', '.join(sorted({r['code'] for r in found}))}. Machine: "
@@ -154,6 +155,10 @@ def _on(runs: Iterable[dict], machines: list[str]) -> str:
     """The numbers of the machines that these ran on, where there are several: metrics differ a little between them."""
     numbers = sorted({str(machines.index(run["machine"]) + 1) for run in runs})
     return f" on machine {', '.join(numbers)}" if numbers and machines[1:] else ""
+
+
+def _with(common: dict) -> str:
+    return f" with {_flat(common)}" if common else ""
 
 
 def _flat(changes: dict, prefix: str = "") -> str:

@@ -66,7 +66,8 @@ class Generator(configs.Config):
     """What a study trains on each run's tokenizer."""
 
     stage: Literal["diffusion", "autoregressive"] = Field(description="The folder whose train.py it is for.")
-    config: Path = Field(description="Its config, named relative to the study.")
+    config: Path = Field(description="Its config, named relative to the study,")
+    common: dict[str, Any] = Field({}, description="and what the study changes in it.")
     samples: dict[str, Any] = Field({}, description="Options of eval/generation.py, which measures it.")
 
 
@@ -133,7 +134,7 @@ def training_config(study: Study, name: str, seed: int, data: DataConfig, lpips_
 def generator_config(generator: Generator, seed: int, data: DataConfig, features: str) -> dict:
     """The same of what is trained on a tokenizer: no `out` and no `tokenizer` in it. Its Frechet distances are in
     `features`; where these are "none" it measures none."""
-    values = _with_data(configs.read_config(generator.config), seed, data)
+    values = _with_data(merged(configs.read_config(generator.config), generator.common), seed, data)
     if values.get("sampling", {}).get("fd_every"):
         distance = {"fd_every": None} if features == "none" else {"fd_features": features}
         values = merged(values, {"sampling": distance})

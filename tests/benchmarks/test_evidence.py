@@ -119,7 +119,9 @@ def test_a_study_of_generation_trains_a_tokenizer_once_for_all_generators_on_it(
         "against": "a",
         "generators": {
             "DiT": {"stage": "diffusion", "config": str(ROOT / "configs/evidence/dit64.yaml")} | samples,
-            "Llama": {"stage": "autoregressive", "config": str(ROOT / "configs/evidence/ar64.yaml")} | samples,
+            "Llama": {"stage": "autoregressive", "config": str(ROOT / "configs/evidence/ar64.yaml")}
+            | samples
+            | {"common": {"optim": {"lr": 0.25}}},
         },
         "columns": ["fd_at_", "accuracy_at_", "held_out_bits"],
         "curves": ["fd"],
@@ -143,6 +145,7 @@ def test_a_study_of_generation_trains_a_tokenizer_once_for_all_generators_on_it(
             tokenizer = Path(trained["tokenizer"])
             better = read_yaml(tokenizer.parent / "study.yaml").get("optim", {}).get("lr") == 0.5
             assert trained["data"]["image_size"] == 64
+            assert (trained["optim"]["lr"] == 0.25) == (script == "autoregressive/train.py")
             bits = {"held_out_bits": 900} if script == "autoregressive/train.py" else {}
             line = {"step": 10, "images_per_second": 1, "fd_x": 20 if better else 40} | bits
             (folder / "metrics.jsonl").write_text(json.dumps(line))
