@@ -15,20 +15,21 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import lpips
 import torch
+from accelerate import Accelerator
 from measure import Elsewhere, interleaved, machine, ratio, serve
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsvq.common import config as configs
 from nsvq.common.launch import keep_freed_memory
-from nsvq.errors import UsageError
+from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
-from nsvq.tokenizer.losses import discriminator_hinge, generator_adversarial, phase_weights
-from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.losses import load_losses, random_lpips
 from nsvq.tokenizer.quantizers import make_quantizer
+from nsvq.tokenizer.step import TokenizerStep, make_networks, make_optimizers
+from nsvq.tokenizer.temperature import Temperature
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
 
@@ -48,12 +49,13 @@ def main() -> None:
     device = torch.device(options.device)
     if options.method:
         keep_freed_memory(device.type)  # as the trainer does
-        config = load(options.method, options.codebook_size)
+        config = load(options.method, options.codebook_size, options.bare)
         # In the second step optimizers hold their moments.
-        serve(lambda: TrainingStep(config, options.batch, options.bare, device), device, calls=2)
+        serve(lambda: TrainingStep(config, options.batch, device), device, calls=2)
         return
     if options.flops:
-        print_flops(TrainingStep(load(options.reference, options.codebook_size), options.batch, options.bare, device))
+        config = load(options.reference, options.codebook_size, options.bare)
+        print_flops(TrainingStep(config, options.batch, device))
         return
     chosen = {name: getattr(options, name) for name in ("batch", "codebook_size", "bare", "device")}
     steps = {name: Elsewhere(chosen | {"method": name}) for name in options.methods}
@@ -65,7 +67,7 @@ def main() -> None:
     reference = options.reference
     print(f"| method | K | d | s a step | times {reference} | GiB | times {reference} |\n|---|---|---|---|---|---|---|")
     for name, step in steps.items():
-        config, times = load(name, options.codebook_size), ratio(seconds[name], seconds[reference])
+        config, times = load(name, options.codebook_size, options.bare), ratio(seconds[name], seconds[reference])
         quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
         print(
             f"| {name} | {quantizer.codebook_size:,} | {quantizer.dim} | {statistics.median(seconds[name]):.3f} | "
@@ -107,66 +109,45 @@ def print_flops(step: "TrainingStep") -> None:
         print(f"{flops / total:7.2%} {name.removeprefix('torch.')}")
 
 
-def load(name: str, codebook_size: int | None) -> TrainConfig:
-    """A config of configs/imagenet128; a `codebook_size` replaces its own. Raises `UsageError` for losses beyond
-    VQGAN's."""
+def load(name: str, codebook_size: int | None, bare: bool) -> TrainConfig:
+    """A config of configs/imagenet128; a `codebook_size` replaces its own."""
     options = [f"--quantizer.codebook_size={codebook_size}"] if codebook_size else []
-    config = configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
-    others = config.loss.logits or config.loss.alignment or config.perturbation or config.loss.pixel != "l1"
-    if others or config.loss.adversarial_cap or config.loss.lecam_weight:
-        raise UsageError(f"{name} trains with losses that this benchmark does not have")
-    return config
+    options += ["--loss.perceptual=none", "--loss.adversarial_weight=0"] if bare else []
+    return configs.parse(TrainConfig, options, CONFIGS / f"{name}.yaml")
 
 
 class TrainingStep:
-    """Networks and optimizers of a config of configs/imagenet128, and a call that trains them one step."""
+    """A call that trains the networks of `config` one step, as the trainer does."""
 
-    def __init__(self, config: TrainConfig, batch: int, bare: bool, device: torch.device):
+    def __init__(self, config: TrainConfig, batch: int, device: torch.device):
         torch.manual_seed(0)
-        quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-        pull = config.nsvq.pull
-        config.nsvq.set_up(quantizer)
-        quantizer.revive_after = config.nsvq.revive
-        self.encoder = make_encoder(config.model).to(device)
-        self.decoder = QuantizedDecoder(config.model, quantizer).to(device)
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
+        encoder, decoder = make_networks(config)
+        features, discriminator = make_discriminator(config.discriminator, seed=0)
+        losses = load_losses(
+            config.loss.model_copy(update={"perceptual": "none"}), config.model.latent_channels, device
+        )
+        if config.loss.perceptual != "none":
+            losses.lpips = random_lpips(config.loss.perceptual, config.loss.perceptual_precision).to(device)
+        heads = [losses.alignment.head] if losses.alignment else []
+        self.optimizers = make_optimizers(config, encoder, decoder, heads, discriminator, device)
+        encoder, decoder, discriminator = accelerator.prepare(encoder, decoder, discriminator)
+        adversary = Adversary(features.to(device), discriminator, config.loss.lecam_weight, accelerator)
+        self.step = TokenizerStep(config, encoder, decoder, losses, adversary, accelerator)
         self.images = torch.rand(batch, 3, 128, 128, device=device) * 2 - 1
+        quantizer = decoder.quantizer
         if count := quantizer.initial_latents():
             quantizer.initialize(torch.randn(count, config.model.latent_channels, device=device))
-        self.weights = phase_weights(config.loss, pull, "stage1", 1.0, quantizer)
-        self.temperature = pull.temperature if pull else None
-        self.lpips = self.discriminator = None
-        if bare:
-            self.weights = {k: v for k, v in self.weights.items() if k not in ("perceptual", "adversarial")}
-        else:
-            self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device).requires_grad_(False)
-            _, self.discriminator = make_discriminator(config.discriminator, seed=0)
-            self.discriminator.to(device)
-        generator = [*self.encoder.parameters(), *self.decoder.parameters()]
-        trained = [generator, *([] if bare else [self.discriminator.parameters()])]
-        self.optimizers = [torch.optim.Adam(each, lr=config.optim.lr, betas=config.optim.betas) for each in trained]
+        quantizer.revive_after = config.nsvq.revive
+        self.tau = Temperature(config.nsvq.pull, quantizer.dim).config.temperature
 
     def __call__(self) -> None:
-        with torch.autocast(self.images.device.type, torch.bfloat16):
-            output, quantized = self.decoder(self.encoder(self.images), self.temperature)
-        output = output.float()
-        terms = {"l1": (output - self.images).abs().mean(), **quantized.losses}
-        if self.lpips is not None:
-            terms["perceptual"] = self.lpips(output, self.images).mean()
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)
-            terms["adversarial"] = generator_adversarial(self.logits(output))
-            self.discriminator.requires_grad_(True)
-        sum(weight * terms[term] for term, weight in self.weights.items()).backward()
-        if self.discriminator is not None:
-            discriminator_hinge(*self.logits(torch.cat([self.images, output.detach()])).chunk(2)).backward()
+        self.step.begin("stage1", 1.0, self.tau)
+        self.step(self.images, range(len(self.images)))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.decoder.quantizer.end_step(True)
-
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return self.discriminator(images).float()
+        self.step.end(stepped=True)
 
 
 if __name__ == "__main__":

@@ -67,16 +67,18 @@ class CountingAccelerator:
         self.peak = max(self.peak, sum(t.untyped_storage().nbytes() for t in self.kept.values()))
         self.kept = {}
 
-    def prepared(self, network: nn.Module) -> Callable:
+    def prepared(self, network: nn.Module) -> nn.Module:
         """As `accelerate.prepare` would: under autocast, with float32 results."""
+        forward = network.forward
 
         def call(*arguments: Any) -> Any:
             with self.autocast():
-                result = network(*arguments)
+                result = forward(*arguments)
             first, *rest = result if isinstance(result, tuple) else (result,)
             return (first.float(), *rest) if rest else first.float()
 
-        return call
+        network.forward = call  # type: ignore[method-assign]
+        return network
 
 
 def count(make: Callable[[torch.device], Step]) -> Counted:

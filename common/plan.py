@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import lpips
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,7 +30,6 @@ from nsvq.common import launch
 from nsvq.common.counting import Counted, CountingAccelerator, Step, count
 from nsvq.common.metrics import PEAK_FLOPS
 from nsvq.common.micro_batches import next_accumulation
-from nsvq.data.bad_images import BadImages
 from nsvq.data.config import IMAGENET
 from nsvq.data.sources import open_split
 from nsvq.diffusion import config as diffusion
@@ -39,19 +37,20 @@ from nsvq.diffusion.model import make_model
 from nsvq.diffusion.objectives import make_objective
 from nsvq.diffusion.trainer import DiffusionTrainer
 from nsvq.errors import UsageError, UserError
-from nsvq.tokenizer import losses, ranks
+from nsvq.tokenizer import ranks
 from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.alignment import Alignment
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.logit_loss import LogitLoss
-from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
+from nsvq.tokenizer.losses import ImageLosses, random_lpips
 from nsvq.tokenizer.quantizers import make_quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
 from nsvq.tokenizer.quantizers.ns_vq import NSVQPrecursor
 from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.step import TokenizerStep, make_networks
 from nsvq.tokenizer.teachers import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD, Classifier, VisionModel
-from nsvq.tokenizer.trainer import TokenizerTrainer
+from nsvq.tokenizer.temperature import Temperature
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenet128"
 IMAGENET_IMAGES, IMAGENET_BYTES = 1_281_167, 150e9
@@ -121,20 +120,19 @@ def _tokenizer(config: TrainConfig) -> Plan:
 
 def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     """stage1 with its GAN, which takes the most."""
-    pull, accelerator = config.nsvq.pull, CountingAccelerator(device)
-    quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
+    accelerator = CountingAccelerator(device)
+    encoder, decoder = make_networks(config)
+    quantizer = decoder.quantizer
     if isinstance(quantizer, NSVQPrecursor):
         quantizer._finished = 0
     if isinstance(quantizer, NearestQuantizer):
         # Bookkeeping, which may look at values, and takes next to nothing.
         quantizer.searched = lambda *_: None  # type: ignore[method-assign]
-    encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
     with patch.object(PreTrainedModel, "init_weights", lambda self: None):  # which looks at values
         features, discriminator = make_discriminator(config.discriminator, seed=0, weights=False)
     metric = None
-    if (net := config.loss.perceptual) != "none":
-        metric = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-        metric = losses._Distance(metric, bf16=config.loss.perceptual_precision == "bf16").eval().requires_grad_(False)
+    if config.loss.perceptual != "none":
+        metric = random_lpips(config.loss.perceptual, config.loss.perceptual_precision)
         for module in metric.modules():  # lpips makes its buffers on the CPU, whatever the default device
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -144,34 +142,19 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     if alignment is not None:
         alignment = Alignment(alignment, config.model.latent_channels, _teacher(alignment.network, "alignment"))
     heads = [alignment.head] if alignment else []
-    trainer = SimpleNamespace(
-        config=config,
-        device=device,
-        accelerator=accelerator,
-        losses=losses.ImageLosses(config.loss, metric, logits, alignment),
-        perturbation=None,  # which takes next to nothing
-        live_encoder=encoder,
-        phase="stage1",
-        weights=losses.phase_weights(config.loss, pull, "stage1", 1.0, quantizer),
-        tau=pull.temperature if pull else None,
-        encoder=accelerator.prepared(encoder),
-        decoder=accelerator.prepared(decoder),
-        adversary=Adversary(features, discriminator, config.loss.lecam_weight, accelerator),
-        # On a GPU memory is counted, without a backward pass
-        adaptive={} if device.type == "cuda" else losses.adaptive_weights(config.loss, encoder, decoder.decoder),
-        live_decoder=decoder,
-        generator_trains=True,
-        quantizer=quantizer,
-        bad_images=BadImages(1.0),
-        tokens=[],
-    )
+    image_losses = ImageLosses(config.loss, metric, logits, alignment)
+    adversary = Adversary(features, discriminator, config.loss.lecam_weight, accelerator)
+    prepared = map(accelerator.prepared, (encoder, decoder))
+    step = TokenizerStep(config, *prepared, image_losses, adversary, accelerator)
+    step.perturbation = None  # which takes next to nothing
+    if device.type == "cuda":  # where memory is counted, without a backward pass
+        step.adaptive = {}
+    step.begin("stage1", 1.0, Temperature(config.nsvq.pull, quantizer.dim).config.temperature)
     size = config.data.image_size
 
     def run(images: int) -> None:
-        batch = {"image": torch.rand(images, 3, size, size), "label": torch.zeros(images), "bad": []}
-        batch["position"] = list(range(images))
         with patch.object(ranks.Draws, "generator", lambda self: None):  # which looks at its state
-            TokenizerTrainer.step(trainer, batch)  # type: ignore[arg-type]
+            step(torch.rand(images, 3, size, size), range(images))
 
     frozen = [part for part in (features, metric, logits, alignment and alignment.teacher) if part]
     precisions = {"_Distance": config.loss.perceptual_precision}
@@ -256,8 +239,7 @@ def _autoregressive(config: autoregressive.TrainConfig, tokenizer: TrainConfig) 
 
 def _frozen(tokenizer: TrainConfig) -> list[nn.Module]:
     """The tokenizer's networks, which a generator's trainer has on the GPU."""
-    quantizer = make_quantizer(tokenizer.quantizer, tokenizer.model.latent_channels)
-    return [make_encoder(tokenizer.model), QuantizedDecoder(tokenizer.model, quantizer)]
+    return list(make_networks(tokenizer))
 
 
 # What is computed of it

@@ -3,7 +3,6 @@
 import json
 from itertools import pairwise
 
-import lpips
 import pytest
 import torch
 from accelerate.state import PartialState
@@ -26,7 +25,7 @@ from nsvq.tokenizer import ranks
 from nsvq.tokenizer.encode import _Encoding, open_cache
 from nsvq.tokenizer.health import EpochUsage
 from nsvq.tokenizer.kmeans import kmeans
-from nsvq.tokenizer.losses import _Distance
+from nsvq.tokenizer.losses import random_lpips
 from nsvq.tokenizer.pretrained import Tokenizer
 from nsvq.tokenizer.train import main as train_tokenizer
 
@@ -240,9 +239,9 @@ def test_a_sampler_waits_for_nothing_but_the_noise_that_it_draws_on_the_cpu(samp
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_lpips_stays_on_the_device(bf16):
-    net = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+    metric = random_lpips("squeeze", "bf16" if bf16 else "fp32")
     with Pretend() as device:
-        metric = _Distance(net, bf16).to(DEVICE)
+        metric = metric.to(DEVICE)
         with device.counting() as waits:
             assert metric(
                 torch.rand(1, 3, 32, 32).to(DEVICE, non_blocking=True), torch.rand(1, 3, 32, 32, device=DEVICE)

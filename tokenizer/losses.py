@@ -49,11 +49,12 @@ RECONSTRUCTION = ("l1", "mse", "perceptual", "logits")  # whose gradient adaptiv
 
 
 def phase_weights(
-    config: LossConfig, pull: PullConfig | None, phase: Phase, adversarial_factor: float, quantizer: Quantizer
+    config: LossConfig, pull: PullConfig | None, phase: Phase, adversarial_factor: float | None, quantizer: Quantizer
 ) -> dict[str, float]:
     """Weight of each loss term that a phase trains with; a term that is not named is not computed (eq. 11-16).
-    "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0. Of what
-    the quantizer trains with, the codebook loss alone goes on when the encoder is frozen."""
+    "adversarial" is there where the discriminator trains, also while its weight on the generator is still 0; with a
+    factor of None there is no GAN. Of what the quantizer trains with, the codebook loss alone goes on when the encoder
+    is frozen."""
     if phase == "discriminator":
         return {"adversarial": 0.0}
     weights: dict[str, float] = {config.pixel: 1.0}
@@ -71,7 +72,7 @@ def phase_weights(
         weights |= quantizer.loss_weights()
         if config.alignment is not None:
             weights["alignment"] = config.alignment.resolved_weight
-    if phase != "warmup" and config.adversarial_weight > 0:
+    if phase != "warmup" and config.adversarial_weight > 0 and adversarial_factor is not None:
         weights["adversarial"] = adversarial_factor * config.adversarial_weight
     return weights
 
@@ -128,9 +129,7 @@ def load_lpips(net: str, weights: Path | None, precision: Literal["fp32", "bf16"
     squeeze or alex. The backbone comes from `weights`, else from torchvision's download. bf16: its convolutions, at
     twice the rate on a GPU. Raises `UserError` where neither works."""
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # the package asks torchvision in an old form
-            metric = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
+        metric = _lpips(net, pnet_rand=weights is not None)
     except (URLError, OSError) as error:
         advice = "give a file of torchvision's weights (--loss.perceptual_weights FILE)"
         other = "or choose --loss.perceptual squeeze or none"
@@ -138,6 +137,17 @@ def load_lpips(net: str, weights: Path | None, precision: Literal["fp32", "bf16"
     if weights is not None:
         _load_backbone(metric.net, weights)
     return _Distance(metric, precision == "bf16").eval().requires_grad_(False)
+
+
+def random_lpips(net: str, precision: Literal["fp32", "bf16"]) -> nn.Module:
+    """The same with random weights, which take as much time and memory: for plans and benchmarks."""
+    return _Distance(_lpips(net, pnet_rand=True, pretrained=False), precision == "bf16").eval().requires_grad_(False)
+
+
+def _lpips(net: str, **how: bool) -> lpips.LPIPS:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the package asks torchvision in an old form
+        return lpips.LPIPS(net=net, verbose=False, **how)
 
 
 class _Distance(nn.Module):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
-from nsvq.common.fsdp import unwrapped
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
@@ -29,11 +28,9 @@ from nsvq.tokenizer.dino_discriminator import ViTFeatures
 from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
-from nsvq.tokenizer.losses import RECONSTRUCTION, adaptive_weights, load_losses, phase_weights
-from nsvq.tokenizer.model import QuantizedDecoder, make_encoder
-from nsvq.tokenizer.perturbation import Perturbation
-from nsvq.tokenizer.quantizers import make_quantizer
+from nsvq.tokenizer.losses import load_losses
 from nsvq.tokenizer.schedule import Schedule
+from nsvq.tokenizer.step import TokenizerStep, make_networks, make_optimizers
 from nsvq.tokenizer.temperature import Temperature
 from nsvq.tokenizer.upkeep import CodebookUpkeep
 from nsvq.tokenizer.warm_start import warm_start
@@ -58,12 +55,11 @@ class TokenizerTrainer(Trainer):
         self.bad_images = BadImages(config.data.max_bad_fraction, accelerator)
 
         # Networks
-        quantizer = make_quantizer(config.quantizer, config.model.latent_channels)
-        config.nsvq.set_up(quantizer)
-        encoder, decoder = make_encoder(config.model), QuantizedDecoder(config.model, quantizer)
+        encoder, decoder = make_networks(config)
+        quantizer = decoder.quantizer
         with accelerator.main_process_first():  # which downloads frozen networks, if any does
             features, discriminator = make_discriminator(config.discriminator, config.run.seed)
-            self.losses = load_losses(loss, config.model.latent_channels, self.device)
+            losses = load_losses(loss, config.model.latent_channels, self.device)
         self.inputs = {"data.source": self.images.fingerprint}
         if isinstance(features, ViTFeatures):
             self.inputs["discriminator.vit"] = state_hash(features.vit)
@@ -77,52 +73,29 @@ class TokenizerTrainer(Trainer):
             encoder.compile()
             decoder.decoder.compile()
         extra = {}
-        if logits := self.losses.logits:
+        if logits := losses.logits:
             self.inputs["loss.logits.network"] = state_hash(logits.classifier)
-        if alignment := self.losses.alignment:
+        if alignment := losses.alignment:
             extra["alignment"] = alignment.head = accelerator.prepare(alignment.head)
             self.inputs["loss.alignment.network"] = state_hash(alignment.teacher)
-        self.perturbation = None
-        if config.perturbation is not None:
-            self.perturbation = Perturbation(config.perturbation, quantizer, config.run.seed)
-
-        # Optimizers. The codebook has a group of its own: see optim.codebook_eps.
-        groups = [
-            {"params": list(encoder.parameters()), "lr": optim.encoder_lr or optim.lr},
-            {"params": list(decoder.decoder.parameters()), "lr": optim.lr},
-            {"params": list(quantizer.parameters()), "lr": optim.codebook_lr or optim.lr, "eps": optim.codebook_eps},
-        ]
-        groups += [{"params": list(head.parameters()), "lr": optim.lr} for head in extra.values()]
-        on_gpu = self.device.type == "cuda"  # where launches cost; on a CPU these round in other ways
-        how = {"betas": optim.betas, "fused": on_gpu or None}
-        generator_optimizer = torch.optim.Adam(groups, **how)
-        discriminator_optimizer = torch.optim.AdamW(
-            discriminator.parameters(),
-            lr=optim.discriminator_lr or optim.lr,
-            weight_decay=optim.discriminator_weight_decay,
-            **how,
-        )
-        self.encoder, self.decoder, discriminator, *optimizers = accelerator.prepare(
-            encoder, decoder, discriminator, generator_optimizer, discriminator_optimizer
-        )
-        # Without what accelerate puts around them
-        self.live_encoder, self.live_decoder = map(unwrapped, (self.encoder, self.decoder))
-        self.quantizer = self.live_decoder.quantizer
+        optimizers = make_optimizers(config, encoder, decoder, list(extra.values()), discriminator, self.device)
+        encoder, decoder, discriminator, *optimizers = accelerator.prepare(encoder, decoder, discriminator, *optimizers)
         self.adversary = Adversary(features.to(self.device), discriminator, loss.lecam_weight, accelerator)
-        self.adaptive = adaptive_weights(loss, self.live_encoder, self.live_decoder.decoder)
+        self.micro_step = step = TokenizerStep(config, encoder, decoder, losses, self.adversary, accelerator)
+        self.live_encoder, self.live_decoder, self.quantizer = step.live_encoder, step.live_decoder, step.quantizer
 
         # State
         parameters = [*self.live_encoder.parameters(), *self.live_decoder.parameters()]
         trained = parameters + [parameter for head in extra.values() for parameter in head.parameters()]
         self.register(
             "tokenizer",
-            {"encoder": self.encoder, "decoder": self.decoder, "discriminator": discriminator, **extra},
+            {"encoder": encoder, "decoder": decoder, "discriminator": discriminator, **extra},
             {
                 "generator": Optimized(optimizers[0], trained, optim.clip_grad_norm or math.inf),
                 "discriminator": Optimized(optimizers[1], list(self.adversary.live_network.parameters())),
             },
             parameters,
-            {"decay": optim.ema_decay, "foreach": on_gpu},
+            {"decay": optim.ema_decay, "foreach": self.device.type == "cuda"},
         )
         self.schedule = Schedule(config.schedule, config.nsvq, config.schedule.epoch_samples or len(self.images))
         if (epoch := self.schedule.epoch_samples) < config.run.batch_size:
@@ -143,7 +116,7 @@ class TokenizerTrainer(Trainer):
         self.probe = DriftProbe(fixed_images(config.data, "test", config.validation.probe_images).to(self.device))
         kept = ("schedule", "epoch_usage", "probe", "bad_images", "temperature")
         self.stateful |= {name: getattr(self, name) for name in kept}
-        self.stateful |= {f"adaptive_{name}": part for name, part in self.adaptive.items()}
+        self.stateful |= {f"adaptive_{name}": part for name, part in step.adaptive.items()}
         if self.adversary.lecam:
             self.stateful["lecam"] = self.adversary.lecam
 
@@ -169,97 +142,53 @@ class TokenizerTrainer(Trainer):
 
     def begin_step(self) -> None:
         """What this step trains with: phase, weights of the losses, temperature."""
-        schedule, seen = self.schedule, self.run.samples_seen
+        schedule, seen, step = self.schedule, self.run.samples_seen, self.micro_step
         self.phase = schedule.phase_at(seen)
         self.upkeep.begin_step()
-        factor = schedule.adversarial_factor(seen)
-        self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, factor, self.quantizer)
         late, batch = self.config.schedule, self.config.run.batch_size
-        if seen < max(late.adversarial_after * schedule.epoch_samples, late.adversarial_after_steps * batch):
-            self.weights.pop("adversarial", None)
-        self.flops_of = self.phase + (" with GAN" if "adversarial" in self.weights else "")
-        for name, part in self.adaptive.items():
-            if name in self.weights:
-                self.weights[name] = part.factor * self.weights[name]
-        if "adversarial" in self.weights:
-            self.adversary.begin_step()
-        self.tau = self.temperature.value() if "nonstationary" in self.weights else None
-        if self.tau is None:
-            self.weights.pop("nonstationary", None)
-        self.optimized["discriminator"].trains = "adversarial" in self.weights
-        self.generator_trains = self.optimized["generator"].trains = self.phase != "discriminator"
-        if self.perturbation is not None:
-            self.perturbation.alpha = self.config.perturbation.alpha_at(seen / schedule.epoch_samples)
+        without = max(late.adversarial_after * schedule.epoch_samples, late.adversarial_after_steps * batch)
+        factor = None if seen < without else schedule.adversarial_factor(seen)
+        step.begin(self.phase, factor, self.temperature.value())
+        if step.perturbation is not None:
+            step.perturbation.alpha = self.config.perturbation.alpha_at(seen / schedule.epoch_samples)
+        with_gan = "adversarial" in step.weights
+        self.flops_of = self.phase + (" with GAN" if with_gan else "")
+        self.optimized["discriminator"].trains = with_gan
+        self.optimized["generator"].trains = step.generator_trains
         self.tokens: list[tuple] = []  # of each micro-batch: indices, squared errors, commitment loss
 
     @contextlib.contextmanager
     def heaviest(self) -> Iterator[None]:
         """stage1 with its GAN: all networks have gradients."""
         counted, self.bad_images = self.bad_images, BadImages(self.config.data.max_bad_fraction)
-        self.phase, self.generator_trains, self.tokens = "stage1", True, []
-        self.weights = phase_weights(self.config.loss, self.config.nsvq.pull, self.phase, 1.0, self.quantizer)
-        self.tau = self.temperature.value() or self.temperature.config.temperature
-        if "nonstationary" not in self.weights:
-            self.tau = None
+        self.tokens = []
+        self.micro_step.begin("stage1", 1.0, self.temperature.value() or self.temperature.config.temperature)
         try:
             with ranks.alone():
                 yield
         finally:
             self.adversary.live_network.requires_grad_(True)
-            self.quantizer.end_step(stepped=False)
-            self._end_losses(stepped=False)
+            self.micro_step.end(stepped=False)
             self.tokens, self.bad_images = [], counted
 
     def step(self, batch: dict) -> dict[str, Tensor]:
-        weights, config = self.weights, self.config
         self.bad_images.update(batch)
         images = batch["image"].to(self.device, non_blocking=True)
-        if config.model.compile and images.is_cuda:  # eager group norm would bring each layer back
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(self.phase == "stage1"):
-            z = self.encoder(images)
-        self.live_decoder.train(self.generator_trains)
-        perturb = None
-        if self.perturbation is not None and self.generator_trains:
-            perturb = self.perturbation.at(batch["position"])
-        with torch.set_grad_enabled(self.generator_trains):
-            output, quantized = self.decoder(z, self.tau, perturb)
-        terms = self.losses(z, output, images, weights) | quantized.losses
-        if "adversarial" in weights and self.generator_trains:
-            terms["adversarial"] = self.adversary.generator_loss(output, batch["position"])
-        for name, part in self.adaptive.items():
-            if name in terms:
-                part.observe(sum(weights[k] * terms[k] for k in RECONSTRUCTION if k in weights), terms[name])
-        if self.generator_trains:
-            terms["loss"] = sum(weight * terms[name] for name, weight in weights.items())
-            self.accelerator.backward(terms["loss"])
-        if "adversarial" in weights:
-            loss, found = self.adversary.discriminator_loss(images, output, batch["position"])
-            self.accelerator.backward(loss)
-            terms |= found
-        terms.setdefault("loss", terms.get("discriminator"))  # where it alone trains
-        errors = None
-        if config.nsvq.replace and config.nsvq.replace.weights == "error":
+        terms, z, quantized = self.micro_step(images, batch["position"])
+        errors, replace = None, self.config.nsvq.replace
+        if replace and replace.weights == "error":
             errors = self.quantizer.squared_errors(z, quantized.z_q)
-        terms = {name: value.detach() for name, value in (terms | quantized.stats).items()}
         self.tokens.append((quantized.indices, errors, terms["commitment"]))
         return terms
 
     def end_step(self, stepped: bool) -> None:
-        if self.generator_trains:
-            self.quantizer.end_step(stepped)
-        self._end_losses(stepped)
+        self.micro_step.end(stepped)
         if not stepped:
             return
         for indices, errors, commitment in self.tokens:
             self.epoch_usage.update(indices, errors, commitment, self.micro_batch)
         if self.temperature.follows:
             self.temperature.update(self.guard.told)
-
-    def _end_losses(self, stepped: bool) -> None:
-        for part in self.adaptive.values():
-            part.end_step(stepped)
-        self.adversary.end_step(stepped)
 
     def told(self) -> Tensor | None:
         if not self.temperature.follows:
@@ -275,12 +204,13 @@ class TokenizerTrainer(Trainer):
                 tau = self.temperature.value() or self.temperature.config.temperature
                 with self.accelerator.autocast(), _EAGER:
                     values |= self.probe.measure(self.live_encoder, self.quantizer, tau)
-            values["adversarial_weight"] = float(self.weights.get("adversarial", 0.0))
-            if "alignment" in self.adaptive and "alignment" in self.weights:
-                values["alignment_weight"] = float(self.weights["alignment"])
+            step = self.micro_step
+            values["adversarial_weight"] = float(step.weights.get("adversarial", 0.0))
+            if "alignment" in step.adaptive and "alignment" in step.weights:
+                values["alignment_weight"] = float(step.weights["alignment"])
             values["bad_images"] = self.bad_images.check()
-            if self.perturbation is not None:
-                values["perturbation_alpha"] = self.perturbation.alpha
+            if step.perturbation is not None:
+                values["perturbation_alpha"] = step.perturbation.alpha
         if self.schedule.epoch_ended(self.run.samples_seen):
             values |= self.end_epoch(last)
         if last:
@@ -399,7 +329,7 @@ class TokenizerTrainer(Trainer):
         ranks."""
         found, images = [], 0
         for batch in self.batches(0):
-            z = self.encoder(batch["image"].to(self.device)).float()
+            z = self.micro_step.encoder(batch["image"].to(self.device)).float()
             found.append(self.accelerator.gather(z))  # in order of position
             images += len(found[-1])
             needed = math.ceil(2 * count / z[0, 0].numel())
