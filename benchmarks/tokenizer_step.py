@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsvq.common import config as configs
-from nsvq.common.launch import keep_freed_memory
+from nsvq.common.launch import LONG_WAIT, keep_freed_memory
 from nsvq.tokenizer.adversary import Adversary
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.discriminator import make_discriminator
@@ -121,7 +121,8 @@ class TrainingStep:
 
     def __init__(self, config: TrainConfig, batch: int, device: torch.device):
         torch.manual_seed(0)
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
+        how = {"mixed_precision": "bf16", "kwargs_handlers": [LONG_WAIT]}
+        accelerator = Accelerator(cpu=device.type == "cpu", **how)
         encoder, decoder = make_networks(config)
         features, discriminator = make_discriminator(config.discriminator, seed=0)
         losses = load_losses(

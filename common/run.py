@@ -65,6 +65,7 @@ class RunConfig(configs.Config):
 _FREE_KEYS: tuple[str, ...] = ("out:", "sampling.", "cache:", "cache_verify:", "export_every:", "steps:")
 _FREE_KEYS += ("run.accumulation", "run.log_every", "run.sample_every", "run.checkpoint_every", "run.keep_checkpoints")
 _FREE_KEYS += ("run.keep_every", "run.workers", "run.skip_limit", "run.trackers", "data.max_bad_fraction")
+_FREE_KEYS += ("validation.features",)
 
 
 def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -> Accelerator:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,48 +17,78 @@ from nsvq.eval.feature_statistics import frechet_distance
 from nsvq.eval.features import Collector, load_extractor, metric_name
 from nsvq.eval.reference import DEFAULT_CACHE, Cache, real_sets
 from nsvq.eval.samples import GROUP, groups
+from nsvq.tokenizer.config import TrainConfig
 
 # Without TF32, which a trainer may have on: eval/generation.py measures without, and shares the kept references.
 _exact_float32 = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
 
 
 def monitor(drawing: DrawingConfig, data: DataConfig, accelerator: Accelerator, workers: int) -> Distance | None:
-    """What measures the samples of a run, where its config asks for it. Raises what `FrechetMonitor` does."""
+    """What measures the samples of a generator's run, where its config asks for it. Raises what `FrechetMonitor`
+    does."""
     if drawing.fd_every is None:
         return None
     return FrechetMonitor(drawing.fd_features, drawing.fd_features_weights, data, accelerator, workers=workers).measure
 
 
+def reconstruction_monitor(config: TrainConfig, accelerator: Accelerator) -> "FrechetMonitor | None":
+    """The same of a tokenizer's reconstructions of the images that its run validates on."""
+    of = config.validation
+    if of.features == "none":
+        return None
+    how = {"limit": of.images, "metric": "rfid", "workers": config.run.workers}
+    return FrechetMonitor(of.features, of.features_weights, config.data, accelerator, **how)
+
+
 class FrechetMonitor:
-    """Measures samples against the test split of `data`, whose statistics are made, or found, at the start.
+    """Compares images with the test split of `data`, or `limit` images of it, whose statistics are made, or found, at
+    the start.
 
     `features`, `weights`: as for eval/generation.py. Raises what loading them does, and `UserError` for data that does
-    not work. A collective call, as `measure` is."""
+    not work. All but `add` are collective calls."""
 
     def __init__(
-        self, features: str, weights: Path | None, data: DataConfig, accelerator: Accelerator, *, workers: int = 0
+        self,
+        features: str,
+        weights: Path | None,
+        data: DataConfig,
+        accelerator: Accelerator,
+        *,
+        limit: int | None = None,
+        metric: Literal["fid", "rfid"] = "fid",
+        workers: int = 0,
     ):
         self.accelerator = accelerator
         self.extractor = load_extractor(features, weights, accelerator, ("fid",))
-        self.name, self.layer = metric_name("fid", self.extractor.name), self.extractor.layers["fid"]
+        self.name, self.layer = metric_name(metric, self.extractor.name), self.extractor.layers["fid"]
         cache, extractors = Cache(DEFAULT_CACHE, False, accelerator), {self.extractor.name: self.extractor}
         with _exact_float32():
-            sets, _ = real_sets(extractors, ("fid",), cache, data, "test", batch_size=4 * GROUP, workers=workers)
+            sets, _ = real_sets(extractors, ("fid",), cache, data, "test", limit, batch_size=4 * GROUP, workers=workers)
         self.real = sets[self.extractor.name]
 
-    @torch.no_grad()
-    def measure(self, draw: Callable[[range], Tensor], samples: int) -> dict[str, float]:
-        """{metric name: distance} of `samples` images, the same on all ranks.
+    def begin(self) -> None:
+        self.collector = Collector(self.extractor, ("fid",))
 
-        `draw(numbers)` returns the samples of these numbers, [B, 3, H, W] in [-1, 1]; it is called for groups of equal
-        size, so that the number of ranks changes no image."""
-        collector = Collector(self.extractor, ("fid",))
-        for group in groups(samples, self.accelerator.process_index, self.accelerator.num_processes):
-            wanted = group[: samples - group.start]
-            images = to_uint8(draw(group)[: len(wanted)])
-            with _exact_float32():
-                collector.add(images, torch.tensor(wanted))
-        made, value = collector.total(self.accelerator), None
+    def add(self, images: Tensor, numbers: Tensor) -> None:
+        """Images [B, 3, H, W] uint8, with their numbers [B], of this rank's part."""
+        with _exact_float32():
+            self.collector.add(images, numbers)
+
+    def value(self) -> dict[str, float]:
+        """{metric name: distance} of what came since `begin`, the same on all ranks."""
+        made, value = self.collector.total(self.accelerator), None
         if self.accelerator.is_main_process:
             value = frechet_distance(made.gaussians[self.layer], self.real.gaussians[self.layer])
         return {self.name: broadcast_object_list([value])[0]}
+
+    @torch.no_grad()
+    def measure(self, draw: Callable[[range], Tensor], samples: int) -> dict[str, float]:
+        """`value` of `samples` images.
+
+        `draw(numbers)` returns the samples of these numbers, [B, 3, H, W] in [-1, 1]; it is called for groups of equal
+        size, so that the number of ranks changes no image."""
+        self.begin()
+        for group in groups(samples, self.accelerator.process_index, self.accelerator.num_processes):
+            wanted = group[: samples - group.start]
+            self.add(to_uint8(draw(group)[: len(wanted)]), torch.tensor(wanted))
+        return self.value()

@@ -211,8 +211,13 @@ def accelerator():
 
 
 @pytest.fixture
-def distance(tiny_extractor, tmp_path, monkeypatch):
-    """Options that turn the Frechet distance on, with references kept in a folder of the test."""
+def references(tmp_path, monkeypatch):
+    """A folder of the test, where trainers keep the references of Frechet distances."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "references"))  # of processes
     monkeypatch.setattr("nsvq.eval.monitor.DEFAULT_CACHE", tmp_path / "references")
+
+
+@pytest.fixture
+def distance(tiny_extractor, references):
+    """Options that turn the Frechet distance of a generator on."""
     return ["--sampling.fd_every", 2, "--sampling.fd_samples", 20, "--sampling.fd_features", tiny_extractor]

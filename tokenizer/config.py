@@ -55,6 +55,8 @@ class ValidationConfig(Config):
     every: int = Field(1, ge=1, description="Epochs between two validations.")
     images: int | None = Field(None, ge=1, description="Test images to use; null is all of them.")
     probe_images: int = Field(32, ge=1, description="Fixed images on which drift and churn are measured.")
+    features: str = Field("none", description="Also rFID, in these features: as --features of eval/reconstruction.py.")
+    features_weights: Path | None = Field(None, description="Weights of these features; null downloads them.")
     statistics_images: int = Field(50_000, ge=1, description="Training images for the latents' mean and deviation.")
 
 
@@ -87,6 +89,7 @@ class TrainConfig(Config):
     }
 
     out: Path = Field(Path("runs/imagenet128-nsvq"), description="Folder of the run; holds the tokenizer at the end.")
+    export_every: int | None = Field(None, ge=1, description="Steps between two tokenizers in <out>/tokenizers/step-N.")
     init_from: str | None = Field(None, description="Tokenizer to start from: a VQModel's folder or Hub id.")
     init_codes: bool = Field(True, description="Take its codes too, where the quantizer can hold them.")
     data: DataConfig = Field(default_factory=DataConfig)
@@ -111,6 +114,8 @@ class TrainConfig(Config):
         if freeze and freeze.latest + freeze.warmup >= (epochs := self.schedule.epochs):
             what = f"nsvq.freeze.latest + warmup leaves no stage2 in schedule.epochs = {epochs:g}"
             raise ValueError(f"{what}; lower them, or set nsvq.freeze: null")
+        if self.export_every and self.quantizer.name == "vp":
+            raise ValueError("vp finds its codes after the last step; set export_every: null")
         self._check_start()
         self._check_gan()
         self._check_alignment()

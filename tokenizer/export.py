@@ -1,6 +1,7 @@
 """From a trained tokenizer to a diffusers `VQModel` folder, exact to float error: stock where the code is the nearest
 row of a table, else `tokenizer.vqmodel.QuantizerVQModel`."""
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,8 +44,9 @@ def to_vqmodel(
 
     The shift by `mean` [d] sits in `quant_conv`, the codebook and `post_quant_conv`; the scale is isotropic, since
     one per channel would change which code is nearest. A table with more than d columns widens the latents by zeros.
-    Without a table the project's class keeps the quantizer, which takes the shift back itself."""
-    quantizer = decoder.quantizer
+    Without a table the project's class keeps the quantizer, which takes the shift back itself. The model is on the CPU,
+    where its table is computed."""
+    quantizer, mean = copy.deepcopy(decoder.quantizer).cpu(), mean.cpu()
     table = quantizer.export_table()
     arguments = vqmodel_arguments(config) | {"sample_size": image_size, "scaling_factor": 1 / std}
     arguments["num_vq_embeddings"] = quantizer.codebook_size

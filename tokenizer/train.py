@@ -13,6 +13,7 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.common.run import make_accelerator
 from nsvq.common.training import train
+from nsvq.eval.monitor import reconstruction_monitor
 from nsvq.tokenizer import codebook
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.trainer import TokenizerTrainer
@@ -24,7 +25,7 @@ def main() -> None:
     config = configs.parse(TrainConfig, sys.argv[1:], default_file=DEFAULT_CONFIG)
     accelerator = make_accelerator(config.run, config.out)
     codebook.prepare(accelerator.device)
-    train(TokenizerTrainer(config, accelerator))
+    train(TokenizerTrainer(config, accelerator, reconstruction_monitor(config, accelerator)))
 
 
 if __name__ == "__main__":

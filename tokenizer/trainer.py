@@ -3,7 +3,8 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from torch import Tensor
 from nsvq.common import checkpoints
 from nsvq.common import config as configs
 from nsvq.common.image_metrics import psnr, to_uint8
+from nsvq.common.metrics import surviving
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import code_version
 from nsvq.common.trainer import Trainer
@@ -39,15 +41,24 @@ PICTURE_IMAGES = 8
 _EAGER = torch.compiler.set_stance("force_eager")  # compiling is for steps: each other size of batch would take minutes
 
 
+class Distance(Protocol):
+    """What measures rFID, collectively: images [B, 3, H, W] uint8 with their numbers, since the last `begin`."""
+
+    def begin(self) -> None: ...
+    def add(self, images: Tensor, numbers: Tensor) -> None: ...
+    def value(self) -> dict[str, float]: ...
+
+
 class TokenizerTrainer(Trainer):
     """Trains a tokenizer as `config` says, and leaves it in <out>/tokenizer. Its clock is the number of samples seen,
-    cut into epochs."""
+    cut into epochs. `distance`, where there is one, compares reconstructions with the images of each validation."""
 
     config: TrainConfig
     shown = ("phase", "l1", "commitment", "utilization", "val_psnr")
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, distance: Distance | None = None):
         super().__init__(config, accelerator)
+        self.distance = distance
         optim, loss, pull = config.optim, config.loss, config.nsvq.pull
 
         # Data
@@ -255,9 +266,12 @@ class TokenizerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """PSNR (per image, 8-bit), L1, quantization error and usage on the test split, with averaged weights."""
+        """PSNR (per image, 8-bit), L1, quantization error, usage, and rFID where asked for, on the test split, with
+        averaged weights."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64, device=self.device)
+        if self.distance:
+            self.distance.begin()
         with self.averaged_weights():
             for batch in eval_batches(self.config.data, "test", limit=self.config.validation.images, **self.loading):
                 if self.guard.interrupted():
@@ -266,12 +280,15 @@ class TokenizerTrainer(Trainer):
                     continue
                 images = batch["image"].to(self.device)
                 output, quantized = self._reconstruct(images)
-                decibels = psnr(to_uint8(output), to_uint8(images))
+                made = to_uint8(output)
+                decibels = psnr(made, to_uint8(images))
                 l1 = (output.float().clamp(-1, 1) - images).abs().double().flatten(1).mean(1)
                 error = quantized.losses["commitment"].double() * len(images)
                 sums += torch.stack([decibels.sum(), l1.sum(), error, decibels.new_tensor(len(images))])
                 if quantized.indices is not None:
                     counts += wins(quantized.indices.flatten(), len(counts))
+                if self.distance:
+                    self.distance.add(made, batch["index"])
         if self.guard.interrupted_anywhere():
             self.run.warn("a signal came: no validation here, it would take the time of the checkpoint")
             return {}
@@ -280,8 +297,11 @@ class TokenizerTrainer(Trainer):
             self.run.warn("no image of the test split that is measured on decodes")
             return {}
         values = {"psnr": decibels / images, "l1": l1 / images, "quantization_error": error / images}
-        used = usage(self.accelerator.reduce(counts, "sum")) if self.quantizer.has_codes else {}
-        return {f"val_{name}": value for name, value in (values | used).items()}
+        if self.quantizer.has_codes:
+            values |= usage(self.accelerator.reduce(counts, "sum"))
+        if self.distance:
+            values |= self.distance.value()
+        return {f"val_{name}": value for name, value in values.items()}
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -290,22 +310,33 @@ class TokenizerTrainer(Trainer):
         output, _ = self._reconstruct(images)
         self.run.save_picture(torch.cat([images, output.float()]), per_row=len(images))
 
-    @_EAGER
+    def keep(self) -> None:
+        every = self.config.export_every
+        if every is not None and self.run.step % every == 0:
+            name = f"tokenizers/step-{self.run.step}"
+            with surviving(name):
+                self._save(self.config.out / name)
+
     def export(self) -> None:
         """<out>/tokenizer, with averaged weights."""
+        self._save(self.config.out / "tokenizer")
+        self.accelerator.print(f"tokenizer: {self.config.out / 'tokenizer'}")
+
+    @_EAGER
+    def _save(self, folder: Path) -> None:
         config = self.config
-        self.ema.copy_to(self.averaged)
-        batches = eval_batches(config.data, "train", limit=config.validation.statistics_images, **self.loading)
-        with self.accelerator.autocast():
-            mean, std = latent_statistics(self.live_encoder, (batch["image"] for batch in batches), self.accelerator)
-        if not self.accelerator.is_main_process:
-            return
-        encoder, decoder = self.live_encoder.cpu(), self.live_decoder.cpu()
-        model = to_vqmodel(config.model, config.data.image_size, encoder, decoder, mean.cpu(), std)
+        with self.averaged_weights():
+            batches = eval_batches(config.data, "train", limit=config.validation.statistics_images, **self.loading)
+            images = (batch["image"] for batch in batches)
+            with self.accelerator.autocast():
+                mean, std = latent_statistics(self.live_encoder, images, self.accelerator)
+            if not self.accelerator.is_main_process:
+                return
+            model = to_vqmodel(config.model, config.data.image_size, self.live_encoder, self.live_decoder, mean, std)
         trained = {"nsvq": code_version(), "step": self.run.step, "samples_seen": self.run.samples_seen}
         about = {"config": configs.to_dict(config), "data": self.images.fingerprint, "classes": self.images.classes}
-        save(model, config.out / "tokenizer", trained | about)
-        print(f"tokenizer: {config.out / 'tokenizer'}")
+        folder.parent.mkdir(exist_ok=True)
+        save(model, folder, trained | about)
 
     @_EAGER
     def _reconstruct(self, images: Tensor) -> tuple:

@@ -21,6 +21,7 @@ from nsvq.common.config import read_yaml, validate
 from nsvq.common.image_metrics import psnr, to_uint8
 from nsvq.data.batches import eval_batches
 from nsvq.errors import Stopped, UsageError, UserError
+from nsvq.eval import reconstruction
 from nsvq.tokenizer import train
 from nsvq.tokenizer.config import TrainConfig
 from nsvq.tokenizer.model import make_encoder
@@ -152,7 +153,11 @@ def test_every_method_trains_by_the_same_command_to_a_tokenizer_that_loads(run_s
     config["model"]["latent_channels"] = 6 if name in ("lfq", "bsq") else 4  # K = 64 has 6 bits
     config["schedule"]["epochs"] = 2
     (tmp_path / "method.yaml").write_text(json.dumps(config))
-    run_script(main, "--config", tmp_path / "method.yaml", "--out", tmp_path / "run")
+    keep = [] if name == "vp" else ["--export_every", 4]  # vp has codes at the end alone
+    run_script(main, "--config", tmp_path / "method.yaml", "--out", tmp_path / "run", *keep)
+    if keep:
+        kept = load_file(tmp_path / "run" / "tokenizers" / "step-4" / "diffusion_pytorch_model.safetensors")
+        assert equal(kept, exported(tmp_path / "run"))
     tokenizer = Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
     images = next(iter(eval_batches(validate(TrainConfig, config).data, "test", batch_size=8, limit=8)))["image"]
     codes = tokenizer.encode(images)
@@ -161,6 +166,30 @@ def test_every_method_trains_by_the_same_command_to_a_tokenizer_that_loads(run_s
     decibels = psnr(to_uint8(tokenizer.decode(codes)), to_uint8(images)).mean().item()
     if name != "vp":  # it perturbs in validation, and quantizes once it is exported
         assert decibels == pytest.approx(metrics(tmp_path / "run")[-1]["val_psnr"], abs=0.02)
+
+
+def test_earlier_tokenizers_are_kept_and_the_rfid_on_the_way_is_that_of_the_evaluation(
+    run_script, tiny, tiny_extractor, references, tmp_path
+):
+    out, plain, result = tmp_path / "out", tmp_path / "plain", tmp_path / "result.json"
+    options = ["--export_every", 4, "--validation.features", tiny_extractor]
+    run_script(main, "--config", tiny, "--out", out, "--schedule.epochs", 7, *options)
+    for step in (4, 8, 12):
+        kept = load_file(out / "tokenizers" / f"step-{step}" / "diffusion_pytorch_model.safetensors")
+        averages = state(out, step)["ema"]["shadow_params"]
+        assert torch.equal(kept["encoder.conv_in.weight"], averages[0])
+        trained = weights(out, step, "decoder")["decoder.conv_out.weight"]
+        assert not torch.equal(kept["decoder.conv_out.weight"], trained)
+    run_script(main, "--config", tiny, "--out", plain, "--schedule.epochs", 7)
+    assert equal(exported(plain), exported(out))
+    rows = clean(out)
+    measured = {i: row.pop("val_rfd_tiny") for i, row in enumerate(rows, 1) if "val_rfd_tiny" in row}
+    assert rows == clean(plain)
+    assert list(measured) == [4, 8, 12, 14]
+    arguments = ["--tokenizer", out / "tokenizer", "--data", "synthetic", "--limit", 8, "--lpips", "none"]
+    run_script(reconstruction.main, *arguments, "--features", tiny_extractor, "--cache", "null", "--output", result)
+    found = json.loads(result.read_text())["metrics"]["rfd_tiny"]
+    assert measured[14] == pytest.approx(found, rel=1e-3)
 
 
 def test_exported_latents_have_mean_zero_and_deviation_one(run_script, tiny, tmp_path):
@@ -386,10 +415,10 @@ def test_each_epoch_is_validated_before_codes_are_replaced_and_the_last_replaces
 
 
 def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_back(
-    run_instrumented, run_two_ranks, tiny, tmp_path
+    run_instrumented, run_two_ranks, tiny, tiny_extractor, references, tmp_path
 ):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    arguments = ["--config", tiny, "--out"]
+    arguments = ["--config", tiny, "--validation.features", tiny_extractor, "--export_every", 4, "--out"]
     run_instrumented(train, *arguments, alone, record=tmp_path / "alone-record", nan_at=[29])
     how = {"record": tmp_path / "shared-record", "nan_at": [29]}  # of the second rank, in step 4
     code, error = run_two_ranks("tokenizer", *arguments, shared, **how, signal_at=44)  # the second rank, in step 6
@@ -404,6 +433,10 @@ def test_two_ranks_are_one_rank_of_the_double_batch_also_from_two_to_one_and_bac
         assert [row[name] for row in metrics(alone)] == [row[name] for row in metrics(shared)], name
     assert metrics(shared)[-1]["skipped_steps"] == 1
     check_early_rows(alone, shared)
+    one, two = (metrics(out)[3]["val_rfd_tiny"] for out in (alone, shared))
+    assert one == pytest.approx(two, rel=1e-2)
+    kept = Path("tokenizers", "step-4", "diffusion_pytorch_model.safetensors")
+    torch.testing.assert_close(load_file(alone / kept), load_file(shared / kept), atol=1e-3, rtol=1e-2)
     for module in ("encoder", "decoder", "discriminator"):
         one, two = weights(alone, 4, module), weights(shared, 4, module)
         for name in one:
@@ -508,6 +541,7 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
         (["--quantizer.name", "simvq", "--nsvq.replace", "null", "--nsvq.revive", "5"], "set nsvq.revive: null"),
         (["--quantizer.name", "ns-vq", "--nsvq.pull.relative_to", "own"], "ns-vq has a temperature of its own"),
         (["--nsvq.pull.relative", "true"], "nsvq.pull.relative: it is now nsvq.pull.relative_to .mean for true"),
+        (["--quantizer.name", "vp", "--nsvq", "null", "--export_every", "4"], "vp finds its codes after the last step"),
         (["--nsvq.freeze.decay", "0.999"], "vq has no decay; set nsvq.freeze.decay: null"),
         (["--quantizer.name", "fc_l2", "--nsvq.freeze.consolidate", "9"], "set nsvq.freeze.consolidate: 0"),
         (
