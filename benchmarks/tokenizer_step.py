@@ -121,8 +121,7 @@ class TrainingStep:
 
     def __init__(self, config: TrainConfig, batch: int, device: torch.device):
         torch.manual_seed(0)
-        how = {"mixed_precision": "bf16", "kwargs_handlers": [LONG_WAIT]}
-        accelerator = Accelerator(cpu=device.type == "cpu", **how)
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16", kwargs_handlers=[LONG_WAIT])
         encoder, decoder = make_networks(config)
         features, discriminator = make_discriminator(config.discriminator, seed=0)
         losses = load_losses(
