@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -109,6 +111,14 @@ class MetricsLog:
             numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
             self.accelerator.log(numbers, step=step)
         return values
+
+    def write_picture(self, step: int, path: Path) -> None:
+        """Hand a picture to the trackers."""
+        pixels = np.asarray(Image.open(path))[None]
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with surviving("to a tracker"):
+                tracker.log_images({"samples": pixels}, step=step, **layout)
 
     @contextlib.contextmanager
     def counting_flops(self, kind: str, images: int) -> Iterator[None]:

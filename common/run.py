@@ -315,10 +315,12 @@ class Run:
         return self._log.write(self.step, self.samples_seen, values)
 
     def save_picture(self, images: torch.Tensor, per_row: int) -> None:
-        """samples/step-N.png of images [B, 3, H, W] in [-1, 1], `per_row` in a row."""
+        """samples/step-N.png of images [B, 3, H, W] in [-1, 1], `per_row` in a row; the trackers get it too."""
         path = self.out / "samples" / f"step-{self.step}.png"
-        with surviving(f"samples/{path.name}"), atomic_file(path) as part:
-            save_image(images, part, "png", nrow=per_row, normalize=True, value_range=(-1, 1))
+        with surviving(f"samples/{path.name}"):
+            with atomic_file(path) as part:
+                save_image(images, part, "png", nrow=per_row, normalize=True, value_range=(-1, 1))
+            self._log.write_picture(self.step, path)
 
     def warn(self, text: str) -> None:
         """A warning, from the main process."""

@@ -10,14 +10,17 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from instrumented import Sharding
+from PIL import Image
 from pydantic import Field
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nsvq.common import checkpoints, metrics
 from nsvq.common.config import Config
@@ -282,6 +285,25 @@ def test_trackers_that_cannot_work_are_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("nsvq.common.run.is_wandb_available", lambda: False)
     with pytest.raises(UsageError, match="wandb, which is not installed"):
         make_accelerator(RunConfig(trackers=["wandb"], mixed_precision="no"), tmp_path)
+
+
+def test_trackers_get_numbers_and_pictures(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = Settings(run=RunConfig(trackers=["tensorboard"], mixed_precision="no"))
+    accelerator = make_accelerator(settings.run, tmp_path)
+    run = Run(accelerator, settings, tmp_path, "test", {}, {})
+    run.step = 3
+    run.log({"l1": 0.5})
+    images = torch.rand(3, 3, 4, 5) * 2 - 1
+    run.save_picture(images, per_row=3)
+    accelerator.end_training()
+    found = EventAccumulator(str(tmp_path / "logs" / "test"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("l1")] == [(3, 0.5)]
+    (event,) = found.Images("samples")
+    shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert event.step == 3
+    assert np.array_equal(shown, np.asarray(Image.open(tmp_path / "samples" / "step-3.png")))
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(accelerator):
