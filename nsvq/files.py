@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import platform
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +15,18 @@ from torch import nn
 
 @contextmanager
 def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write to: it takes the name, in place of what is there, when the block ends well, and is
-    gone when it does not. What a kill leaves of it is overwritten by the next start. `shared`: other processes may
-    write the file at the same time, and so each has a path of its own."""
+    """A path beside `path` to write to: it takes the name, in place of what is there, when the block ends well and its
+    bytes are on the disk, and is gone when it does not. What a kill leaves of it is overwritten by the next start.
+    `shared`: other processes may write the file at the same time, and so each has a path of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path.with_name(f"{path.name}.{os.getpid()}")) if shared else part_of(path)
+    part = part_of(path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")) if shared else part_of(path)
     try:
+        part.unlink(missing_ok=True)
+        part.touch()
+        plain = part.stat().st_mode
         yield part
+        _open_up(part, plain)
+        _sync(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -33,8 +40,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
+        plain = part.stat().st_mode
         yield part
         for path in [*part.rglob("*"), part]:
+            if path.is_file():
+                _open_up(path, plain)
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
@@ -47,6 +57,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def part_of(path: Path) -> Path:
     """Where `path` stands while it is written."""
     return path.with_name(f".{path.name}.part")
+
+
+def _open_up(file: Path, plain: int) -> None:
+    """Let those read and write `file` who may by `plain`, the mode that the umask gives: some libraries leave a file to
+    its owner alone."""
+    file.chmod(stat.S_IMODE(file.stat().st_mode) | plain & 0o666)
 
 
 def _sync(path: Path) -> None:
