@@ -72,7 +72,7 @@ def files_below(root: Path) -> Iterator[str]:
 
 def read_tree(root: Path, files: list[str]) -> Tree:
     """The images among `files`, relative to `root`, by split and class folder. Raises `UserError` where two folders are
-    one split."""
+    one split, or the only split may be a class."""
     tree = Tree()
     images, others = [], []
     for path in files:
@@ -117,7 +117,11 @@ def _arrange(images: list[str], tree: Tree) -> None:
         paths = [f"{name}/{path}" if name else path for name, inside in found.items() for path in inside]
         tree.splits["train"] = _classes(base, paths, tree)
         return
-    if beside := sum(len(found[name]) for name in found.keys() - set(splits.values())):
+    others = sorted(found.keys() - set(splits.values()))
+    if beside := sum(len(found[name]) for name in others):
+        if len(splits) == 1 and beside > len(found[only := next(iter(splits.values()))]):
+            what = f"{base}{only} has the name of a split, and most images lie beside it ({', '.join(others[:3])})"
+            raise UserError(f"{what}: rename it if it is a class, or move them out of the folder if it is the split")
         tree.skipped["beside the splits"] += beside
         tree.said.append(f"{', '.join(splits.values())} are splits: the {beside} images beside them are left out")
     tree.splits = {split: _classes(f"{base}{name}/", found[name], tree) for split, name in splits.items()}

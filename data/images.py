@@ -19,7 +19,7 @@ from torch import Tensor
 
 # What Pillow's readers raise on damaged files: errors of Python's, and those of the libraries that they call.
 _PYTHONS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError)
-_DECODE_ERRORS = (*_PYTHONS, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODE_ERRORS = (*_PYTHONS, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 _LEAST_FRACTION = 0.8  # of the short side, in a random crop
 _MOST_PIXELS = 2**27  # of a file: 400 MB as RGB
 _LONGEST = 16  # long side over short side; of what is longer the middle is taken, or resizing it would take gigabytes
@@ -98,9 +98,14 @@ def several_crops(image: Image.Image, size: int, count: int, id: str) -> list[Im
     digest = hashlib.sha256(id.encode()).digest()
     for number in range(1, count):
         rng = np.random.default_rng([number, *digest])
-        scaled = _shrink(image, int(rng.integers(size, math.ceil(size / _LEAST_FRACTION) + 1)))
+        scaled = _shrink(image, int(rng.integers(size, random_crop_source(size) + 1)))
         crops.append(_random_square(scaled, size, rng))
     return crops
+
+
+def random_crop_source(size: int) -> int:
+    """The short side of the largest image that a random crop of `size` pixels is taken from."""
+    return math.ceil(size / _LEAST_FRACTION)
 
 
 def _random_square(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

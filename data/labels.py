@@ -86,7 +86,11 @@ def table_labels(
     apart = apart and all((values[name] < len(names)).all() for name, names in named.items())  # else told below
     if apart:
         values = {name: [named[name][i] if i >= 0 else None for i in part.tolist()] for name, part in values.items()}
-    if _is_text(kind) or apart:
+    text = _is_text(kind)
+    if text and config.class_names is None and all(_is_id(value) for part in values.values() for value in part):
+        text = False
+        values = {name: np.array([-1 if id is None else int(id) for id in part]) for name, part in values.items()}
+    if text or apart:
         texts = sorted({text for part in values.values() for text in part if text is not None})
         known = texts if config.class_names is None else read_class_names(config.class_names)
         if unknown := sorted(set(texts) - set(known)):
@@ -104,6 +108,10 @@ def table_labels(
     labels = values.get(split, np.full(len(parts[split]), -1))
     _check(config, names, labels, lambda row: f"{split}[{row}]")
     return names, labels
+
+
+def _is_id(text: str | None) -> bool:
+    return text is None or re.fullmatch(r"-?\d+", text) is not None
 
 
 def _values(config: DataConfig, column: str, values: Any) -> Any:
@@ -183,7 +191,7 @@ def shard_labels(
     """Class names, alike for every split, and the labels [n] int64 of `split` (-1: none)."""
     values = {name: np.unique(shards.labels) for name, shards in found.items()}
     texts = {value: value.decode(errors="replace") for part in values.values() for value in part.tolist() if value}
-    if all(re.fullmatch(r"-?\d+", text) for text in texts.values()):
+    if all(map(_is_id, texts.values())):
         ids = {value: int(text) for value, text in texts.items()}
         top = max(ids.values(), default=-1)
         if top >= _MAX_CLASSES:

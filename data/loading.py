@@ -32,14 +32,16 @@ class LoadingProcessDied(UserError):
 
 
 def affordable_workers(workers: int, batch_bytes: int) -> int:
-    """As many of `workers` as shared memory has room for: 64 MiB, as in a container by default, hold few batches, and
-    a process that finds no room is killed, or waits for good."""
-    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+    """As many of `workers` as this rank's share of shared memory has room for: 64 MiB, as in a container by default,
+    hold few batches, and a process that finds no room is killed, or waits for good."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, as torchrun and accelerate launch say it
+    free = shutil.disk_usage(_SHARED).free / ranks if _SHARED.is_dir() else None
     if free is None or workers * _AHEAD * batch_bytes <= free:
         return workers
     fit = int(free // (_AHEAD * batch_bytes))
     rest = f"{fit} are started; docker run --shm-size 8g makes room"
-    note(f"{_SHARED} has room for the batches of {fit} loading processes, not {workers}: {rest}")
+    each = "" if ranks == 1 else f" of each of {ranks} ranks"
+    note(f"{_SHARED} has room for the batches of {fit} loading processes{each}, not {workers}: {rest}")
     return fit
 
 

@@ -4,7 +4,8 @@ python data/make_shards.py --data SOURCE --data.image_size 256 --output DIR [--w
 accelerate launch tokenizer/train.py --data DIR --data.class_names DIR/classes.txt
 
 DIR/{train,test}-*.tar   an image and its class a sample, in shuffled order; training images are resized (short side =
-                         image_size, for random crops), test images are cropped as evaluation crops them
+                         image_size, or with --random_crops what ADM's random crops of a generator's cache_crops need,
+                         a quarter more), test images are cropped as evaluation crops them
 DIR/classes.txt          class names in label order, where the data has classes
 DIR/bad-images.txt       the images that did not decode
 DIR/manifest.json        what the shards were made of
@@ -19,6 +20,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +34,7 @@ from nsvq.common import launch
 from nsvq.common.config import Config
 from nsvq.data.bad_images import BadImages
 from nsvq.data.config import DataConfig
-from nsvq.data.images import BadImage, center_crop, resize_short_side
+from nsvq.data.images import BadImage, center_crop, random_crop_source, resize_short_side
 from nsvq.data.loading import batches_of, make_loader
 from nsvq.data.sources import Split, open_split
 from nsvq.errors import UserError
@@ -47,7 +49,10 @@ class ShardConfig(Config):
     output: Path = Field(description="Folder of the shards.")
     data: DataConfig = Field(default_factory=DataConfig)
     format: Literal["jpg", "png"] = Field("jpg", description="Of the resized images; png keeps every value.")
-    quality: int = Field(95, ge=1, le=100, description="JPEG quality.")
+    quality: int = Field(95, ge=1, le=100, description="JPEG quality; colours keep their full resolution.")
+    random_crops: bool = Field(
+        False, description="Keep training images large enough for ADM's random crops: short side image_size / 0.8."
+    )
     shard_images: int = Field(1_000, ge=1, description="Images in a shard.")
     workers: int = Field(4, ge=0, description="Decoding processes.")
 
@@ -57,7 +62,10 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
     folder holds shards of something else, the disk is full, or too many images are bad."""
     splits = {name: open_split(config.data, name) for name in ("train", "test")}
     about = {"data": {name: split.fingerprint for name, split in splits.items()}, "image_size": config.data.image_size}
-    about |= config.model_dump(include={"format", "quality", "shard_images"})
+    about |= config.model_dump(include={"format", "quality", "random_crops", "shard_images"}) | {"subsampling": 0}
+    size = config.data.image_size
+    short = random_crop_source(size) if config.random_crops else size
+    resize = {"train": partial(resize_short_side, size=short), "test": partial(center_crop, size=size)}
     bad, counts = BadImages(config.data.max_bad_fraction), dict.fromkeys(splits, 0)
     try:
         manifest = config.output / "manifest.json"
@@ -73,8 +81,7 @@ def make_shards(config: ShardConfig) -> dict[str, int]:
                 shard = f"{name}-{i:06d}.tar"
                 done = config.output / f".{shard}.json"
                 if not done.exists():
-                    resize = resize_short_side if name == "train" else center_crop
-                    _write(done, json.dumps(_write_shard(config.output / shard, split, part, resize, config)))
+                    _write(done, json.dumps(_write_shard(config.output / shard, split, part, resize[name], config)))
                 found = json.loads(done.read_text())
                 counts[name] += found["images"]
                 bad.update({"label": [None] * found["images"], "bad": found["bad"]})
@@ -127,8 +134,8 @@ class _Encoded(Dataset):
         except BadImage as error:
             return error.id, None, -1
         buffer = io.BytesIO()
-        image = self.resize(image, self.config.data.image_size)
-        image.save(buffer, "JPEG" if self.config.format == "jpg" else "PNG", quality=self.config.quality)
+        kind = "JPEG" if self.config.format == "jpg" else "PNG"
+        self.resize(image).save(buffer, kind, quality=self.config.quality, subsampling=0)
         return self.split.id(index), buffer.getvalue(), label
 
 

@@ -7,7 +7,8 @@ and labels in data/labels.py, and what is said of a source before training is in
 
 import hashlib
 import json
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
 
 import datasets
@@ -105,24 +106,26 @@ def open_split(config: DataConfig, split: str) -> Split:
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
-    return _open(type(config), config.model_dump_json(exclude={"flip", "max_bad_fraction"}), split)
+    return _open(type(config), config.model_dump_json(exclude={"flip", "max_bad_fraction"}))(split)
 
 
 @lru_cache(maxsize=8)
-def _open(schema: type, text: str, split: str) -> Split:
+def _open(schema: type, text: str) -> Callable[[str], Split]:
+    """Opens "train" or "test", of a listing of the source that both share: of a million files it takes a while."""
     config = schema(**json.loads(text))
     if config.source == "synthetic":
-        return SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size)
+        return cache(lambda split: SyntheticImages(_choose(config, split, ["train", "test"])[0], config.image_size))
     found, root = tables.find(config.source), Path(config.source).expanduser()
     if found.kind == "tar":
-        return _open_shards(config, split, found)
+        return cache(lambda split: _open_shards(config, split, found.copy()))
     read = {
         "hub": lambda: tables.from_hub(config.source, config.subset),
         "saved": lambda: tables.from_saved(root),
         "folders": lambda: tables.from_folders(root, found),
         "parquet": lambda: tables.from_parquet(tables.by_split(found.files)),
     }
-    return _open_table(config, split, read[found.kind](), found)
+    parts = read[found.kind]()
+    return cache(lambda split: _open_table(config, split, parts, found.copy()))
 
 
 def _choose(config: DataConfig, split: str, names: list[str]) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import glob, has_magic
 from pathlib import Path
@@ -17,7 +17,9 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
-import pyarrow.parquet
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from nsvq.data.folders import ARCHIVES, files_below, is_hidden, is_image, read_tree, split_of
@@ -48,14 +50,19 @@ class Rows:
         return f"{self._name}[{row}]"
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
-        """Bytes of these images (-1: no image)."""
-        return np.array([self._size(self._table[int(row)][self._column] or {}) for row in rows])
+        """Bytes of these images (-1: no image), without a look at them."""
+        values = self._table.with_format("arrow")[:].column(self._column)
+        lengths = pc.binary_length(pc.struct_field(values, "bytes")).fill_null(0)
+        sizes = lengths.to_numpy()[rows].astype(np.int64)
+        files = np.flatnonzero(sizes == 0)
+        sizes[files] = [self._size(path.as_py()) for path in pc.struct_field(values, "path").take(rows[files])]
+        return sizes
 
     @staticmethod
-    def _size(value: dict) -> int:
+    def _size(path: str | None) -> int:
         try:
-            return len(value["bytes"]) if value.get("bytes") else os.path.getsize(value["path"])
-        except (OSError, TypeError, KeyError):
+            return os.path.getsize(path)
+        except (OSError, TypeError):
             return -1
 
     def read(self, row: int) -> tuple[bytes, str]:
@@ -82,6 +89,10 @@ class Found:
     splits: dict[str, int] = field(default_factory=dict)
     skipped: Counter = field(default_factory=Counter)
     said: list[str] = field(default_factory=list)
+
+    def copy(self) -> "Found":
+        """To which one split can add what it skips and says."""
+        return replace(self, skipped=Counter(self.skipped), said=[*self.said])
 
 
 def find(source: str) -> Found:
@@ -120,15 +131,27 @@ def _find_in(root: Path) -> Found:
     if any(name in files for name in _SAVED):
         return Found("saved", files)
     seen = [path for path in files if not is_hidden(path)]
-    if any("/" in path and is_image(path) for path in seen):  # tars beside them are what they were unpacked from
-        return Found("folders", files)
+    unpacked = any("/" in path and is_image(path) for path in seen)  # tars beside them are what they were unpacked from
     for kind in ("parquet", "tar"):
-        if found := [path for path in seen if path.endswith(f".{kind}") and not path.endswith("metadata.parquet")]:
-            left = Counter({f"beside the {kind} files": len(files) - len(found)})
-            images = sum(map(is_image, seen))
-            said = [f"{root} holds {kind} files: the {images} images beside them are left out"] if images else []
-            return Found(kind, [str(root / path) for path in found], skipped=left, said=said)
+        found = [path for path in seen if path.endswith(f".{kind}") and not path.endswith("metadata.parquet")]
+        if not found or (unpacked and not (kind == "parquet" and any(_holds_images(root / path) for path in found))):
+            continue
+        left = Counter({f"beside the {kind} files": len(files) - len(found)})
+        images = sum(map(is_image, seen))
+        said = [f"{root} holds {kind} files: the {images} images beside them are left out"] if images else []
+        return Found(kind, [str(root / path) for path in found], skipped=left, said=said)
     return Found("folders", files)
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether a parquet file has a column of bytes, or of records with bytes, as pictures are kept."""
+    try:
+        kinds = pq.read_schema(path).types
+    except (OSError, ValueError):
+        return False
+    records = [kind for kind in kinds if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+    kinds += [kind.field("bytes").type for kind in records]
+    return any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -175,7 +198,7 @@ def from_parquet(files: dict[str, list[str]]) -> dict[str, datasets.Dataset]:
 
 def _class_names(path: str) -> dict[str, list[str]]:
     """The names that a parquet file of `datasets` has for its columns of classes."""
-    features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+    features = datasets.Features.from_arrow_schema(pq.read_schema(path))
     return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 
 

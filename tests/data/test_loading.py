@@ -81,6 +81,15 @@ def test_no_more_processes_are_started_than_shared_memory_has_room_for(monkeypat
     batches.close()
 
 
+def test_ranks_of_a_machine_divide_its_shared_memory(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loading, "_SHARED", tmp_path)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: SimpleNamespace(free=96 * 2**20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert affordable_workers(4, 2**20) == 4
+    assert affordable_workers(16, 2**20) == 8  # 3 batches of each process, in a quarter of the room
+    assert "the batches of 8 loading processes of each of 4 ranks, not 16" in capsys.readouterr().err
+
+
 def test_processes_that_die_again_and_again_end_the_run(monkeypatch):
     def make(done):
         raise LoadingProcessDied("gone")

@@ -4,6 +4,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 
 from nsvq.data import make_shards as tool
 from nsvq.data.batches import eval_batches
@@ -60,6 +61,19 @@ def test_shards_hold_every_image_resized_with_its_label_and_are_read_by_our_own_
     again = tool.ShardConfig(output=tmp_path / "again", data=shards, format="png", workers=0)
     assert tool.make_shards(again) == {"train": 24, "test": 5, "bad": 0}
     assert contents(shards.model_copy(update={"source": str(tmp_path / "again")}), "train") == contents(source, "train")
+
+
+def test_jpegs_keep_the_resolution_of_colours_and_with_random_crops_as_much_as_these_need(source, tmp_path):
+    out = tmp_path / "shards"
+    tool.make_shards(tool.ShardConfig(output=out, data=source, random_crops=True, workers=0))
+    shards = source.model_copy(update={"source": str(out)})
+    for split, size in (("train", (17, 10)), ("test", (8, 8))):  # of 20 x 12: ADM's random crops begin at 8 / 0.8
+        images = open_split(shards, split)
+        for i in range(len(images)):
+            with Image.open(io.BytesIO(images.encoded(i))) as image:
+                assert (image.size, get_sampling(image)) == (size, 0)
+    with pytest.raises(UserError, match=r"holds other shards .*random_crops: True -> False"):
+        tool.make_shards(tool.ShardConfig(output=out, data=source, workers=0))
 
 
 def test_what_is_there_stays_after_an_interruption_and_other_shards_are_refused(source, tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ import scipy.io
 from PIL import Image
 
 from nsvq.data import __main__ as look
-from nsvq.data import sources
+from nsvq.data import sources, tables
 from nsvq.data.config import DataConfig
+from nsvq.data.images import BadImage
 from nsvq.data.label_tables import imagenet_synsets
 from nsvq.data.sources import open_split
 from nsvq.data.understood import describe, shared_images
@@ -248,6 +249,24 @@ READ = {
         SPLITS_LABELS,
         "1 of 3 test images are training images",
     ),
+    "a class named like a split, with folders inside": (
+        under("train/s1", flat(1)) | under("bus/s1", flat(1, first=2)) | under("train/s2", flat(1, first=3)),
+        {"train": 2},
+        {1: "s1", 3: "s2"},
+        "train are splits: the 1 images beside them are left out",
+    ),
+    "parquet files with a picture beside them": (
+        {"data/train-0.parquet": table([1, 2, 3, 4], label=[1, 0, 1, 0]), "assets/a.png": 200},
+        {"train": 4},
+        SHARD_LABELS,
+        "holds parquet files: the 1 images beside them are left out",
+    ),
+    "features in parquet beside class folders": (
+        TWO | {"features.parquet": datasets.Dataset.from_dict({"file_name": ["1.png"], "x": [0.5]})},
+        {"train": 4},
+        TWO_LABELS,
+        "left out: 1 no images",
+    ),
     # Tars
     "a shard": ({"a.tar": SHARD}, {"train": 4}, SHARD_LABELS, "left out: 4 labels and other fields"),
     "deep": ({"x/y/z/train/a.tar": SHARD}, {"train": 4}, SHARD_LABELS, ""),
@@ -302,6 +321,12 @@ READ = {
             ),
         )
     },
+    "numbers as text sort as numbers": (
+        {"train.parquet": table([1, 2, 3, 4], label=["10", "2", None, "2"])},
+        {"train": 4},
+        {1: "10", 2: "2", 3: None, 4: "2"},
+        "11 classes ('0', '1', '2', '3', '4', ...), labels 2 to 10",
+    ),
     "labels from 1": (
         {"train.parquet": table([1, 2, 3, 4], label=[1, 2, 1, 2]), "test.parquet": table([5, 6], label=[1, 2])},
         {"train": 4, "test": 2},
@@ -344,6 +369,12 @@ REFUSED = {
     "two folders of one split": (None, under("val", TWO) | under("valid", TWO), 1, "are both the split validation"),
     "a held-out part without images": (None, flat(1), 1, "leaves none on one side"),
     "one split alone": (None, under("test", TWO), 2, "has no split 'train': set data.train_split to one of test"),
+    "a class that may be a split": (
+        None,
+        {f"{name}/s{i}/x.png": 5 * i for name in ("train", "bus", "car") for i in range(4)},
+        1,
+        r"train has the name of a split, and most images lie beside it \(bus, car\): rename it if it is",
+    ),
     "an empty shard": (None, {"train.tar": {}}, 1, "no samples"),
     "splits of other columns": (
         None,
@@ -531,6 +562,41 @@ def test_all_compares_every_test_image(write, monkeypatch):
     images = {f"train/{i}.png": i for i in range(10)} | {f"test/{i}.png": i + 5 for i in range(10)}
     config = DataConfig(source=write(images), image_size=8)
     assert shared_images(open_split(config, "train"), open_split(config, "test"), everything=True) == (5, 10)
+
+
+def test_sizes_are_those_of_the_files_and_no_image_is_read_for_them(write, tmp_path, monkeypatch):
+    for name in ("a.png", "gone.png"):
+        (tmp_path / name).write_bytes(encoded(1))
+    values = [{"bytes": encoded(2, size=(30, 20)), "path": "b.png"}, None, {"bytes": b"", "path": None}]
+    values += [{"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": None, "path": str(tmp_path / "gone.png")}]
+    values += [{"bytes": encoded(i), "path": None} for i in range(20)]
+    features = datasets.Features(image=datasets.Image(decode=False))
+    path = write({"train.parquet": datasets.Dataset.from_dict({"image": values}, features=features)})
+    (tmp_path / "gone.png").unlink()
+    images = open_split(DataConfig(source=path, image_size=8, holdout=0.05), "train")
+    rows = np.random.default_rng(0).permutation(len(images))
+    expected = []
+    for i in rows:
+        try:
+            expected.append(len(images.encoded(i)))
+        except BadImage:
+            expected.append(-1)
+    assert {-1, len(encoded(1)), len(encoded(2, size=(30, 20)))} <= set(expected)
+    monkeypatch.setattr(
+        datasets.Dataset, "__getitem__", lambda self, key: self._getitem(key) if key == slice(None) else 1 / 0
+    )
+    assert images.sizes(rows).tolist() == expected
+
+
+def test_a_source_is_listed_once_for_both_splits(write, monkeypatch):
+    listed, real = [], tables.files_below
+    monkeypatch.setattr(tables, "files_below", lambda root: listed.append(root) or real(root))
+    config = DataConfig(source=write(SPLITS | under("extra/cat", flat(1, first=9))), image_size=8)
+    for _ in range(2):
+        found = [open_split(config, split).found for split in ("train", "test")]
+        describe(config)
+    assert len(listed) == 1
+    assert found[0].said == found[1].said == ["train, val are splits: the 1 images beside them are left out"]
 
 
 def saved(names, texts):
