@@ -1,9 +1,12 @@
 """Fill the token cache, with latents or codes: every image of a split through the frozen tokenizer once, over all
 ranks, in shards. A start after an interruption keeps the shards that are complete."""
 
+import itertools
 import json
 import math
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,17 +22,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nsvq.common.run import progress_bar
+from nsvq.common.run import on_main_process, progress_bar
 from nsvq.data.batches import batches_in_order
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import Split, open_split
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
-from nsvq.tokenizer.latents import LatentCache, shard_hash, tensor_name
+from nsvq.tokenizer.latents import LatentCache, read_manifest, shard_hash, tensor_name
 from nsvq.tokenizer.pretrained import Tokenizer
 
-SHARD_IMAGES = 2048  # 256 MiB at 16 x 16 x 128
 BATCH_IMAGES = 32
+SHARD_IMAGES = 64 * BATCH_IMAGES  # 256 MiB at 16 x 16 x 128; a multiple, so that no batch is of two shards
+_LATE = 90  # seconds after which a network file system shows a file of another node at the latest
+_SHARED = "give a --cache on a file system that all nodes share"
 _CODES_CHECKED = 1024
 _FORMAT = 2
 _KEY_NAMES = {
@@ -64,9 +69,10 @@ def open_cache(
     that many images of the split, spread at random, instead of all. `verify` compares the shards of a complete
     cache with their checksums.
 
-    Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, where the disk is too
-    small, where too many images are bad, and where a shard is damaged; `UsageError` where the image size is no multiple
-    of the tokenizer's f, and where "quantized" latents would not decode to their own codes."""
+    Raises `UserError` where `folder` holds latents of another tokenizer, data, size or kind, or is another folder on
+    another node, where the disk is too small, where too many images are bad, and where a shard is damaged; `UsageError`
+    where the image size is no multiple of the tokenizer's f, and where "quantized" latents would not decode to their
+    own codes."""
     folder = Path(folder)
     if data.image_size % (f := tokenizer.downsampling):
         raise UsageError(f"data.image_size = {data.image_size} must be a multiple of the tokenizer's f = {f}")
@@ -86,11 +92,10 @@ def open_cache(
         "crops": crops,
         "latents": kind,
     }
-    _refuse_stale(folder, key)
-    accelerator.wait_for_everyone()
-    if not (folder / "manifest.json").exists():
+    if not on_main_process(accelerator, lambda: _is_complete(folder, key)):
         _Encoding(folder, tokenizer, data, images, accelerator, key, workers).run()
-        return LatentCache(folder)
+        verify = False
+    _check_shared(folder / "manifest.json", accelerator)
     cache = LatentCache(folder)
     if verify and (damaged := gather_object(cache.damaged(accelerator.process_index, accelerator.num_processes))):
         what = f"{', '.join(damaged[:3])} not what was written"
@@ -108,15 +113,31 @@ def _check_codes(tokenizer: Tokenizer) -> None:
         raise UsageError(f"{what}, and this one compares latents elsewhere: use latents: continuous")
 
 
-def _refuse_stale(folder: Path, key: dict) -> None:
-    if (manifest := folder / "manifest.json").exists():
-        found = [json.loads(manifest.read_text())["key"]]
+def _is_complete(folder: Path, key: dict) -> bool:
+    """Raises `UserError` where `folder` holds tokens of another `key`."""
+    if complete := (folder / "manifest.json").exists():
+        found = [read_manifest(folder)["key"]]
     else:
         found = [json.loads(_metadata(path)["key"]) for path in folder.glob("shard-*.safetensors")]
     for other in found:
         if what := [text for name, text in _KEY_NAMES.items() if other.get(name) != key[name]]:
             held = f"{folder} holds {tensor_name(other)} of {', '.join(what)}"
             raise UserError(f"{held}: delete that folder, or give another --cache")
+    return complete
+
+
+def _absent(paths: list[Path]) -> list[Path]:
+    """Those that are not there, and do not come: a network file system shows files of other nodes late."""
+    end = time.monotonic() + _LATE
+    while (absent := [path for path in paths if not path.exists()]) and time.monotonic() < end:
+        time.sleep(1)
+    return absent
+
+
+def _check_shared(path: Path, accelerator: Accelerator) -> None:
+    """Raises `UserError` on every rank where one of them does not see a file of the main process."""
+    if any(gather_object([bool(_absent([path]))])):
+        raise UserError(f"not every rank sees {path}: {_SHARED}")
 
 
 @dataclass
@@ -138,34 +159,60 @@ class _Encoding:
         if self.name == "codes":
             self.shape = (views, side, side)
             self.dtype = torch.uint16 if self.tokenizer.codebook_size <= 2**16 else torch.int32
-        self.folder.mkdir(parents=True, exist_ok=True)
+        order, limit = np.arange(len(self.images)), self.key["limit"]
+        if limit is not None and limit < len(order):
+            order = np.sort(np.random.default_rng(0).permutation(len(order))[:limit])
+        self.parts = np.split(order, range(SHARD_IMAGES, len(order), SHARD_IMAGES))
+        count = len(self.parts)
+        self.paths = [self.folder / f"shard-{i:06d}-of-{count:06d}.safetensors" for i in range(count)]
 
     def run(self) -> None:
         """Write the shards that are missing, and the manifest."""
-        count, shards = _image_jobs(self.folder, self.data, self.images, self.accelerator, self.key, self.workers)
-        main = self.accelerator.is_main_process
-        if main:
-            self.announce(count)
-        self.accelerator.wait_for_everyone()
+        count = sum(map(len, self.parts))
+        missing, marker = on_main_process(self.accelerator, lambda: self.begin(count))
+        try:
+            _check_shared(self.folder / marker, self.accelerator)  # not after hours of encoding
+        finally:
+            if self.accelerator.is_main_process:
+                (self.folder / marker).unlink()
         bad: list[str] = []
         with progress_bar(self.accelerator, None, 0, desc="tokens", unit="img") as bar, ThreadPoolExecutor(1) as writer:
             writing: Future | None = None  # of the shard before, while this one is encoded
-            for name, batches in shards:
+            for shard, batches in self.shards(missing):
                 tensors, bad_here = self.encode_shard(batches, bar)
                 bad += bad_here
                 if writing:
                     writing.result()
                 self.check_bad(len(bad), count, bad)  # it can't come right any more
-                writing = writer.submit(self.write_shard, self.folder / name, tensors, len(bad_here))
+                writing = writer.submit(self.write_shard, self.paths[shard], tensors, len(bad_here))
             if writing:
                 writing.result()
         self.accelerator.wait_for_everyone()
+        on_main_process(self.accelerator, lambda: self.end(bad))
+
+    def begin(self, count: int) -> tuple[list[int], str]:
+        """Which shards are missing, and the name of a new file in the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.announce(count)
+        marker = f".{uuid.uuid4().hex}"
+        (self.folder / marker).touch()
+        return [i for i, path in enumerate(self.paths) if not path.exists()], marker
+
+    def shards(self, missing: list[int]) -> Iterator[tuple[int, Iterator[dict]]]:
+        """This rank's part of the shards that are missing, and the batches of each, all of one loader."""
+        mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
+        order = np.concatenate([np.arange(0), *(self.parts[shard] for shard in mine)])  # only the last may be short
+        how = {"batch_size": BATCH_IMAGES, "workers": self.workers, "crops": self.key["crops"]}
+        batches = batches_in_order(self.images, order, self.data.image_size, **how)
+        for shard in mine:
+            yield shard, itertools.islice(batches, math.ceil(len(self.parts[shard]) / BATCH_IMAGES))
+
+    def end(self, bad: list[str]) -> None:
+        """Write the manifest."""
         manifest = self.manifest()
         self.check_bad(manifest["bad_images"], manifest["count"] + manifest["bad_images"], bad)
-        if main:
-            with atomic_file(self.folder / "manifest.json") as part:
-                part.write_text(json.dumps(manifest, indent=2))
-        self.accelerator.wait_for_everyone()
+        with atomic_file(self.folder / "manifest.json", shared=True) as part:
+            part.write_text(json.dumps(manifest, indent=2))
 
     def check_bad(self, count: int, total: int, names: list[str]) -> None:
         """Raises `UserError` where too many images are bad."""
@@ -179,7 +226,7 @@ class _Encoding:
         """Say what the cache takes. Raises `UserError` where the disk has less."""
         each, crops, flips = self.dtype.itemsize * math.prod(self.shape), self.key["crops"], self.key["flips"]
         views = f"{crops} crops x {flips} flips" if crops > 1 else f"{flips} flips"
-        done = sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
+        done = sum(path.stat().st_size for path in self.paths if path.exists())
         needed, free = count * each - done, shutil.disk_usage(self.folder).free
         print(f"token cache {self.folder}: {count} images x {views}, {count * each / 2**30:.2f} GiB", flush=True)
         if needed > free:
@@ -223,7 +270,7 @@ class _Encoding:
         """The file takes its name when it is complete."""
         about = {"key": json.dumps(self.key), "bad": str(bad), "sha256": shard_hash(tensors)}
         try:
-            with atomic_file(path) as part:
+            with atomic_file(path, shared=True) as part:  # two runs may fill one cache at the same time
                 save_file(tensors, part, metadata=about)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             what = f"cannot write {path} ({error})"
@@ -240,10 +287,13 @@ class _Encoding:
         return self.tokenizer.codebook[self.tokenizer.quantize(z / scale)].permute(0, 3, 1, 2) * scale  # (B, d, h, w)
 
     def manifest(self) -> dict:
-        """What all shards hold together."""
+        """What all shards hold together. Raises `UserError` where there are not all."""
+        if absent := _absent(self.paths):
+            what = f"{len(absent)} of {len(self.paths)} shards, such as {absent[0].name}"
+            raise UserError(f"{self.folder} lacks {what}, which other nodes wrote: {_SHARED}")
         shards, bad = [], 0
         sums, squares = torch.zeros(2, self.shape[1], dtype=torch.float64)
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
+        for path in self.paths:
             about = _metadata(path)
             bad += int(about["bad"])
             with safe_open(path, "pt") as file:
@@ -267,19 +317,6 @@ class _Encoding:
             "std": (square - mean.square()).clamp(min=0).sqrt().tolist(),
             "overall_std": (square.mean() - mean.mean().square()).clamp(min=0).sqrt().item(),
         }
-
-
-def _image_jobs(folder, data, images, accelerator, key, workers) -> tuple[int, Iterator]:
-    """How many images there are in all, and this rank's missing shards: (file name, batches of data/batches.py)."""
-    order, limit = np.arange(len(images)), key["limit"]
-    if limit is not None and limit < len(order):
-        order = np.sort(np.random.default_rng(0).permutation(len(order))[:limit])
-    parts = np.split(order, range(SHARD_IMAGES, len(order), SHARD_IMAGES))
-    names = [f"shard-{i:06d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
-    missing = [(name, part) for name, part in zip(names, parts, strict=True) if not (folder / name).exists()]
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    how = {"batch_size": BATCH_IMAGES, "workers": workers, "crops": key["crops"]}
-    return len(order), ((name, batches_in_order(images, part, data.image_size, **how)) for name, part in mine)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -28,14 +28,15 @@ from nsvq.errors import UserError
 
 
 class LatentCache:
-    """A complete cache. Raises `UserError` where one of its shards is gone, or is not of the size that was written.
+    """A complete cache. Raises `UserError` where its manifest is damaged, or one of its shards is gone or not of the
+    size that was written.
 
     `classes`: names; `shape`: (C, H, W), of codes (H, W); `views`: how many there are of each image; `manifest`: all of
     that and more, of latents `mean` and `std`, per channel over all images, views and places, and `overall_std`."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        self.manifest = read_manifest(self.folder)
         self.classes: list[str] = self.manifest["classes"]
         self.views, *shape = self.manifest["shape"]
         self.shape: Any = tuple(shape)
@@ -75,6 +76,14 @@ class LatentCache:
 
     def __getstate__(self) -> dict:  # loading processes open their own maps
         return self.__dict__ | {"_open": {}}
+
+
+def read_manifest(folder: Path) -> dict:
+    """What a complete cache says about itself. Raises `UserError` where that is damaged."""
+    try:
+        return json.loads((path := folder / "manifest.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and start again, which keeps the shards") from None
 
 
 def tensor_name(key: dict) -> str:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -7,6 +8,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from nsvq.data import loading
@@ -350,32 +353,122 @@ def test_an_image_size_that_the_tokenizer_cannot_take_is_refused(tmp_path, token
         open_cache(tmp_path / "latents", tokenizer, data.model_copy(update={"image_size": 18}), accelerator)
 
 
-KEY = {"limit": None, "crops": 1}  # what of a cache's key the division of work asks for
-
-
 class Rank:
     """What the division of work asks an accelerator."""
 
     def __init__(self, index, count):
-        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
+        self.process_index, self.num_processes = index, count
 
 
-def test_ranks_divide_the_shards_that_are_missing(cache, data):
+def test_ranks_divide_the_shards_that_are_missing_and_each_reads_its_own_by_one_loader(
+    cache, tokenizer, data, monkeypatch
+):
+    loaders, real = [], loading.make_loader
+    monkeypatch.setattr(
+        "nsvq.data.batches.make_loader", lambda *given, **how: loaders.append(how) or real(*given, **how)
+    )
     images = open_split(data, "train")
-    gone = cache.folder / cache.manifest["shards"][1]["file"]
-    gone.unlink()
-    for ranks, missing in [(1, [1]), (2, [1])]:
-        names = [
-            name
-            for rank in range(ranks)
-            for name, _ in encode._image_jobs(cache.folder, data, images, Rank(rank, ranks), KEY, 0)[1]
+
+    def shares(ranks, missing):
+        """(shard, labels of each of its batches) of every rank."""
+        parts = [Rank(rank, ranks) for rank in range(ranks)]
+        jobs = [
+            encode._Encoding(cache.folder, tokenizer, data, images, part, cache.manifest["key"], 0) for part in parts
         ]
-        assert names == [cache.manifest["shards"][i]["file"] for i in missing]
-    shutil.rmtree(cache.folder)
-    jobs = [list(encode._image_jobs(cache.folder, data, images, Rank(rank, 2), KEY, 0)[1]) for rank in range(2)]
-    assert [len(part) for part in jobs] == [2, 1]
-    seen = sorted(len(batch["label"]) for part in jobs for _, batches in part for batch in batches)
-    assert sum(seen) == 44
+        return [[(i, [b["label"].tolist() for b in found]) for i, found in job.shards(missing)] for job in jobs]
+
+    labels = images.labels().tolist()
+    whole = [(k, [labels[i : i + 8] for i in range(16 * k, min(44, 16 * k + 16), 8)]) for k in range(3)]
+    assert shares(1, [0, 1, 2]) == [whole]
+    assert shares(2, [0, 1, 2]) == [whole[::2], whole[1:2]]
+    assert shares(2, [1]) == [whole[1:2], []]
+    assert shares(1, [1, 2]) == [whole[1:]]
+    assert len(loaders) == 6  # one a rank
+
+
+@pytest.fixture
+def on_two_ranks(as_two_ranks, tokenizer, data, monkeypatch):
+    """on_two_ranks(folder of each): what `open_cache` gives there, its manifest or the text of a `UserError`."""
+    monkeypatch.setattr(encode, "_LATE", 0)
+
+    def run(folders):
+        def opened(rank):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            environment |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+            os.environ.update({name: str(value) for name, value in environment.items()})
+            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerator = Accelerator(cpu=True)
+            assert accelerator.num_processes == 2
+            try:
+                return open_cache(folders[rank], tokenizer, data, accelerator).manifest
+            except UserError as error:
+                return str(error)
+
+        return as_two_ranks(opened)
+
+    return run
+
+
+def test_two_ranks_fill_a_cache_as_one_does(cache, on_two_ranks, tmp_path):
+    folder = tmp_path / "shared"
+    for _ in range(2):  # encoded, then found complete
+        assert on_two_ranks([folder, folder]) == [cache.manifest] * 2
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_folders_of_nodes_of_their_own_end_every_rank_before_the_work(cache, on_two_ranks, tmp_path, complete):
+    folders = [cache.folder if complete else tmp_path / "node-0", tmp_path / "node-1"]
+    for folder, said in zip(folders, on_two_ranks(folders), strict=True):
+        assert said.startswith(f"not every rank sees {folder}/")
+        assert said.endswith("give a --cache on a file system that all nodes share")
+    assert not list(tmp_path.glob("node-*/*"))
+
+
+def test_a_cache_is_complete_with_all_of_its_shards_alone(tmp_path, tokenizer, data, accelerator, cache, monkeypatch):
+    folder, real = tmp_path / "part", encode._Encoding.shards
+    with monkeypatch.context() as patch:  # those of another node
+        patch.setattr(encode, "_LATE", 0)
+        patch.setattr(encode._Encoding, "shards", lambda self, missing: real(self, missing[:1]))
+        with pytest.raises(UserError, match=r"lacks 2 of 3 shards, such as shard-000001-of-000003.*all nodes share"):
+            open_cache(folder, tokenizer, data, accelerator)
+    assert not (folder / "manifest.json").exists()
+    assert open_cache(folder, tokenizer, data, accelerator).manifest == cache.manifest
+
+
+def test_a_file_that_a_network_shows_late_is_waited_for(tmp_path, monkeypatch):
+    late = tmp_path / "late"
+    monkeypatch.setattr(encode.time, "sleep", lambda seconds: late.touch())
+    assert encode._absent([late]) == []
+
+
+def test_a_second_run_may_fill_the_same_cache_at_the_same_time(
+    tmp_path, tokenizer, data, accelerator, cache, monkeypatch
+):
+    folder, written = tmp_path / "both", []
+
+    def save(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        written.append(path)
+        if len(written) == 1:  # the other run writes all of it before the first shard has its name
+            with monkeypatch.context() as patch:
+                patch.setattr("nsvq.files.os.getpid", lambda: -1)
+                open_cache(folder, tokenizer, data, accelerator)
+
+    monkeypatch.setattr(encode, "save_file", save)
+    assert open_cache(folder, tokenizer, data, accelerator).manifest == cache.manifest
+    assert len(written) == 6
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_damaged_manifest_is_told_and_made_again_from_the_shards(cache, tokenizer, data, accelerator, monkeypatch):
+    (cache.folder / "manifest.json").write_text("")
+    for read in (lambda: LatentCache(cache.folder), lambda: open_cache(cache.folder, tokenizer, data, accelerator)):
+        with pytest.raises(UserError, match=r"manifest.json is damaged .*: delete it and start again, which keeps"):
+            read()
+    (cache.folder / "manifest.json").unlink()
+    monkeypatch.setattr(Tokenizer, "latents", None)
+    assert open_cache(cache.folder, tokenizer, data, accelerator).manifest == cache.manifest
 
 
 # Reading
