@@ -17,7 +17,8 @@ from torch import nn
 def atomic_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A path beside `path` to write to: it takes the name, in place of what is there, when the block ends well and its
     bytes are on the disk, and is gone when it does not. What a kill leaves of it is overwritten by the next start.
-    `shared`: other processes may write the file at the same time, and so each has a path of its own."""
+    `shared`: other processes may write the file at the same time, and so each has a path of its own, which stays after
+    a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")) if shared else part_of(path)
     try:

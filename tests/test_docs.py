@@ -114,6 +114,7 @@ def small(arguments, options=SMALL, **changes):
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     """A folder to run commands in, with the configs."""
+    monkeypatch.setattr("nsvq.data.shards.CACHE", tmp_path / "indexes")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -228,6 +229,7 @@ def test_the_pages_on_own_data_and_on_the_report_run_as_they_stand(run_script, c
     for picture in ("grid.png", "samples.png"):
         assert Image.open(clone / picture).size[0] > 32
     assert Tokenizer.from_pretrained(clone / "runs/photos-shards/tokenizer").image_size == 32
+    assert list((clone / "indexes").iterdir()), "indexes of shards are not left in the user's cache"
     run_page(run_script, "report.md", **changes)
     page = (clone / "report.html").read_text()
     text = (ROOT / "docs" / "report.md").read_text()

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,14 +26,16 @@ from torch.utils.data import Dataset
 from nsvq.data.batches import shuffled_positions
 from nsvq.data.loading import batches_of, make_loader, restarting
 from nsvq.errors import UserError
+from nsvq.files import atomic_file
 
 
 class LatentCache:
     """A complete cache. Raises `UserError` where its manifest is damaged, or one of its shards is gone or not of the
     size that was written.
 
-    `classes`: names; `shape`: (C, H, W), of codes (H, W); `views`: how many there are of each image; `manifest`: all of
-    that and more, of latents `mean` and `std`, per channel over all images, views and places, and `overall_std`."""
+    `files`: its shards, in order; `classes`: names; `shape`: (C, H, W), of codes (H, W); `views`: how many there are of
+    each image; `manifest`: all of that and more, of latents `mean` and `std`, per channel over all images, views and
+    places, and `overall_std`."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -40,12 +43,12 @@ class LatentCache:
         self.classes: list[str] = self.manifest["classes"]
         self.views, *shape = self.manifest["shape"]
         self.shape: Any = tuple(shape)
-        self._files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        self.files = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         self._ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]])
         self._open: dict[int, tuple[Tensor, Tensor]] = {}
-        if gone := [path.name for path in self._files if not path.exists()]:
+        if gone := [path.name for path in self.files if not path.exists()]:
             raise UserError(f"{self.folder} has lost {', '.join(gone[:3])}: delete that folder to encode it again")
-        shards = zip(self._files, self.manifest["shards"], strict=True)
+        shards = zip(self.files, self.manifest["shards"], strict=True)
         if cut := [path.name for path, shard in shards if path.stat().st_size != shard["bytes"]]:
             what = f"{', '.join(cut[:3])} not of the size that was written"
             raise UserError(f"{self.folder}: {what}: delete manifest.json and these shards, and start again")
@@ -57,7 +60,7 @@ class LatentCache:
         """Latents [C, H, W] float16, or codes [H, W], of a view of image `index`, and its label (-1: none)."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         if shard not in self._open:
-            with safe_open(self._files[shard], "pt") as file:  # the tensors are views of the map, and keep it
+            with safe_open(self.files[shard], "pt") as file:  # the tensors are views of the map, and keep it
                 self._open[shard] = file.get_tensor(tensor_name(self.manifest["key"])), file.get_tensor("labels")
         tokens, labels = self._open[shard]
         row = index - int(self._ends[shard]) + len(labels)
@@ -67,7 +70,7 @@ class LatentCache:
         """Names of this rank's share of the shards whose contents have another SHA-256 than when they were written; it
         reads all of them."""
         found = []
-        for path, shard in list(zip(self._files, self.manifest["shards"], strict=True))[rank::world_size]:
+        for path, shard in list(zip(self.files, self.manifest["shards"], strict=True))[rank::world_size]:
             with contextlib.suppress(SafetensorError):
                 if shard_hash(load_file(path)) == shard["sha256"]:
                     continue
@@ -98,6 +101,18 @@ def shard_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().numpy())
     return digest.hexdigest()
+
+
+def write_numpy(cache: LatentCache, folder: Path) -> None:
+    """All images of a cache of codes, in its order: folder/codes.npy [N, views, H, W] and labels.npy int64 [N] (-1:
+    none)."""
+    header = {"descr": np.dtype(cache.manifest["dtype"]).str, "fortran_order": False}
+    with atomic_file(folder / "codes.npy") as part, open(part, "wb") as file:
+        npy.write_array_header_1_0(file, header | {"shape": (len(cache), cache.views, *cache.shape)})
+        for path in cache.files:
+            file.write(load_file(path)["codes"].numpy().tobytes())
+    with atomic_file(folder / "labels.npy") as part, open(part, "wb") as file:
+        np.save(file, torch.cat([load_file(path)["labels"] for path in cache.files]).numpy())
 
 
 def train_batches(

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -459,6 +460,16 @@ def test_a_second_run_may_fill_the_same_cache_at_the_same_time(
     assert open_cache(folder, tokenizer, data, accelerator).manifest == cache.manifest
     assert len(written) == 6
     assert len(list(folder.iterdir())) == 4
+
+
+def test_what_a_kill_leaves_of_a_shard_goes_with_the_next_start(tmp_path, tokenizer, data, accelerator):
+    (tmp_path / "tokens").mkdir()
+    left, written = (tmp_path / "tokens" / f".shard-000000-of-000003.safetensors.node.{i}.part" for i in range(2))
+    written.touch()
+    left.touch()
+    os.utime(left, times=(0, time.time() - 4000))
+    open_cache(tmp_path / "tokens", tokenizer, data, accelerator)
+    assert (left.exists(), written.exists()) == (False, True)
 
 
 def test_a_damaged_manifest_is_told_and_made_again_from_the_shards(cache, tokenizer, data, accelerator, monkeypatch):
