@@ -52,17 +52,20 @@ _Loader.add_implicit_resolver(
 
 def parse(schema: type[C], argv: list[str], default_file: Path | None = None) -> C:
     """Build a config from `--config FILE` (else `default_file`, if any) and `--any.key value` overrides. `--help`
-    prints every key with its type, default and meaning, and exits. Raises `UsageError` with the key, the value, what is
-    allowed and the nearest valid key."""
-    if "-h" in argv or "--help" in argv:
-        print(describe(schema, default_file))
-        sys.exit(0)
-    overrides = _read_arguments(argv)
+    prints every key with its type, meaning and the value that it has without `--help`, and exits. Raises `UsageError`
+    with the key, the value, what is allowed and the nearest valid key."""
+    words = [word for word in argv if word not in ("-h", "--help")]
+    overrides = _read_arguments(words)
     file = overrides.pop("config", default_file)
     values = read_config(file) if file is not None else {}
     for key, value in overrides.items():
         _set(values, schema, key, value)
-    return validate(schema, values, source=str(file) if file else "command line")
+    source = str(file) if file else "command line"
+    if len(words) < len(argv):
+        lacks = any(field.is_required() and name not in values for name, field in schema.model_fields.items())
+        print(describe(schema, file, None if lacks else validate(schema, values, source)))
+        sys.exit(0)
+    return validate(schema, values, source)
 
 
 def validate(schema: type[C], values: dict, source: str = "config") -> C:
@@ -147,37 +150,43 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def describe(schema: type[Config], default_file: Path | None = None) -> str:
-    """The text of `--help`: the docstring of the schema, then one line a key."""
+def describe(schema: type[Config], file: Path | None = None, config: Config | None = None) -> str:
+    """The text of `--help`: the docstring of the schema, then one line a key, with its value in `config`, which is of
+    `file`; without one, with the schema's default."""
     doc = " ".join((schema.__doc__ or "").split())
-    start = f"--config FILE (default: {default_file}), then " if default_file else "--config FILE, then "
-    return "\n".join([doc, "", "options: " + start + "any of these keys:", *_describe(schema, "")])
+    start = f"--config FILE (default: {file}, whose values are in the defaults below), then " if file else ""
+    keys = _describe(schema, "", config)
+    return "\n".join([doc, "", "options: " + (start or "--config FILE, then ") + "any of these keys:", *keys])
 
 
-def _describe(schema: type[Config], prefix: str, said: str = "") -> list[str]:
+def _describe(schema: type[Config], prefix: str, config: Config | None, said: str = "") -> list[str]:
     """Without the key `said`, which tells sections apart."""
     lines = []
     for name, field in schema.model_fields.items():
         if name == said:
             continue
+        value = field.get_default(call_default_factory=True) if config is None else getattr(config, name)
         sections = _sections(field.annotation)
         if sections and field.description:
             or_null = " or null" if type(None) in get_args(field.annotation) else ""
-            lines.append(f"  --{prefix}{name} a section{or_null}\n        {field.description}")
+            off = " (default: null)" if value is None else ""
+            lines.append(f"  --{prefix}{name} a section{or_null}{off}\n        {field.description}")
         apart = str(field.discriminator) if len(sections) > 1 else ""
         if apart:
             choices = [get_args(section.model_fields[apart].annotation) for section in sections]
-            default = getattr(field.get_default(call_default_factory=True), apart)
             every = ",".join(choice for some in choices for choice in some)
-            lines.append(f"  --{prefix}{name}.{apart} {{{every}}} (default: {default})")
+            lines.append(f"  --{prefix}{name}.{apart} {{{every}}} (default: {getattr(value, apart)})")
             lines += [f"        {section.model_fields[apart].description}" for section in sections]
         for section in sections:
             if apart:
                 lines.append(f"  with {prefix}{name}.{apart} {' or '.join(choices.pop(0))}:")
-            lines += _describe(section, f"{prefix}{name}.", apart)
+            chosen = value if type(value) is section else None
+            lines += _describe(section, f"{prefix}{name}.", chosen, apart)
         if not sections:
-            kind, default = _type_name(field.annotation), _default(field)
-            lines.append(f"  --{prefix}{name} {kind} {default}\n        {field.description or ''}")
+            required = field.is_required() and config is None
+            default = "(required)" if required else f"(default: {'null' if value is None else value})"
+            lines.append(f"  --{prefix}{name} {_type_name(field.annotation)} {default}")
+            lines.append(f"        {field.description or ''}")
     return lines
 
 
@@ -208,10 +217,6 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) in (list, tuple):
         return f"list of {_type_name(get_args(annotation)[0])}"
     return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _default(field: Any) -> str:
-    return "(required)" if field.is_required() else f"(default: {field.get_default(call_default_factory=True)})"
 
 
 def _read_arguments(argv: list[str]) -> dict[str, Any]:

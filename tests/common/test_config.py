@@ -1,3 +1,5 @@
+import re
+from importlib import import_module
 from typing import ClassVar, Literal
 
 import pytest
@@ -159,7 +161,7 @@ def test_help_names_every_key_with_type_default_and_meaning():
     assert "--inner.rate float (default: 0.1)\n        How fast." in text
     assert "--inner.kind {a,b} (default: a)" in text
     assert "--steps int (default: 10)\n        How long." in text
-    assert "--extra a section or null\n        Another one." in text
+    assert "--extra a section or null (default: null)\n        Another one." in text
 
 
 def test_help_says_once_what_there_is_to_choose_among_and_which_is_the_default():
@@ -170,6 +172,53 @@ def test_help_says_once_what_there_is_to_choose_among_and_which_is_the_default()
     assert "--objective.name {flow,ddpm} (default: flow)\n        flow: " in text
     assert "with model.variant dit or modern:" in text
     assert "--run.accumulation int or {auto} (default: auto)" in text
+
+
+def test_help_shows_what_the_same_command_without_it_uses(file, capsys):
+    def told(*arguments, **how):
+        with pytest.raises(SystemExit) as end:
+            parse(Outer, [*arguments], **how)
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    for text in (told("--help", default_file=file), told("-h", "--config", str(file))):
+        assert f"--config FILE (default: {file}, " in text
+        assert "--steps int (default: 20)" in text
+        assert "--inner.rate float (default: 0.5)" in text
+        assert "--inner.kind {a,b} (default: b)" in text
+        assert "--extra a section or null (default: null)" in text
+        assert "--extra.rate float (default: 0.1)" in text
+    text = told("--steps", "7", "--extra.rate", "3", "--help", default_file=file)
+    assert "--steps int (default: 7)" in text
+    assert "--inner.rate float (default: 0.5)" in text
+    assert "--extra a section or null\n" in text
+    assert "--extra.rate float (default: 3.0)" in text
+
+
+def test_help_needs_no_required_key(capsys):
+    class Needs(Config):
+        folder: str = Field(description="Where.")
+        steps: int = Field(3, description="How long.")
+
+    for arguments, default in (["--help"], "(required)"), (["--folder", "here", "--help"], "(default: here)"):
+        with pytest.raises(SystemExit):
+            parse(Needs, arguments)
+        assert f"--folder str {default}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown"),
+    [
+        ("tokenizer", ["quantizer.name ema", "quantizer.decay 0.98", "nsvq.revive 5.0", "run.batch_size 128"]),
+        ("diffusion", ["run.batch_size 256"]),
+        ("autoregressive", ["schedule.steps 1501000"]),
+    ],
+)
+def test_help_of_a_trainer_shows_its_default_recipe(stage, shown, run_script, capsys):
+    with pytest.raises(SystemExit):
+        run_script(import_module(f"nsvq.{stage}.train").main, "--help")
+    found = re.findall(r"^  --(\S+) .*\(default: (.*)\)$", capsys.readouterr().out, re.M)
+    assert set(shown) <= {f"{key} {value}" for key, value in found}
 
 
 def test_differences_name_the_leaves():
