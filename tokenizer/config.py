@@ -16,6 +16,7 @@ from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.perturbation import TrainingPerturbationConfig
 from nsvq.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.quantizers.ema import EMAConfig, decay_of_step
 from nsvq.tokenizer.quantizers.vq import VQConfig
 from nsvq.tokenizer.schedule import ScheduleConfig
 
@@ -106,6 +107,11 @@ class TrainConfig(Config):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
+    @property
+    def tokens(self) -> int:
+        """Of an image."""
+        return (self.data.image_size >> (len(self.model.channel_multipliers) - 1)) ** 2
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrainConfig":
         freeze = self.nsvq.freeze
@@ -131,6 +137,9 @@ class TrainConfig(Config):
         for width in (self.model.channels * multiplier for multiplier in multipliers):
             if width % groups:
                 raise ValueError(f"model.norm_groups = {groups} must divide every level's width, but not {width}")
+        if isinstance(self.quantizer, EMAConfig) and self.quantizer.decay is None:  # a saved run holds the number
+            decay = decay_of_step(self.run.batch_size * self.tokens, self.quantizer.codebook_size)
+            self.quantizer = self.quantizer.model_copy(update={"decay": decay})
         return self
 
     def _check_gan(self) -> None:

@@ -20,7 +20,6 @@ from nsvq.tokenizer.standalone import StandaloneQuantizer
 
 # Of the method "nsvq": our recipe (configs/imagenet128/nsvq.yaml), at a temperature that fits latents of any scale.
 _NSVQ = {"pull": {"temperature": 0.3, "relative_to": "mean"}, "revive": 5.0, "replace": {}, "freeze": None}
-_REMEMBERS = 25  # tokens over which a code of mean use is averaged (configs/imagenet128/nsvq.yaml)
 _OFF = dict.fromkeys(NSVQConfig.model_fields)
 _PARTS = {"nsvq": _NSVQ, "ns-vq": _OFF | {"pull": {"weight": 1.0, "temperature": 1.0}}}  # of the others: none
 
@@ -131,7 +130,8 @@ class VectorQuantizer(_Layer):
         if replace_every <= 0 or accumulation < 1 or accumulation != int(accumulation):
             raise UsageError("replace_every must be positive, and accumulation a whole number, at least 1")
         name = "ema" if method == "nsvq" else method
-        config = validate(kind.Config, {"name": name} | options, source=f"the quantizer {method}")
+        usual = {"decay": None} if method == "nsvq" else {}
+        config = validate(kind.Config, {"name": name} | usual | options, source=f"the quantizer {method}")
         parts = validate(NSVQConfig, merged(_PARTS.get(method, _OFF), nsvq or {}), source="nsvq")
         if parts.freeze:
             raise UsageError("nsvq.freeze is the trainer's: to freeze, stop training what is before this layer")
@@ -144,10 +144,7 @@ class VectorQuantizer(_Layer):
             parts.check_method(method, kind)
         except ValueError as error:
             raise UsageError(str(error).replace("model.latent_channels", "codebook_dim")) from None
-        remembers = _REMEMBERS if method == "nsvq" and "decay" not in options else None
-        self.quantizer = StandaloneQuantizer(
-            config, self.codebook_dim, parts, weights, replace_every, accumulation, remembers
-        )
+        self.quantizer = StandaloneQuantizer(config, self.codebook_dim, parts, weights, replace_every, accumulation)
         self.codebook_size = self.quantizer.quantizer.codebook_size
         if not takes_size and codebook_size not in (None, self.codebook_size):
             raise UsageError(f"{method} has {self.codebook_size} codes by its other options; leave codebook_size out")

@@ -15,6 +15,7 @@ from nsvq.tokenizer import ranks
 from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.quantizers import QuantizerOptions, make_quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
+from nsvq.tokenizer.quantizers.ema import EMAQuantizer, decay_of_step
 from nsvq.tokenizer.schedule import Schedule, ScheduleConfig
 from nsvq.tokenizer.temperature import Temperature
 from nsvq.tokenizer.upkeep import CodebookUpkeep
@@ -28,8 +29,8 @@ class StandaloneQuantizer(nn.Module):
     """Tokens [N, d] -> (z_q [N, d] float32 with its gradient, indices [N], loss, a scalar).
 
     `weights` of the two VQ losses. `accumulation` forwards in training are one step. An epoch, at whose end unused
-    codes are replaced, is `replace_every` K tokens over all ranks. `remembers`: tokens over which a code is averaged,
-    in place of a method's `decay`.
+    codes are replaced, is `replace_every` K tokens over all ranks. Where a method's `decay` is None, each step's tokens
+    set it.
 
     State: `clock` [4], a seed, whether codes have started, finished epochs, tokens of all of them; `distance` [], of
     the temperature; `usage` [K] and `errors` [K] of the epoch. It is the same on all ranks."""
@@ -48,11 +49,10 @@ class StandaloneQuantizer(nn.Module):
         weights: dict[str, float],
         replace_every: float,
         accumulation: int,
-        remembers: float | None = None,
     ):
         super().__init__()
         self.quantizer = quantizer = make_quantizer(options, dim)
-        self.accumulation, self.remembers = accumulation, remembers
+        self.accumulation = accumulation
         own = {name: weights[name] for name in quantizer.terms} | quantizer.loss_weights()
         nsvq.set_up(quantizer)
         if nsvq.pull and list(quantizer.parameters()):  # averages follow it in closed form, without a gradient
@@ -179,8 +179,8 @@ class StandaloneQuantizer(nn.Module):
         wins, errors, counts, bad = (sum(values) for values in zip(*self.window, strict=True))
         self.window.clear()
         stepped = counts > 0 and not bad
-        if self.remembers:
-            self.quantizer.decay = max(0.8, 1 - counts / (self.remembers * len(wins)))
+        if isinstance(self.quantizer, EMAQuantizer) and self.quantizer.config.decay is None:
+            self.quantizer.decay = decay_of_step(counts, len(wins))
         self.quantizer.end_step(stepped)
         if stepped:
             self.usage += wins

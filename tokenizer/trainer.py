@@ -31,6 +31,7 @@ from nsvq.tokenizer.discriminator import make_discriminator
 from nsvq.tokenizer.export import latent_statistics, save, to_vqmodel
 from nsvq.tokenizer.health import DriftProbe, EpochUsage, alarms, near_duplicates, usage
 from nsvq.tokenizer.losses import load_losses
+from nsvq.tokenizer.quantizers.ema import EMAQuantizer
 from nsvq.tokenizer.schedule import Schedule
 from nsvq.tokenizer.step import TokenizerStep, make_networks, make_optimizers
 from nsvq.tokenizer.temperature import Temperature
@@ -68,6 +69,10 @@ class TokenizerTrainer(Trainer):
         # Networks
         encoder, decoder = make_networks(config)
         quantizer = decoder.quantizer
+        if isinstance(quantizer, EMAQuantizer):
+            tokens, k = config.run.batch_size * config.tokens, quantizer.codebook_size
+            what = f"a code of mean use remembers {tokens / k / (1 - quantizer.decay):.3g} tokens"
+            accelerator.print(f"codes: decay {quantizer.decay:.4g}, {what} ({tokens:,} a step, K = {k:,})")
         with accelerator.main_process_first():  # which downloads frozen networks, if any does
             features, discriminator = make_discriminator(config.discriminator, config.run.seed)
             losses = load_losses(loss, config.model.latent_channels, self.device)
@@ -112,7 +117,7 @@ class TokenizerTrainer(Trainer):
         if (epoch := self.schedule.epoch_samples) < config.run.batch_size:
             what = f"an epoch of {epoch} images is shorter than run.batch_size = {config.run.batch_size}"
             raise UsageError(f"{what}: set schedule.epoch_samples to some batches")
-        tokens = len(self.images) * (config.data.image_size >> (len(config.model.channel_multipliers) - 1)) ** 2
+        tokens = len(self.images) * config.tokens
         if quantizer.final_latents() and tokens < quantizer.codebook_size:
             what = f"{quantizer.codebook_size} codes cannot be found among {tokens} tokens of {len(self.images)} images"
             raise UsageError(f"{what}: set a smaller quantizer.codebook_size")

@@ -254,6 +254,9 @@ def test_averages_forget_by_tokens_whatever_the_batch():
         layer(torch.randn(tokens, 6))
         decays.append(layer.quantizer.quantizer.decay)
     assert decays == pytest.approx([0.99, 0.9, 0.8])
+    plain = VectorQuantizer(6, 40, "ema", decay=None)
+    plain(torch.randn(100, 6))
+    assert plain.quantizer.quantizer.decay == pytest.approx(0.9)
     chosen = short(decay=0.7)
     chosen(torch.randn(10, 6))
     assert chosen.quantizer.quantizer.decay == 0.7

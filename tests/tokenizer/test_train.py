@@ -477,6 +477,30 @@ def test_accumulating_micro_batches_equals_one_large_batch(run_script, tiny, tmp
             torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
 
 
+def test_a_decay_of_null_is_that_of_all_tokens_of_a_step_whatever_splits_it(
+    run_script, run_two_ranks, tiny, tmp_path, capsys
+):
+    """Of 8 images of 64 tokens at K = 256; what the averages' counts add up to shows decay and tokens as they were."""
+    command = ["--config", tiny, "--quantizer.name", "ema", "--quantizer.codebook_size", 256, "--nsvq", "null"]
+    command += ["--schedule.epochs", 1, "--quantizer.decay"]
+    for accumulation in (1, 4):
+        run_script(main, *command, "null", "--run.accumulation", accumulation, "--out", tmp_path / str(accumulation))
+        said = "codes: decay 0.92, a code of mean use remembers 25 tokens (512 a step, K = 256)"
+        assert said in capsys.readouterr().out
+    code, error = run_two_ranks("tokenizer", *command, "null", "--out", tmp_path / "ranks", record=tmp_path / "record")
+    assert code == 0, error
+    for name in ("1", "4", "ranks"):
+        total = 256 * (1 - 0.92)
+        for _ in range(2):
+            total = 0.92 * total + (1 - 0.92) * 512
+        assert float(weights(tmp_path / name, 2, "decoder")["quantizer.counts"].sum()) == pytest.approx(total)
+        assert read_yaml(tmp_path / name / "config.yaml")["config"]["quantizer"]["decay"] == pytest.approx(0.92)
+    number = read_yaml(tmp_path / "1" / "config.yaml")["config"]["quantizer"]["decay"]
+    run_script(main, *command, number, "--out", tmp_path / "1", "--run.accumulation", 1)  # the same run
+    run_script(main, *command, 0.5, "--out", tmp_path / "chosen")
+    assert "codes: decay 0.5, a code of mean use remembers 4 tokens" in capsys.readouterr().out
+
+
 def test_a_batch_that_is_not_a_number_changes_nothing_but_the_count_of_skipped_steps(run_instrumented, tiny, tmp_path):
     out, in_step_3 = tmp_path / "out", [22]  # in its second micro-batch
     run_instrumented(

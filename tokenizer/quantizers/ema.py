@@ -19,10 +19,23 @@ from nsvq.tokenizer import ranks
 from nsvq.tokenizer.codebook import NonStationary, wins
 from nsvq.tokenizer.quantizers.vq import TableConfig, TableQuantizer
 
+REMEMBERED = 25  # tokens over which a code of mean use is averaged (configs/imagenet128/nsvq.yaml)
+
+
+def decay_of_step(tokens: int, codes: int) -> float:
+    """The decay at which a code of mean use is an average of its last 25 tokens, where a step has `tokens` over all
+    ranks and micro-batches. Not below 0.8: a step of more tokens than that is averaged with those before it."""
+    return max(0.8, 1 - tokens / (REMEMBERED * codes))
+
 
 class EMAConfig(TableConfig):
     name: Literal["ema"] = Field(description="ema: codes are moving averages of their latents.")
-    decay: float = Field(0.99, ge=0, lt=1, description="Decay g of counts and sums at each step.")
+    decay: float | None = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="Decay g of counts and sums at each step; null: 1 - tokens in a step / (25 K), at least 0.8.",
+    )
     eps: float = Field(1e-5, gt=0, description="Averaged count below which a code stays where it is.")
 
 
@@ -36,7 +49,8 @@ class EMAQuantizer(TableQuantizer):
     def __init__(self, config: EMAConfig, dim: int):
         super().__init__(config, dim)
         k = config.codebook_size
-        self.decay = config.decay  # until `nsvq.freeze.decay`, or a layer without a trainer, says another
+        # Until `nsvq.freeze.decay` says another, or a layer, which has seen no step yet, knows how many tokens one has
+        self.decay = 0.99 if config.decay is None else config.decay
         self.register_buffer("weight", self._start())
         self.register_buffer("counts", torch.zeros(k))
         self.register_buffer("sums", torch.zeros(k, dim))

@@ -1,4 +1,7 @@
+import pytest
 import torch
+
+from nsvq.tokenizer.quantizers.ema import decay_of_step
 
 
 def step(quantizer, z):
@@ -108,3 +111,17 @@ def test_where_the_dead_outnumber_the_latents_the_rest_moves_in_later_steps(make
         step(quantizer, 0.01 * torch.randn(1, 6, 2, 5))  # 10 tokens
         left.append(int((quantizer.weight.abs().amax(1) > 20).sum()))
     assert left == [29, 19, 9, 0, 0]
+
+
+@pytest.mark.parametrize(("tokens", "codes"), [(32_768, 65_536), (2_048, 4_096), (64, 40), (1, 1000)])
+def test_at_the_decay_of_a_step_a_code_of_mean_use_is_an_average_of_25_tokens(tokens, codes):
+    count = 0.0
+    for _ in range(int(200 * max(1, 25 * codes / tokens))):
+        decay = decay_of_step(tokens, codes)
+        count = decay * count + tokens / codes  # of all tokens that a code has won, by their weight now
+    assert count == pytest.approx(25, rel=1e-3)
+
+
+def test_the_decay_of_a_large_step_keeps_something_of_those_before():
+    assert decay_of_step(32_768, 65_536) == 0.98
+    assert decay_of_step(10**6, 1024) == 0.8
