@@ -9,12 +9,11 @@ Prints two Markdown tables. Ways are interleaved; a time is the median of the ro
 import argparse
 import statistics
 
-import faiss
 import torch
 from diffusers.models.autoencoders.vae import VectorQuantizer
-from measure import interleaved, machine, matmul_rate, peak_memory, ratio
-from vector_quantize_pytorch import VectorQuantize
+from measure import interleaved, machine, matmul_rate, of_bench, peak_memory, ratio
 
+from nsvq.common import launch
 from nsvq.tokenizer.codebook import nearest_code, nonstationary_loss, search_with_nonstationary_loss
 
 
@@ -46,6 +45,7 @@ def main() -> None:
 
 def compare_searches(z: torch.Tensor, codebook: torch.Tensor, matrices: float, rounds: int) -> list[str]:
     """Rows of the first table. faiss and the modules hold the codebook as their own."""
+    faiss, peers = of_bench("faiss"), of_bench("vector_quantize_pytorch")
     size, dim = codebook.shape
     ways = {"nearest_code (ours)": lambda: nearest_code(z, codebook)}
     if matrices >= 2:
@@ -55,7 +55,7 @@ def compare_searches(z: torch.Tensor, codebook: torch.Tensor, matrices: float, r
         image = z.T.reshape(1, dim, -1, 1)
         ways["diffusers VectorQuantizer"] = torch.no_grad()(lambda: stock(image))
     if matrices >= 4:
-        peer = VectorQuantize(dim=dim, codebook_size=size).to(z.device).eval()
+        peer = peers.VectorQuantize(dim=dim, codebook_size=size).to(z.device).eval()
         peer._codebook.embed.data.copy_(codebook[None])
         ways["vector-quantize-pytorch"] = torch.no_grad()(lambda: peer(z[None]))
     if z.device.type == "cpu":
@@ -108,4 +108,4 @@ def compare_losses(z: torch.Tensor, codebook: torch.Tensor, matrices: float, rou
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

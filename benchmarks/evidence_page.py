@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from evidence_study import COLUMNS, Study
+from measure import of_bench
 
 
 def table(rows: dict[str, list[dict]], columns: list[str]) -> str:
@@ -71,10 +72,13 @@ def comparison(by_seed: dict[str, dict[int, dict]], against: str, peers: dict[st
 
 def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]], keys: list[str], path: Path) -> None:
     """SVG: a dot a run and seed for PSNR, FD, relative error and utilization, then a panel for each key of the logs."""
-    import matplotlib
+    matplotlib = of_bench("matplotlib")
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "nsvq"}  # text as text, and equal files twice
+    matplotlib.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "nsvq",
+    }  # text as text, and equal files twice
     found = [run for runs in by_seed.values() for run in runs.values()]
     headings = {m: COLUMNS[m][0] for m in ("psnr", "relative_error", "utilization")} | _distances(found)
     metrics = [m for m in headings if all(m in run for run in found)]

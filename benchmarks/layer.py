@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-from measure import interleaved, machine, ratio
+from measure import interleaved, machine, of_bench, ratio
 from torch import Tensor, nn
-from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 from nsvq import ResidualVectorQuantizer, VectorQuantizer
+from nsvq.common import launch
 from nsvq.tokenizer.health import usage
 
 TOKENS = 65_536  # that a use is counted in
@@ -57,18 +57,21 @@ def compare(task: str, size: int, steps: int, device: torch.device) -> None:
 
 def layers(dim: int, size: int, levels: int) -> dict[str, nn.Module]:
     """Ours and theirs, each with its defaults, and theirs with what its README says against dead codes."""
+    peers = of_bench("vector_quantize_pytorch")
     remedies = {"kmeans_init": True, "threshold_ema_dead_code": 2}
     if levels == 1:
         return {
             "nsvq (ours)": VectorQuantizer(dim, size),
-            "vector-quantize-pytorch": VectorQuantize(dim=dim, codebook_size=size),
-            "the same, k-means start, dead codes replaced": VectorQuantize(dim=dim, codebook_size=size, **remedies),
+            "vector-quantize-pytorch": peers.VectorQuantize(dim=dim, codebook_size=size),
+            "the same, k-means start, dead codes replaced": peers.VectorQuantize(
+                dim=dim, codebook_size=size, **remedies
+            ),
         }
     theirs = {"dim": dim, "codebook_size": size, "num_quantizers": levels}
     return {
         "nsvq (ours)": ResidualVectorQuantizer(dim, size, levels),
-        "vector-quantize-pytorch": ResidualVQ(**theirs),
-        "the same, k-means start, dead codes replaced": ResidualVQ(**theirs, **remedies),
+        "vector-quantize-pytorch": peers.ResidualVQ(**theirs),
+        "the same, k-means start, dead codes replaced": peers.ResidualVQ(**theirs, **remedies),
     }
 
 
@@ -102,7 +105,7 @@ class Run:
 
     def _watch(self, indices: Tensor) -> None:
         size = _size(self.layer)
-        indices = indices.reshape(-1, indices.shape[-1] if isinstance(self.layer, RESIDUAL) else 1)
+        indices = _by_level(self.layer, indices)
         self.recent.append(indices)
         while sum(map(len, self.recent)) - len(self.recent[0]) >= 32 * size:
             self.recent.popleft()
@@ -117,14 +120,17 @@ class Run:
         while sum(map(len, found)) < TOKENS:
             x = self.batch(self.count, draws, 1.0).to(self.device)
             quantized, indices, _ = self.layer(self.encoder(x))
-            found.append(indices.reshape(-1, indices.shape[-1] if isinstance(self.layer, RESIDUAL) else 1))
+            found.append(_by_level(self.layer, indices))
             errors.append((self.decoder(quantized) - x).square().mean())
             squares.append((x - x.mean(0)).square().mean())
         error = float(torch.stack(errors).mean() / torch.stack(squares).mean())
         return *_use(torch.cat(found), _size(self.layer)), error
 
 
-RESIDUAL = (ResidualVectorQuantizer, ResidualVQ)
+def _by_level(layer: nn.Module, indices: Tensor) -> Tensor:
+    """[..., levels], or [...] of a layer of one level, -> [N, levels]."""
+    residual = isinstance(layer, (ResidualVectorQuantizer, of_bench("vector_quantize_pytorch").ResidualVQ))
+    return indices.reshape(-1, indices.shape[-1] if residual else 1)
 
 
 def _size(layer: nn.Module) -> int:
@@ -203,4 +209,4 @@ def drift(layer: nn.Module, dim: int, steps: int) -> Run:
 TASKS = {"images": images, "residual": residual, "drift": drift}
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

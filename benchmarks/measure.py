@@ -1,6 +1,7 @@
 """Times and memory of several ways to do the same thing, interleaved, so that a noisy machine is noisy for all."""
 
 import gc
+import importlib
 import json
 import os
 import platform
@@ -11,8 +12,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
+
+from nsvq.errors import UserError
+
+
+def of_bench(name: str) -> ModuleType:
+    """A module that only the extra `bench` installs. Raises `UserError` where it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"this needs {name}: pip install --editable '.[bench]' in a clone") from None
 
 
 def metrics_of(folder: Path) -> list[dict]:

@@ -11,10 +11,9 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from evidence_study import read_study, training_config
-from matplotlib.figure import Figure
+from measure import of_bench
 from pydantic import Field
 from torchvision.utils import save_image
 
@@ -57,6 +56,9 @@ def curves(study: str, names: list[str], key: str, records: Path) -> dict[str, l
 
 def plot(panels: list[tuple[str, str, dict[str, list[tuple[float, float]]]]], path: Path) -> None:
     """Panels side by side: (title, unit, {name: points})."""
+    matplotlib = of_bench("matplotlib")
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "nsvq"}
     figure = Figure(figsize=(4.6 * len(panels), 3.2), layout="constrained")
     for axes, (title, unit, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
