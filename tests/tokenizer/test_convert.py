@@ -66,7 +66,7 @@ class Original(dict):
         return self[name].double()
 
 
-def vqgan(names, attended):
+def vqgan(names, attended, middle_attends=True):
     """(encoder, decoder) of VQGAN under two sets of names; `attended` levels have attention after every block."""
     if names == "taming":
         middle, down, up, block = ("block_1", "attn_1", "block_2"), "down.{}", "up.{}", "block"
@@ -75,7 +75,8 @@ def vqgan(names, attended):
 
     def mid(o, side, h):
         h = o.block(f"{side}.mid.{middle[0]}", h, h.shape[1])
-        return o.block(f"{side}.mid.{middle[2]}", o.attention(f"{side}.mid.{middle[1]}", h), h.shape[1])
+        h = o.attention(f"{side}.mid.{middle[1]}", h) if middle_attends else h
+        return o.block(f"{side}.mid.{middle[2]}", h, h.shape[1])
 
     def level(o, name, h, width, blocks, attend):
         for i in range(blocks):
@@ -204,6 +205,9 @@ def quantize_lc_ema(o, z):
 
 SYSTEMS = {  # source, (encoder, decoder), lookup
     "taming": ("taming", vqgan("taming", {1}), quantize_taming),
+    "ldm-f4": ("taming", vqgan("taming", set()), quantize_taming),
+    "ldm-f4-noattn": ("taming", vqgan("taming", set(), False), quantize_taming),
+    "ldm-f8": ("taming", vqgan("taming", {2}), quantize_taming),  # and f16
     "gumbel": ("taming", vqgan("taming", set()), quantize_gumbel),
     "llamagen": ("llamagen", vqgan("llamagen", {2}), quantize_llamagen),
     "simvq": ("simvq", magvit(False), quantize_simvq),
