@@ -2,6 +2,7 @@
 
 Such a command is a line of a block of ```bash. Numbers that make a run small come behind it."""
 
+import ast
 import importlib
 import json
 import re
@@ -137,6 +138,22 @@ def test_every_link_between_files_leads_somewhere():
             if not file.exists() or (link[1] and link[1] not in anchors):
                 lost.append(f"{page.name}: {link[0]}{link[1]}")
     assert lost == []
+
+
+def test_every_import_of_ours_in_a_page_resolves():
+    lost, found = [], 0
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+            imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom | ast.Import)]
+            for line in {ast.unparse(node) for node in imports}:
+                if re.match(r"(from|import) nsvq\b", line):
+                    found += 1
+                    try:
+                        exec(line, {})
+                    except ImportError as error:
+                        lost.append(f"{page.name}: {line}: {error}")
+    assert lost == []
+    assert found > 8
 
 
 def vqgan(folder):

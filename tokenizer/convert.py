@@ -2,7 +2,7 @@
 
 python tokenizer/convert.py --from taming last.ckpt --output tokenizers/vqgan
 python tokenizer/convert.py --from llamagen vq_ds16_c2i.pt --output tokenizers/llamagen
-python tokenizer/convert.py --from magvit2 imagenet_256_L.ckpt --image_size 128 --output tokenizers/magvit2
+python tokenizer/convert.py --from magvit2 imagenet_128_L.ckpt --image_size 128 --output tokenizers/magvit2
 
 Widths, levels, attention, K and d are read off the checkpoint. docs/converting.md says what is exact.
 """
