@@ -1,7 +1,7 @@
 """State dicts of published tokenizers, in their repositories' names, as diffusers `VQModel`s.
 
-Three networks (VQGAN's, which latent diffusion, IBQ and VQGAN-LC share; LlamaGen's, the same layers by other names; Open-MAGVIT2's, which
-SimVQ shares) and six ways to look up a code.
+Three networks (VQGAN's, which latent diffusion, IBQ and VQGAN-LC share; LlamaGen's, the same layers by other names;
+Open-MAGVIT2's, which SimVQ shares) and six ways to look up a code.
 """
 
 import re

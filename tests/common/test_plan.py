@@ -217,3 +217,25 @@ def test_readme_s_hardware_table_is_what_the_plan_prints(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py", "--table"])
     plan.main()
     assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
+
+
+def test_every_recipe_at_256_pixels_has_a_plan_and_generators_have_256_tokens():
+    files = sorted((CONFIGS.parent / "imagenet256").glob("*.yaml"))
+    generators = {"dit-b", "dit-l", "dit-xl", "ar-b", "ar-l", "ar-xl"}
+    assert generators < {file.stem for file in files}
+    for file in files:
+        found = plan.read(file, [])
+        assert found.config.data.image_size == 256
+        assert str(found.config.out).endswith(f"imagenet256-{file.stem}")
+        if file.stem in generators:
+            latents = found.latents / plan.IMAGENET_IMAGES / 2  # of an image, with and without a flip
+            assert latents == 256 * 2 * (128 if "dit" in file.stem else 1)
+
+
+def test_the_published_generator_has_a_plan_on_its_tokenizers_recipe():
+    file = CONFIGS.parent / "papers" / "llamagen-b.yaml"
+    with pytest.raises(UsageError, match=r"makes tokenizers/llamagen: give its config as --tokenizer_config"):
+        plan.read(file, [])
+    found = plan.read(file, [], CONFIGS.parent / "papers" / "fc_l2.yaml")
+    assert found.samples == 300 * (plan.IMAGENET_IMAGES // 256) * 256
+    assert found.latents == 10 * 256 * 2 * plan.IMAGENET_IMAGES
