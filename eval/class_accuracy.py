@@ -130,9 +130,7 @@ def from_outputs(
         raise UsageError(f"--classifier features: {extractor.name} has {outputs} outputs for {classes} classes")
     sums = torch.zeros(classes, outputs, dtype=torch.float64, device=accelerator.device)
     split = open_split(data, "train")
-    labels, shuffled = split.labels(), np.random.default_rng(0).permutation(len(split))
-    some = np.concatenate([shuffled[labels[shuffled] == c][:_IMAGES_PER_CLASS] for c in range(classes)])
-    mine = some[accelerator.process_index :: accelerator.num_processes]
+    mine = _some_of_each(split.labels(), classes)[accelerator.process_index :: accelerator.num_processes]
     for batch in batches_in_order(split, mine, data.image_size, **loading):
         images = batch["image"].to(accelerator.device)
         if len(images):
@@ -143,6 +141,14 @@ def from_outputs(
         raise UsageError(f"--classifier features: of some class {data.source} has no labelled training image")
     chosen = torch.from_numpy(linear_sum_assignment(sums / sums.sum(1, keepdim=True), maximize=True)[1])
     return lambda images: extractor(images)[layer][:, chosen.to(images.device)]
+
+
+def _some_of_each(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Numbers of the same random images of each class, class by class; labels [N] (-1: none)."""
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    order = shuffled[labels[shuffled].argsort(kind="stable")]
+    borders = np.searchsorted(labels[order], np.arange(classes + 1))
+    return np.concatenate([order[start:end][:_IMAGES_PER_CLASS] for start, end in pairwise(borders)])
 
 
 class ClassAccuracy:

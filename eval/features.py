@@ -99,6 +99,11 @@ class Collector:
         self.kept = sorted({layers[metric] for metric in ("kid", "prc") if metric in layers})
         self.rows: list[dict[str, Tensor]] = []
 
+    @property
+    def wants_images(self) -> bool:
+        """Whether there is anything to gather: not for the Inception Score alone of a set without splits."""
+        return bool(self.moments or self.kept or self.score)
+
     def add(self, images: Tensor, index: Tensor) -> None:
         """Images [B, 3, H, W] as the extractor takes them, with their numbers [B]. Raises `UserError` where a feature
         is not finite."""

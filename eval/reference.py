@@ -118,16 +118,20 @@ def real_sets(
     """Features of a split's images by extractor, with numbers on the main process only; and what is said of the images.
 
     `only_adm_rows`: keep single features of a fixed random choice of 10,000. One pass over the split for all extractors
-    that it is not kept for. Raises `UserError` or `UsageError` for data that does not work. A collective call."""
+    that it is not kept for, none where `metrics` are of the samples alone. Raises `UserError` or `UsageError` for data
+    that does not work. A collective call."""
     accelerator, keep = cache.accelerator, None
     if only_adm_rows:
         keep = torch.zeros(len(open_split(data, split)), dtype=torch.bool)
         keep[torch.from_numpy(np.random.default_rng(0).permutation(len(keep))[:ADM_ROWS])] = True
     found, keys, collectors, kept = {}, {}, {}, {}
     for name, extractor in extractors.items():
+        collector = Collector(extractor, metrics, keep)
+        if not collector.wants_images:
+            found[name] = FeatureSet(None, {})
+            continue
         keys[name] = key_of(data, split, limit, extractor, "8-bit")
         keys[name] |= {"single features": ADM_ROWS if only_adm_rows else "all"}
-        collector = Collector(extractor, metrics, keep)
         earlier = cache.find(keys[name], set(collector.moments), set(collector.kept))
         if earlier is None:
             collectors[name] = collector
@@ -206,6 +210,8 @@ def set_from_file(
         found = f"{images.shape[2]} x {images.shape[1]}"
         raise UserError(f"--reference {path} holds images of {found} pixels, not {size} x {size}")
     collector = Collector(extractor, metrics)
+    if not collector.wants_images:
+        return features
     for start in range(accelerator.process_index * _FILE_BATCH, len(images), accelerator.num_processes * _FILE_BATCH):
         batch = torch.from_numpy(images[start : start + _FILE_BATCH]).permute(0, 3, 1, 2).contiguous()
         collector.add(batch.to(accelerator.device), torch.arange(start, start + len(batch)))

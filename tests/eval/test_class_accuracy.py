@@ -1,3 +1,6 @@
+import time
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,7 @@ from nsvq.data.batches import eval_batches
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import open_split
 from nsvq.errors import UserError
+from nsvq.eval import class_accuracy
 from nsvq.eval.class_accuracy import train_classifier
 
 CONFIG = DataConfig(source="synthetic", image_size=48)
@@ -51,3 +55,14 @@ def test_data_without_classes_is_refused(tmp_path):
     assert open_split(config, "train").classes == []
     with pytest.raises(UserError, match="no class labels"):
         train_classifier(config, steps=1)
+
+
+def test_the_same_few_images_of_each_class_are_chosen_without_a_search_for_each():
+    labels = np.random.default_rng(1).integers(-1, 7, 400)
+    shuffled = np.random.default_rng(0).permutation(400)
+    expected = [shuffled[labels[shuffled] == c][:50] for c in range(8)]  # of the last class there is none
+    assert class_accuracy._some_of_each(labels, 8).tolist() == np.concatenate(expected).tolist()
+    many = np.random.default_rng(1).integers(0, 1000, 400_000)
+    start = time.process_time()
+    assert len(class_accuracy._some_of_each(many, 1000)) == 50_000
+    assert time.process_time() - start < 1  # 1,000 searches take four times as long

@@ -75,6 +75,18 @@ def test_a_wrong_reference_file_is_one_clear_error(measure_samples, tmp_path):
         measure_samples(reference="validation")
 
 
+def test_no_real_image_is_read_for_metrics_of_the_samples_alone(measure_samples, monkeypatch, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    whole = measure_samples()["metrics"]
+    monkeypatch.setattr(reference, "eval_batches", None)
+    monkeypatch.setattr(reference, "Collector", type("Unread", (reference.Collector,), {"add": None}))
+    for real in ("test", str(tmp_path / "images.npz")):
+        result = measure_samples(metrics=["isc"], reference=real)
+        assert result["metrics"] == {name: whole[name] for name in ("is_tiny", "is_std_tiny")}
+        assert result["counts"] == {"samples": 40}
+
+
 def test_the_second_run_reuses_the_reference_unless_something_changed(measure_samples, monkeypatch, tmp_path):
     read = []
     original = reference.eval_batches
