@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nsvq.autoregressive.model import ModelConfig
-from nsvq.autoregressive.sampling import GuidanceSchedule
+from nsvq.autoregressive.sampling import GuidanceSchedule, check_rise
 from nsvq.common.config import Config
 from nsvq.common.generator import DrawingConfig, GeneratorConfig
 
@@ -39,9 +39,15 @@ class TokenSampling(Config):
     """How tokens are drawn, beside guidance_scale."""
 
     guidance_schedule: GuidanceSchedule = Field("constant", description="How it rises from 1 over the tokens.")
+    guidance_power: float = Field(1.0, gt=0, description="Exponent of that rise: above 1 it starts later.")
     temperature: float = Field(1.0, ge=0, description="Of the distribution of a token; 0 takes the likeliest.")
     top_k: int = Field(0, ge=0, description="Draw among that many likeliest codes; 0: all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest codes of that share together.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> "TokenSampling":
+        check_rise(self.guidance_schedule, self.guidance_power)
+        return self
 
 
 class SamplingConfig(DrawingConfig, TokenSampling):

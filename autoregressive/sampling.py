@@ -19,12 +19,23 @@ GuidanceSchedule = Literal["constant", "linear", "cosine"]
 _DECODED_AT_ONCE = 8  # images
 
 
-def guidance_scales(scale: float, schedule: GuidanceSchedule, tokens: int) -> list[float]:
-    """The scale of each token: `scale`, or a rise from 1 to it, linear or by half a cosine (RAR, arXiv 2411.00776)."""
-    rise = [i / max(1, tokens - 1) for i in range(tokens)]
+def guidance_scales(scale: float, schedule: GuidanceSchedule, tokens: int, power: float = 1.0) -> list[float]:
+    """The scale of each token: `scale`, or a rise from 1 to it, linear or by half a cosine, in (i / (N - 1))^`power`.
+
+    RAR (arXiv 2411.00776) has the cosine, with powers of 1.2 to 2.75 and i / N: `scale` itself is never quite reached.
+    """
+    rise = [(i / max(1, tokens - 1)) ** power for i in range(tokens)]
     if schedule == "cosine":
         rise = [(1 - math.cos(math.pi * r)) / 2 for r in rise]
     return [scale if schedule == "constant" else 1 + (scale - 1) * r for r in rise]
+
+
+def check_rise(schedule: str, power: float) -> None:
+    """Raises `ValueError` where `guidance_scales` would know no such schedule, or its power would mean nothing."""
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"guidance_schedule must be constant, linear or cosine, not {schedule!r}")
+    if not 0 < power < math.inf or (power != 1 and schedule == "constant"):
+        raise ValueError("guidance_power must be above 0, and 1 unless guidance_schedule is linear or cosine")
 
 
 @torch.no_grad()
@@ -36,6 +47,7 @@ def sample(
     *,
     guidance_scale: float = 1.0,
     guidance_schedule: GuidanceSchedule = "constant",
+    guidance_power: float = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -45,12 +57,13 @@ def sample(
 
     uniforms [B, N] in [0, 1) decide each token, so that an image depends on its own alone, but for float error.
     guidance_scale: null + scale (class - null) of logits, both in one batch; 1 is without guidance, 0 unconditional.
+    guidance_schedule, guidance_power: how the scale rises, as of `guidance_scales`.
     temperature: 0 takes the likeliest token. top_k, top_p: as of `generate`; 0 and 1 are all tokens.
     on_token(i, tokens [B, i + 1]) is called after each.
     After `model.compile()` the cache is static, so that one graph serves all tokens.
     """
     count, tokens = uniforms.shape
-    scales = guidance_scales(guidance_scale, guidance_schedule, tokens)
+    scales = guidance_scales(guidance_scale, guidance_schedule, tokens, guidance_power)
     guided = any(scale != 1 for scale in scales)
     rows = torch.cat([ids, torch.full_like(ids, model.config.vocab_size - 1)]) if guided else ids
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature not in (0, 1) else []
@@ -146,6 +159,7 @@ class TokenPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int | str | None] | Tensor | None,
         guidance_scale: float = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -172,8 +186,7 @@ class TokenPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", not {output_type!r}')
-        if guidance_schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"guidance_schedule must be constant, linear or cosine, not {guidance_schedule!r}")
+        check_rise(guidance_schedule, guidance_power)
         if not 0 <= guidance_scale < math.inf or not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError("guidance_scale, temperature and top_k must be 0 or more, and top_p above 0 and at most 1")
         if batch_size is not None and batch_size < 1:
@@ -208,6 +221,7 @@ class TokenPipeline(DiffusionPipeline):
                         uniforms[part],
                         guidance_scale=guidance_scale if self.null_class else 1.0,  # no class, nothing to guide from
                         guidance_schedule=guidance_schedule,
+                        guidance_power=guidance_power,
                         temperature=temperature,
                         top_k=top_k,
                         top_p=top_p,

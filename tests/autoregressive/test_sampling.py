@@ -50,10 +50,13 @@ def test_generate_draws_codes_alone_and_as_many_as_an_image_has(llama):
     assert set(found.flatten().tolist()) == set(range(CODES))
 
 
-@pytest.mark.parametrize("how", [{}, {"guidance_scale": 3.0, "guidance_schedule": "cosine", "top_k": 5}])
+@pytest.mark.parametrize(
+    "how", [{}, {"guidance_scale": 3.0, "guidance_schedule": "cosine", "guidance_power": 2.5, "top_k": 5}]
+)
 def test_cached_and_uncached_sampling_give_the_same_tokens(llama, given, how):
     ids, uniforms = given
-    scales = guidance_scales(how.get("guidance_scale", 1.0), how.get("guidance_schedule", "constant"), TOKENS)
+    rise = {"schedule": how.get("guidance_schedule", "constant"), "power": how.get("guidance_power", 1.0)}
+    scales = guidance_scales(how.get("guidance_scale", 1.0), tokens=TOKENS, **rise)
     tokens = torch.empty(6, 0, dtype=torch.int64)
     with torch.no_grad():
         for i in range(TOKENS):
@@ -104,6 +107,10 @@ def test_guidance_rises_over_the_tokens_as_it_says():
     assert guidance_scales(3.0, "linear", 5) == pytest.approx([1, 1.5, 2, 2.5, 3])
     assert guidance_scales(3.0, "cosine", 5) == pytest.approx([1, 2 - 2**0.5 / 2, 2, 2 + 2**0.5 / 2, 3])
     assert guidance_scales(3.0, "linear", 1) == [1.0]
+    assert guidance_scales(3.0, "linear", 5, 2.0) == pytest.approx([1, 1.125, 1.5, 2.125, 3])
+    half = guidance_scales(3.0, "cosine", 5, 0.5)  # the second of five tokens is at half of the rise
+    assert half[:2] == pytest.approx([1, 2])
+    assert half[-1] == pytest.approx(3)
 
 
 class Fixed:

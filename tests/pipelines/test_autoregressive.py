@@ -172,6 +172,8 @@ def test_the_callback_sees_every_token_and_the_bar_counts_them(tokens_folder, ca
         ([0], {"seeds": [1], "generator": torch.Generator()}, "seeds or a generator"),
         ([0], {"guidance_scale": float("nan")}, "guidance_scale"),
         ([0], {"guidance_schedule": "square"}, "guidance_schedule must be"),
+        ([0], {"guidance_schedule": "linear", "guidance_power": 0.0}, "guidance_power must be above 0"),
+        ([0], {"guidance_power": 2.0}, "1 unless guidance_schedule is linear"),
         ([0], {"top_p": 0.0}, "top_p"),
         ([0], {"output_type": "jpg"}, "output_type must be"),
         ([0], {"batch_size": 0}, "batch_size"),
@@ -225,14 +227,16 @@ def test_sample_py_draws_from_it_and_refuses_keys_of_diffusion(run_script, token
         "--device",
         "cpu",
     ]
-    run_script(sample.main, *arguments, "--temperature", 0.5, "--guidance_schedule", "linear", "--seed", 3)
+    how = {"temperature": 0.5, "guidance_schedule": "linear", "guidance_power": 3.0}
+    options = [word for name, value in how.items() for word in (f"--{name}", value)]
+    run_script(sample.main, *arguments, *options, "--seed", 3)
     grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
-    expected = pipeline(
-        [4, 4, 0, 0], seeds=[3, 4, 5, 6], temperature=0.5, guidance_scale=2.0, guidance_schedule="linear"
-    ).images
+    expected = pipeline([4, 4, 0, 0], seeds=[3, 4, 5, 6], guidance_scale=2.0, **how).images
     assert np.abs(grid[20:36, 2:18] - np.asarray(expected[2]).astype(int)).max() <= 1
     with pytest.raises(UsageError, match="--steps means nothing to an autoregressive model"):
         run_script(sample.main, *arguments, "--steps", 3)
+    with pytest.raises(UsageError, match="guidance_power must be above 0, and 1 unless"):
+        run_script(sample.main, *arguments, "--guidance_power", 3)
 
 
 def test_sample_py_refuses_keys_of_tokens_for_a_diffusion_model(run_script, folder, tmp_path):
