@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nsvq.autoregressive.sampling import GuidanceSchedule
+from nsvq.autoregressive.sampling import GuidanceSchedule, check_rise
 from nsvq.common.config import Config
 from nsvq.data.config import DataConfig
 from nsvq.diffusion.samplers import Sampler
@@ -13,6 +13,10 @@ from nsvq.eval.features import DINOV2, INCEPTION
 from nsvq.eval.reference import DEFAULT_CACHE
 from nsvq.tokenizer.perturbation import PerturbationConfig
 
+_DRAWING = (  # options of eval/generation.py that say how samples are drawn
+    *("labels", "guidance_scale", "guidance_interval", "guide", "sampler", "steps", "guidance_schedule"),
+    *("guidance_power", "temperature", "top_k", "top_p", "seed", "mixed_precision", "compile", "keep"),
+)
 _FEATURES = "Feature extractors: names of torch-fidelity, .py files that register one each, or none."
 
 
@@ -80,9 +84,17 @@ class ProbeConfig(MeasuringConfig):
 
 
 class GenerationConfig(EvaluationConfig):
-    """Measure a pipeline's samples against real images."""
+    """Measure a pipeline's samples, or images that another program drew, against real images."""
 
-    pipeline: str = Field(description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers).")
+    pipeline: str | None = Field(
+        None, description="Folder of a pipeline (<out>/pipeline, or a class-conditional one of diffusers)."
+    )
+    images: Path | None = Field(
+        None, description="In its place, samples of another program: an .npz file in ADM's format, or a folder."
+    )
+    resize: int | None = Field(
+        None, ge=1, description="Measure the samples at this size, by Pillow's antialiased bicubic; null: as they are."
+    )
     features: list[str] = Field([INCEPTION, DINOV2], min_length=1, description=_FEATURES)
     protocol: Literal["ours", "adm", "nsvq"] | None = Field(
         None, description="How to measure: see docs/evaluation.md; null: adm for ImageNet-1k, else ours."
@@ -92,7 +104,11 @@ class GenerationConfig(EvaluationConfig):
         min_length=1,
         description="What to measure, as far as an extractor has features for it.",
     )
-    samples: int | None = Field(None, ge=1, description="Images to generate; null: as many as the protocol asks for.")
+    samples: int | None = Field(
+        None,
+        ge=1,
+        description="Images to generate; null: as many as the protocol asks for. Of --images the first; or all.",
+    )
     labels: Literal["balanced", "data"] = Field(
         "balanced",
         description="Classes of the samples: each in turn, or drawn as often as in the training split; a model without "
@@ -110,8 +126,10 @@ class GenerationConfig(EvaluationConfig):
     sampler: Sampler | None = Field(None, description="Sampler that fits the model; null is the pipeline's.")
     steps: list[int] = Field([50], min_length=1, description="Sampler steps; several make a sweep.")
     guidance_schedule: GuidanceSchedule = Field(
-        "constant", description="How guidance rises from 1 over the tokens; this and the next of autoregressive models."
+        "constant",
+        description="How guidance rises from 1 over the tokens; this and the next four of autoregressive models.",
     )
+    guidance_power: float = Field(1.0, gt=0, description="Exponent of that rise: above 1 it starts later.")
     temperature: list[float] = Field([1.0], min_length=1, description="Of each token; several make a sweep.")
     top_k: list[int] = Field([0], min_length=1, description="Likeliest codes to draw among, 0: all; or a sweep.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest codes of that share together.")
@@ -134,6 +152,20 @@ class GenerationConfig(EvaluationConfig):
         description="Also report which share is of the class asked for: by a small network trained on the data, or by "
         "the class outputs of the first extractor.",
     )
+
+    @property
+    def measured(self) -> str:
+        """What is measured, as it was given."""
+        return str(self.images if self.pipeline is None else self.pipeline)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GenerationConfig":
+        if (self.pipeline is None) == (self.images is None):
+            raise ValueError("give --pipeline or --images, one of the two")
+        if self.images is not None and (wrong := [name for name in _DRAWING if name in self.model_fields_set]):
+            raise ValueError(f"--images are drawn already: leave out {', '.join(f'--{name}' for name in wrong)}")
+        check_rise(self.guidance_schedule, self.guidance_power)
+        return self
 
     @field_validator("guidance_scale", "steps", "temperature", "top_k")
     @classmethod

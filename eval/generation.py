@@ -1,9 +1,10 @@
-"""Measure a pipeline: sample it, and compare the samples with real images.
+"""Measure a pipeline: sample it, and compare the samples, or those of another program, with real images.
 
 accelerate launch eval/generation.py --pipeline runs/dit-b/pipeline --output result.json    # ImageNet-1k, protocol adm
 accelerate launch eval/generation.py --pipeline DIR --data synthetic --output out.json --classifier trained
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --guidance_scale 1 1.5 2 --steps 50
 accelerate launch eval/generation.py --pipeline DIR --data DATA --output out.json --keep png     # goes on after a kill
+accelerate launch eval/generation.py --images samples.npz --output out.json --features inception-v3-compat
 
 The pipeline is ours, with classes or none, or any class-conditional one of diffusers. eval/samples.py says which
 samples are drawn, and docs/evaluation.md what each protocol measures. For repeats, move --seed by the samples' number.
@@ -37,45 +38,58 @@ from nsvq.eval.distributed import build_in_turn
 from nsvq.eval.feature_statistics import FeatureSet, isc_splits
 from nsvq.eval.features import Collector, Extractor, resolve
 from nsvq.eval.generation_metrics import add_metrics, best_setting, names_of
+from nsvq.eval.given_images import GivenImages, given_images
 from nsvq.eval.pictures import Grid
 from nsvq.eval.reference import ADM_SIZES, Cache, adm_file, real_sets, set_from_file
-from nsvq.eval.samples import SampleFolder, Sampling, class_names, draw, groups, image_size, is_ours, load_pipeline
+from nsvq.eval.samples import (
+    SampleFolder,
+    Sampling,
+    Source,
+    class_names,
+    draw,
+    groups,
+    image_size,
+    is_ours,
+    load_pipeline,
+)
 from nsvq.files import file_hash
 from nsvq.pipelines.autoregressive import generates_tokens
-from nsvq.pipelines.card import described
+from nsvq.pipelines.card import compared_with, described
 from nsvq.pipelines.export import arguments
 
 _LABELS = {"balanced": "sample i is of class i mod C", "data": "as often as in training"}
+_SPLITS = ("train", "test")  # that a reference may be; or a file
+_KEPT = ("guidance_scale", "guidance_interval", "steps", "seed", "precision", "resize")  # beside kept samples
 _PROTOCOLS = {"ours": (50_000, "test"), "adm": (50_000, "train"), "nsvq": (5_000, "test")}  # samples, split
 
 
-def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
-    """Sample `pipeline` over all ranks and measure the samples; returns the result on the main process, None on others.
-    Writes a picture of samples by class beside `config.output`, and the samples where asked to. Raises `UserError` or
-    `UsageError` for data, weights, references or sizes that do not work."""
-    names, size = class_names(pipeline), image_size(pipeline)
-    imagenet = _is_imagenet(config, names)
-    config = _resolve(config, size, imagenet)
+def evaluate(pipeline: Source, config: GenerationConfig, accelerator: Accelerator) -> dict | None:
+    """Sample `pipeline` over all ranks, or read given images, and measure them; returns the result on the main process,
+    None on others. Writes a picture of samples by class beside `config.output`, and the samples where asked to. Raises
+    `UserError` or `UsageError` for images, data, weights, references or sizes that do not work."""
+    given = isinstance(pipeline, GivenImages)
+    names, size, what = class_names(pipeline), config.resize or image_size(pipeline), config.measured
+    imagenet = _is_imagenet(config, None if given else names)
+    config = _resolve(config, size, imagenet, len(pipeline) if given else None)
     data = config.data
     if data.image_size != size:
-        raise UsageError(f"data.image_size = {data.image_size}, but {config.pipeline} makes images of {size} pixels")
-    if not is_ours(pipeline):
-        stock = f"{config.pipeline}, a {type(pipeline).__name__},"
-        if config.guidance_interval != (0.0, 1.0):
-            raise UsageError(f"--guidance_interval: {stock} takes none")
-        if min(config.guidance_scale) < 1:
-            raise UsageError(f"--guidance_scale: {stock} takes what is below 1 for 1, no guidance")
+        found = f"data.image_size = {data.image_size}, but the images of {what} have {size} pixels"
+        raise UsageError(f"{found}: --resize measures them at another size")
     settings = _settings(pipeline, config)
-    guide = None if settings[0].tokens else _prepare(pipeline, config)
-    split = config.reference if config.reference in ("train", "test") else "train"
-    images = open_split(data, split)
+    guide = _prepare(pipeline, config)
     result: dict[str, Any] = {"kind": "generation", "protocol": config.protocol, **report.no_numbers()}
     result["warnings"] += _deviations(config, imagenet)
     needs_classes = config.classifier != "none" or config.labels == "data"
     if needs_classes and not names:
-        raise UsageError(f"--classifier and --labels data need classes, and {config.pipeline} has none")
-    if names and images.classes != names:
-        difference = f"the {len(images.classes)} classes of {data.source} are not the {len(names)} of {config.pipeline}"
+        raise UsageError(f"--classifier and --labels data need classes, and {what} has none")
+    split = config.reference if config.reference in _SPLITS else None
+    if needs_classes or len(config.features) > 1:  # a file is the reference of the first extractor alone
+        split = split or "train"
+    classes = open_split(data, split).classes if split else names
+    if given and len(names) <= len(classes):
+        names = names and classes
+    if names and classes != names:
+        difference = f"the {len(classes)} classes of {data.source} are not the {len(names)} of {what}"
         if needs_classes:
             raise UsageError(f"--classifier and --labels data need the same classes: {difference}")
         result["warnings"].append(difference)
@@ -89,7 +103,7 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         judge = next(iter(extractors.values()))
         classifier = class_accuracy.from_outputs(judge, data, len(names), accelerator, **config.loading)
     real, reference = _real_sets(extractors, split, config, accelerator)
-    label = _label_rule(config, len(names))
+    label = pipeline.labels.__getitem__ if given and names else _label_rule(config, len(names))
     runs = []
     for setting in settings:
         how = replace(setting, label=label, guide=guide)
@@ -108,53 +122,81 @@ def evaluate(pipeline: DiffusionPipeline, config: GenerationConfig, accelerator:
         report.add(result, {"class_accuracy_real": real_accuracy}, class_accuracy.MEANINGS)
     elif classifier:
         result["skipped"]["class_accuracy_real"] = "the test images have no labels"
-    hashed = report.folder_hash(Path(config.pipeline))
     result |= best | {
         "counts": {"samples": config.samples, **reference.pop("counts")},
         "data": report.about_data(data, split),
         "reference": reference,
-        "pipeline": {"folder": config.pipeline, "class": type(pipeline).__name__, "sha256": hashed},
-        "labels": _LABELS[config.labels] if names else "no class",
+        **_about(pipeline, config, names),
         "classes": names,
-        "seeds": f"sample i has seed {config.seed} + i",
-        "sampler": _sampler(pipeline, config),
         "features": {name: extractor.about for name, extractor in extractors.items()},
-        "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
     }
     return result | report.provenance(accelerator, config)
 
 
-def _settings(pipeline: DiffusionPipeline, config: GenerationConfig) -> list[Sampling]:
+def _about(pipeline: Source, config: GenerationConfig, names: list[str]) -> dict:
+    """What was measured, and how it was drawn."""
+    what = {"folder": config.measured, "sha256": report.folder_hash(Path(config.measured))}
+    if isinstance(pipeline, GivenImages):
+        what["sha256"] = what["sha256"] or file_hash(pipeline.path)
+        labels = "those of the file, arr_1" if names else "no class"
+        how = {"labels": labels, "seeds": "drawn by another program"}
+        return {"images": what, **how, "precision": {"features": "float32"}}
+    return {
+        "pipeline": what | {"class": type(pipeline).__name__},
+        "labels": _LABELS[config.labels] if names else "no class",
+        "seeds": f"sample i has seed {config.seed} + i",
+        "sampler": _sampler(pipeline, config),
+        "precision": {"sampling": config.mixed_precision.replace("no", "float32"), "features": "float32"},
+    }
+
+
+def _settings(pipeline: Source, config: GenerationConfig) -> list[Sampling]:
     """One for each point of the sweep, still without labels and guide."""
+    how = {"seed": config.seed, "precision": config.mixed_precision, "label": None, "resize": config.resize}
+    how["guidance_interval"] = config.guidance_interval
+    if isinstance(pipeline, GivenImages):
+        return [Sampling(None, steps=0, **how)]
     options: list[tuple[int, dict | None]] = [(steps, None) for steps in config.steps]
     if generates_tokens(pipeline, config.model_fields_set):
-        rest = {"guidance_schedule": config.guidance_schedule, "top_p": config.top_p}
+        rest = _token_options(config)
         swept = itertools.product(config.temperature, config.top_k)
         options = [(0, {"temperature": temperature, "top_k": top_k, **rest}) for temperature, top_k in swept]
     return [
-        Sampling(scale, config.guidance_interval, steps, config.seed, config.mixed_precision, None, tokens=tokens)
+        Sampling(scale, steps=steps, tokens=tokens, **how)
         for scale, (steps, tokens) in itertools.product(config.guidance_scale, options)
     ]
+
+
+def _token_options(config: GenerationConfig) -> dict:
+    """Those that make no sweep."""
+    return {key: getattr(config, key) for key in ("guidance_schedule", "guidance_power", "top_p")}
 
 
 def _sampler(pipeline: DiffusionPipeline, config: GenerationConfig) -> dict:
     """What is said of it beside the setting."""
     if isinstance(pipeline, TokenPipeline):
-        return {"guidance_schedule": config.guidance_schedule, "top_p": config.top_p}
+        return _token_options(config)
     guide = config.guide and {"folder": str(config.guide), "sha256": report.folder_hash(config.guide)}
     about = {"scheduler": type(pipeline.scheduler).__name__, "guidance_interval": config.guidance_interval}
     return about | {"guide": guide} | arguments(pipeline.scheduler)
 
 
-def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixin | None:
-    """Give the pipeline its sampler, and load the guide. Raises `UsageError` where one of them, or the number of steps,
-    does not fit."""
+def _prepare(pipeline: Source, config: GenerationConfig) -> ModelMixin | None:
+    """Give a pipeline of diffusion its sampler, and load the guide. Raises `UsageError` where one of them, the guidance
+    or the number of steps does not fit."""
+    if isinstance(pipeline, GivenImages | TokenPipeline):
+        return None
     try:
         if config.sampler:
             pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
         if not is_ours(pipeline):
+            stock = f"{config.pipeline}, a {type(pipeline).__name__},"
             if config.guide:
-                raise ValueError(f"--guide: {config.pipeline}, a {type(pipeline).__name__}, takes none")
+                raise ValueError(f"--guide: {stock} takes none")
+            if config.guidance_interval != (0.0, 1.0):
+                raise ValueError(f"--guidance_interval: {stock} takes none")
+            if min(config.guidance_scale) < 1:
+                raise ValueError(f"--guidance_scale: {stock} takes what is below 1 for 1, no guidance")
             return None
         for steps in config.steps:
             set_steps(pipeline.scheduler, steps)
@@ -163,18 +205,23 @@ def _prepare(pipeline: DiffusionPipeline, config: GenerationConfig) -> ModelMixi
         raise UsageError(str(error)) from None
 
 
-def _is_imagenet(config: GenerationConfig, names: list[str]) -> bool:
-    """Whether the data are ImageNet-1k: the Hub's, or a copy, of whose 1,000 classes the pipeline has the names."""
+def _is_imagenet(config: GenerationConfig, names: list[str] | None) -> bool:
+    """Whether the data are ImageNet-1k: the Hub's, or a copy, of whose 1,000 classes a pipeline has the names."""
     if config.data.source == IMAGENET:
         return True
-    split = config.reference if config.reference in ("train", "test") else "train"
-    return names == imagenet_names() and open_split(config.data, split).classes == names
+    split = config.reference if config.reference in _SPLITS else "train"
+    return names in (None, imagenet_names()) and open_split(config.data, split).classes == imagenet_names()
 
 
-def _resolve(config: GenerationConfig, size: int, imagenet: bool) -> GenerationConfig:
-    """`config` with what its protocol decides, where it was not given."""
+def _resolve(config: GenerationConfig, size: int, imagenet: bool, there: int | None = None) -> GenerationConfig:
+    """`config` with what its protocol decides, where it was not given; `there`: how many images were given. Raises
+    `UsageError` where those are too few."""
     protocol = config.protocol or ("adm" if imagenet else "ours")
     samples, reference = _PROTOCOLS[protocol]
+    if there is not None:
+        samples = there
+        if config.samples is not None and config.samples > there:
+            raise UsageError(f"--samples {config.samples}, but {config.images} holds {there} images")
     if protocol == "adm" and imagenet and size in ADM_SIZES:
         reference = "adm"
     given = {"protocol": protocol, "samples": config.samples or samples, "reference": config.reference or reference}
@@ -188,13 +235,13 @@ def _deviations(config: GenerationConfig, imagenet: bool) -> list[str]:
     (samples, split), found = _PROTOCOLS[config.protocol], []
     if config.samples != samples:
         found.append(f"protocol {config.protocol} means {samples} samples, these are {config.samples}")
-    other_file = config.reference not in ("train", "test") and config.protocol != "adm"
-    other_split = config.reference in ("train", "test") and (config.reference != split or config.reference_limit)
+    other_file = config.reference not in _SPLITS and config.protocol != "adm"
+    other_split = config.reference in _SPLITS and (config.reference != split or config.reference_limit)
     if other_file or other_split:
         found.append(f"protocol {config.protocol} means all images of the {split} split as the reference")
     elif config.protocol == "adm" and not imagenet:
         found.append(f"protocol adm is for ImageNet-1k, and {config.data.source} is not known to be it")
-    elif config.protocol == "adm" and config.data.image_size in ADM_SIZES and config.reference in ("train", "test"):
+    elif config.protocol == "adm" and config.data.image_size in ADM_SIZES and config.reference in _SPLITS:
         found.append("protocol adm means ADM's own file as the reference: leave --reference out")
     return found
 
@@ -213,13 +260,13 @@ def _label_rule(config: GenerationConfig, classes: int):
 
 
 def _real_sets(
-    extractors: dict[str, Extractor], split: str, config: GenerationConfig, accelerator: Accelerator
+    extractors: dict[str, Extractor], split: str | None, config: GenerationConfig, accelerator: Accelerator
 ) -> tuple[dict[str, FeatureSet], dict]:
     """The real images' features by extractor, and what is said of them. A file is of the first extractor; the others
     measure the training split."""
     found, about, remaining = {}, {"source": config.reference, "counts": {}}, dict(extractors)
     name = resolve(config.features[0]) if extractors else None
-    if name in remaining and config.reference not in ("train", "test"):
+    if name in remaining and config.reference not in _SPLITS:
         size = config.data.image_size
         path = adm_file(size, accelerator) if config.reference == "adm" else Path(config.reference)
         found[name] = set_from_file(path, remaining.pop(name), config.metrics, size, accelerator)
@@ -233,7 +280,7 @@ def _real_sets(
 
 
 def _run(
-    pipeline: DiffusionPipeline,
+    pipeline: Source,
     how: Sampling,
     names: list[str],
     extractors: dict[str, Extractor],
@@ -286,14 +333,14 @@ def _run(
 
 
 def _sample_folder(
-    pipeline: DiffusionPipeline, how: Sampling, config: GenerationConfig, accelerator: Accelerator
+    pipeline: Source, how: Sampling, config: GenerationConfig, accelerator: Accelerator
 ) -> SampleFolder | None:
     if config.keep == "none":
         return None
     about = {
         "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,
         "guide": config.guide and report.folder_hash(config.guide),
-        **{key: getattr(how, key) for key in ("guidance_scale", "guidance_interval", "steps", "seed", "precision")},
+        **{key: getattr(how, key) for key in _KEPT},
         **(how.tokens or {}),
         "first labels": [how.label(sample) for sample in range(100)],
     }
@@ -308,20 +355,25 @@ def _beside(output: Path, how: Sampling, suffix: str, sweep: bool) -> Path:
     return output.with_name(f"{output.stem}-{how.name}{suffix}") if sweep else output.with_suffix(suffix)
 
 
-def main() -> None:
-    config = configs.parse(GenerationConfig, sys.argv[1:])
-    accelerator = report.start(config.output)
+def _load(config: GenerationConfig, accelerator: Accelerator) -> Source:
+    if config.pipeline is None:
+        return given_images(config.images)
     pipeline = load_pipeline(config.pipeline).to(accelerator.device)
     if config.compile:
         getattr(pipeline, "unet" if hasattr(pipeline, "unet") else "transformer").compile()
     pipeline.set_progress_bar_config(disable=True)
-    result = evaluate(pipeline, config, accelerator)
+    return pipeline
+
+
+def main() -> None:
+    config = configs.parse(GenerationConfig, sys.argv[1:])
+    accelerator = report.start(config.output)
+    result = evaluate(_load(config, accelerator), config, accelerator)
     if result is not None:
         report.write(config.output, result)
-        data, setting = result["data"], result["setting"]
-        what = f"{result['counts']['samples']} samples of {config.pipeline} against {data['source']}"
-        how = f"{described(setting)}; protocol {result['protocol']}"
-        print(report.table(f"{what} ({result['reference']['source']}), {how}", result))
+        what = f"{result['counts']['samples']} samples of {config.measured} against {compared_with(result)}"
+        how = "; ".join(filter(None, [described(result["setting"]), f"protocol {result['protocol']}"]))
+        print(report.table(f"{what}; {how}", result))
         for run in result.get("sweep", []):
             numbers = ", ".join(f"{name} {value:.5g}" for name, value in run["metrics"].items())
             print(f"  {described({k: v for k, v in run.items() if k not in ('metrics', 'grid')})}: {numbers}")

@@ -18,7 +18,7 @@ from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
-from nsvq.pipelines.card import described, table_rows
+from nsvq.pipelines.card import compared_with, described, table_rows
 
 _WIDTH, _HEIGHT, _LEFT = 300, 130, 50  # of a chart, and its margin for numbers, in pixels
 _POINTS = 400  # of a curve
@@ -80,10 +80,10 @@ def write_page(path: Path, results: list[dict], runs: list[Path]) -> None:
 def _result(result: dict) -> str:
     counts, data = result["counts"], result["data"]
     measured = counts.get("samples") or counts["images"]
-    what = result.get("tokenizer", result.get("pipeline"))["folder"]
-    of = f"{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(data['split'])} split of "
+    what = next(result[key]["folder"] for key in ("tokenizer", "pipeline", "images") if key in result)
+    of = f"{measured} images, {data['image_size']} x {data['image_size']} pixels, {escape(compared_with(result))}"
     how = f"protocol <b>{result['protocol']}</b>, nsvq {result['versions']['nsvq']}, {result['created']}"
-    parts = [f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>", f"<p>{of}{escape(data['source'])}; {how}</p>"]
+    parts = [f"<h2>{result['kind'].capitalize()}: {escape(what)}</h2>", f"<p>{of}; {how}</p>"]
     if setting := result.get("setting"):
         parts.append(f"<p>{described(setting).capitalize()}, {result['seeds']}.</p>")
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]]

@@ -96,8 +96,11 @@ def provenance(accelerator: Accelerator, config: configs.Config) -> dict:
     }
 
 
-def about_data(config: DataConfig, split: str) -> dict:
-    """Which images were measured."""
+def about_data(config: DataConfig, split: str | None) -> dict:
+    """Which images were measured; `split`: None where none of the data were."""
+    if split is None:
+        about = {"source": config.source, "split": None, "note": "not measured: the reference is a file"}
+        return about | {"image_size": config.image_size}
     about = {"source": config.source, "split": split, "fingerprint": open_split(config, split).fingerprint}
     return about | {"image_size": config.image_size, "crop": "ADM centre crop"}
 

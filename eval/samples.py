@@ -26,21 +26,24 @@ from nsvq.autoregressive.sampling import TokenPipeline
 from nsvq.common import config as configs
 from nsvq.common.image_metrics import to_uint8
 from nsvq.errors import UsageError, UserError
+from nsvq.eval.given_images import GivenImages
 from nsvq.files import atomic_file
 from nsvq.pipelines.autoregressive import CLASS_NAME
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import TRAINING_FILE, VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once
+Source = DiffusionPipeline | GivenImages
 
 
 @dataclass
 class Sampling:
     """How samples are drawn. `label`: sample number -> class id, or None for "no class"; `precision`: autocast type of
-    the transformer; `guide`: transformer for autoguidance; `tokens`: guidance_schedule, temperature, top_k and top_p of
-    an autoregressive pipeline, to which interval, steps and guide mean nothing."""
+    the transformer; `guide`: transformer for autoguidance; `tokens`: guidance_schedule, guidance_power, temperature,
+    top_k and top_p of an autoregressive pipeline, to which interval, steps and guide mean nothing; `resize`: the size
+    to measure them at. Of given images, whose guidance_scale is None, label and resize alone mean something."""
 
-    guidance_scale: float
+    guidance_scale: float | None
     guidance_interval: tuple[float, float]
     steps: int
     seed: int
@@ -48,12 +51,14 @@ class Sampling:
     label: Callable[[int], int | None]
     guide: ModelMixin | None = None
     tokens: dict[str, Any] | None = None
+    resize: int | None = None
 
     @property
     def setting(self) -> dict[str, float]:
-        """What sets it apart from others of a sweep."""
+        """What sets it apart from others of a sweep, and from samples of another size."""
         swept = {k: self.tokens[k] for k in ("temperature", "top_k")} if self.tokens else {"steps": self.steps}
-        return {"guidance_scale": self.guidance_scale, **swept}
+        drawn = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale, **swept}
+        return drawn | ({"resize": self.resize} if self.resize else {})
 
     @property
     def name(self) -> str:
@@ -98,8 +103,11 @@ def is_ours(pipeline: DiffusionPipeline) -> bool:
     return hasattr(pipeline, "id2label")
 
 
-def class_names(pipeline: DiffusionPipeline) -> list[str]:
-    """The pipeline's classes in the order of their ids 0 to C - 1. Raises `UserError` where its ids have gaps."""
+def class_names(pipeline: Source) -> list[str]:
+    """The classes in the order of their ids 0 to C - 1; of given images, the ids. Raises `UserError` where a pipeline's
+    ids have gaps."""
+    if isinstance(pipeline, GivenImages):
+        return [str(i) for i in range(max(pipeline.labels, default=-1) + 1)]
     if is_ours(pipeline):
         names = pipeline.id2label
     else:  # stock pipelines keep {name: id}, with a name for each synonym
@@ -110,8 +118,10 @@ def class_names(pipeline: DiffusionPipeline) -> list[str]:
     return [names[i] for i in range(len(names))]
 
 
-def image_size(pipeline: DiffusionPipeline) -> int:
-    """Side of the pipeline's images, in pixels."""
+def image_size(pipeline: Source) -> int:
+    """Side of the images, in pixels."""
+    if isinstance(pipeline, GivenImages):
+        return pipeline.size
     side = pipeline.side if isinstance(pipeline, TokenPipeline) else pipeline.transformer.config.sample_size
     widths = pipeline.vae.config.get("encoder_block_out_channels") or pipeline.vae.config.block_out_channels
     return side * 2 ** (len(widths) - 1)
@@ -123,8 +133,11 @@ def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:
 
 
 @torch.no_grad()
-def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
-    """The given samples as 8-bit images [B, 3, S, S] on the pipeline's device."""
+def draw(pipeline: Source, how: Sampling, samples: range) -> Tensor:
+    """The samples of these numbers as 8-bit images [B, 3, S, S] on the pipeline's device; of given images those that
+    there are."""
+    if isinstance(pipeline, GivenImages):
+        return _resized(pipeline.load(samples), how.resize)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
     options: dict[str, Any] = {"guidance_scale": how.guidance_scale}
     options |= how.tokens or {"num_inference_steps": how.steps}
@@ -141,7 +154,16 @@ def draw(pipeline: DiffusionPipeline, how: Sampling, samples: range) -> Tensor:
         with autocast, torch.random.fork_rng():
             torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
             images = pipeline(labels, output_type="pt", **options).images.float()
-    return to_uint8(images * 2 - 1)
+    return _resized(to_uint8(images * 2 - 1), how.resize)
+
+
+def _resized(images: Tensor, size: int | None) -> Tensor:
+    """8-bit images at another size, by Pillow's bicubic filter, which is antialiased."""
+    if size in (None, images.shape[-1]):
+        return images
+    pixels = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    resized = [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in pixels]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous().to(images.device)
 
 
 class SampleFolder:

@@ -214,9 +214,9 @@ def _nsvq(pull: dict | None, revive: float | None, replace: dict | None, freeze:
 def _results(results: dict[str, dict]) -> str:
     lines = ["## Results", ""] if results else ["## Results\n\nNot measured yet.\n"]
     for heading, result in results.items():
-        counts, data = result["counts"], result["data"]
+        counts = result["counts"]
         number = f"{counts['samples']} samples" if "samples" in counts else f"{counts['images']} images"
-        what = f"Protocol `{result['protocol']}`: {number}, {data['split']} split of `{data['source']}`"
+        what = f"Protocol `{result['protocol']}`: {number}, {compared_with(result)}"
         if setting := result.get("setting"):
             what += f", {described(setting)}, {result['seeds']}"
         lines += [f"### {heading}", "", f"{what}; nsvq {result['versions']['nsvq']}.", "", "| | | |", "|---|---|---|"]
@@ -232,11 +232,20 @@ def table_rows(result: dict) -> list[tuple[str, str, str]]:
     return rows + [(name, "skipped", why) for name, why in result["skipped"].items()]
 
 
+def compared_with(result: dict) -> str:
+    """The real images of a result, in words: "test split of someone/pets", or "reference adm"."""
+    data, reference = result["data"], result.get("reference", {}).get("source", "test")
+    file = None if reference in ("train", "test") else f"reference {reference}"
+    split = data["split"] and f"{data['split']} split of {data['source']}"
+    return " and ".join(filter(None, (file, split)))
+
+
 def described(setting: dict) -> str:
-    """How samples were drawn, in words: "guidance 1.5, 25 steps", or "guidance 2, temperature 1, top k 0"."""
-    rest = {name: value for name, value in setting.items() if name != "guidance_scale"}
-    words = [f"{v} steps" if name == "steps" else f"{name.replace('_', ' ')} {v:g}" for name, v in rest.items()]
-    return ", ".join([f"guidance {setting['guidance_scale']:g}", *words])
+    """How samples were made, in words: "guidance 1.5, 25 steps", "guidance 2, temperature 1, top k 0", "resize 256"."""
+    words = {name: f"{name.removesuffix('_scale').replace('_', ' ')} {value:g}" for name, value in setting.items()}
+    if "steps" in words:
+        words["steps"] = f"{setting['steps']} steps"
+    return ", ".join(words.values())
 
 
 def _limits(classes: int, scheduler: str | None) -> str:

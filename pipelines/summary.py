@@ -13,7 +13,7 @@ from pydantic import Field
 from nsvq.common import config as configs
 from nsvq.common import launch
 from nsvq.eval.page import read_result, write_page
-from nsvq.pipelines.card import write_card
+from nsvq.pipelines.card import compared_with, write_card
 
 ROWS = {  # of each result: what to show, and how
     "reconstruction": {"psnr": "{:.2f} dB", "ssim": "{:.3f}"}
@@ -52,7 +52,7 @@ def main() -> None:
     lines = []
     for kind, result in results.items():
         images = result["counts"].get("samples") or result["counts"]["images"]
-        lines += ["", f"{kind}, {images} images, {result['data']['split']} split of {result['data']['source']}"]
+        lines += ["", f"{kind}, {images} images, {compared_with(result)}"]
         lines += [f"  {name:<28} {value}" for name, value in rows(result)]
     samples = {run: (config.out / run / "samples").glob("*.png") for run in ("nsvq", config.generator)}
     latest = {run: max(files, key=lambda path: path.stat().st_mtime) for run, files in samples.items()}

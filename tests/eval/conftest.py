@@ -11,6 +11,7 @@ from PIL import Image
 from nsvq.eval.config import GenerationConfig
 from nsvq.eval.features import load_extractor
 from nsvq.eval.generation import evaluate
+from nsvq.eval.given_images import given_images
 
 sys.path.insert(0, str(Path(__file__).parent))  # for fakes.py and two_ranks.py, which processes of their own share
 
@@ -66,13 +67,14 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture
 def measure_samples(image_folder, tiny_extractor, tmp_path):
-    """Evaluate a pipeline, or a stand-in for one, against the tiny images; returns the result."""
+    """Evaluate a pipeline, a stand-in for one, or given `images`, against the tiny images; returns the result."""
     from fakes import FakePipeline
 
     def run(pipeline=None, data=None, folder="pipeline", **options):
+        source = {} if "images" in options else {"pipeline": str(tmp_path / folder)}
         config = GenerationConfig(
             **{
-                "pipeline": str(tmp_path / folder),
+                **source,
                 "data": {"source": str(image_folder), "max_bad_fraction": 0.3, **(data or {})},
                 "output": tmp_path / "result.json",
                 "features": [tiny_extractor],
@@ -82,6 +84,8 @@ def measure_samples(image_folder, tiny_extractor, tmp_path):
                 **options,
             }
         )
+        if config.images:
+            pipeline = given_images(config.images)
         return evaluate(pipeline or FakePipeline(), config, Accelerator(cpu=True))
 
     return run

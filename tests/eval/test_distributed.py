@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from two_ranks import run
@@ -18,6 +19,9 @@ def cases(tokenizer_folder, image_folder, tiny_extractor, tmp_path_factory):
         "cache": None,
         "workers": 0,
     }
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 16, 16, 3), dtype=np.uint8)
+    images = tmp_path_factory.mktemp("given") / "images.npz"
+    np.savez_compressed(images, arr_0=pixels, arr_1=np.arange(41) % 3)
     recon = {**common, "tokenizer": str(tokenizer_folder), "lpips": ["none"]}
     return {
         "reconstruction": (
@@ -27,6 +31,7 @@ def cases(tokenizer_folder, image_folder, tiny_extractor, tmp_path_factory):
         "one image": ("reconstruction", {**recon, "limit": 1}),  # nothing is left for the second rank
         "drift": ("reconstruction", {**recon, "compare": str(tokenizer_folder), "protocol": "ours", "batch_size": 2}),
         "generation": ("generation", {**common, "pipeline": "fake", "samples": 31, "batch_size": 4}),
+        "images": ("generation", {**common, "images": str(images), "batch_size": 4}),
         "probe": ("probe", {k: recon[k] for k in ("data", "output", "workers", "tokenizer")} | {"neighbours": 3}),
     }
 
@@ -41,7 +46,7 @@ def ranks(cases, torchrun, tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in "01"]
 
 
-@pytest.mark.parametrize("name", ["reconstruction", "one image", "drift", "generation", "probe"])
+@pytest.mark.parametrize("name", ["reconstruction", "one image", "drift", "generation", "images", "probe"])
 def test_two_ranks_give_the_numbers_of_one(name, cases, ranks):
     which, options = cases[name]
     alone = run(which, {**options, "batch_size": 9}, Accelerator(cpu=True))

@@ -89,7 +89,7 @@ def test_the_picture_has_a_row_of_samples_for_each_class(measure_samples, tmp_pa
 
 
 def test_sizes_and_classes_that_do_not_fit_are_told(measure_samples):
-    with pytest.raises(UsageError, match=r"data\.image_size = 32, but .* makes images of 16 pixels"):
+    with pytest.raises(UsageError, match=r"data\.image_size = 32, but the images of .* have 16 pixels: --resize"):
         measure_samples(data={"image_size": 32})
     assert not any("classes" in warning for warning in measure_samples()["warnings"])
     assert any("classes" in warning for warning in measure_samples(FakePipeline(("a", "b", "c")))["warnings"])

@@ -328,17 +328,19 @@ def test_an_autoregressive_pipeline_is_measured_over_a_sweep_of_temperatures(
     pipeline = load_pipeline(str(tmp_path / "tokens"))
     pipeline.set_progress_bar_config(disable=True)
     assert (image_size(pipeline), generation.class_names(pipeline)) == (16, ["ant", "bee", "cat"])
-    how = {"temperature": [0.0, 1.0], "guidance_scale": [2.0], "guidance_schedule": "linear", "metrics": ["fid"]}
+    how = {"temperature": [0.0, 1.0], "guidance_scale": [2.0], "metrics": ["fid"]}
+    how |= {"guidance_schedule": "linear", "guidance_power": 3.0}
     result = measure_samples(pipeline, samples=16, folder="tokens", keep="png", **how)
     settings = [{k: run[k] for k in ("guidance_scale", "temperature", "top_k")} for run in result["sweep"]]
     assert settings == [{"guidance_scale": 2.0, "temperature": t, "top_k": 0} for t in (0.0, 1.0)]
-    assert result["sampler"] == {"guidance_schedule": "linear", "top_p": 1.0}
+    assert result["sampler"] == {"guidance_schedule": "linear", "guidance_power": 3.0, "top_p": 1.0}
     kept = tmp_path / "result-samples" / "guidance-2-temperature-1-top_k-0"
     shown = np.stack([np.asarray(Image.open(kept / f"{i:06}.png")) for i in range(16)])
     expected = pipeline(
         [i % 3 for i in range(16)],
         guidance_scale=2.0,
         guidance_schedule="linear",
+        guidance_power=3.0,
         seeds=list(range(16)),
         output_type="np",
     ).images

@@ -11,6 +11,7 @@ from fakes import FakePipeline
 from nsvq.errors import UserError
 from nsvq.eval import generation, probe, reconstruction
 from nsvq.eval.distributed import build_in_turn, gather_by_index
+from nsvq.eval.given_images import given_images
 
 
 def run(which, options, accelerator):
@@ -18,7 +19,9 @@ def run(which, options, accelerator):
         return reconstruction.evaluate(reconstruction.ReconstructionConfig(**options), accelerator)
     if which == "probe":
         return probe.evaluate(probe.ProbeConfig(**options), accelerator)
-    return generation.evaluate(FakePipeline(), generation.GenerationConfig(**options), accelerator)
+    config = generation.GenerationConfig(**options)
+    source = given_images(config.images) if config.images else FakePipeline()
+    return generation.evaluate(source, config, accelerator)
 
 
 def count_twice(accelerator):

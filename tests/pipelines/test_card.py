@@ -92,7 +92,7 @@ def test_measured_numbers_come_onto_the_card_and_replace_older_ones(folder):
         "recall is nan",
         "| kid | skipped | needs 1,000 images |",
         "eval/generation.py --samples 200",
-        "Protocol `adm`: 200 samples, test split of `someone/pets`, guidance 1.5, 25 steps, sample i has seed 7 "
+        "Protocol `adm`: 200 samples, test split of someone/pets, guidance 1.5, 25 steps, sample i has seed 7 "
         "+ i; nsvq 0.1.0+abc.",
     ]
     assert [part for part in parts if part not in text] == []
