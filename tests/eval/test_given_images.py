@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from nsvq.common import config as configs
+from nsvq.data.config import IMAGENET
 from nsvq.errors import UsageError, UserError
 from nsvq.eval import class_accuracy, generation
 from nsvq.eval.config import GenerationConfig
@@ -161,8 +162,9 @@ def test_data_that_nothing_needs_are_not_opened(measure_samples, tiny_extractor,
         monkeypatch.setattr(module, "open_split", lambda *split: opened.append(split) or original(*split))
     np.savez(tmp_path / "reference.npz", arr_0=pixels())
     how = {"reference": str(tmp_path / "reference.npz"), "protocol": "ours"}
-    result = measure_samples(**how, data={"source": str(tmp_path / "absent")})
-    assert opened == []
+    for source in (IMAGENET, str(tmp_path / "absent")):
+        result = measure_samples(**how, data={"source": source})
+        assert (opened, result["data"]["source"]) == ([], source)
     assert result["data"]["split"] is None
     assert "not measured: the reference is a file" in result["data"]["note"]
     assert result["metrics"] == measure_samples(**how, labels="balanced")["metrics"]

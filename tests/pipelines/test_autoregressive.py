@@ -232,6 +232,10 @@ def test_sample_py_draws_from_it_and_refuses_keys_of_diffusion(run_script, token
     run_script(sample.main, *arguments, *options, "--seed", 3)
     grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
     expected = pipeline([4, 4, 0, 0], seeds=[3, 4, 5, 6], guidance_scale=2.0, **how).images
+    assert (
+        expected
+        != pipeline([4, 4, 0, 0], seeds=[3, 4, 5, 6], guidance_scale=2.0, **how | {"guidance_power": 1.0}).images
+    )
     assert np.abs(grid[20:36, 2:18] - np.asarray(expected[2]).astype(int)).max() <= 1
     with pytest.raises(UsageError, match="--steps means nothing to an autoregressive model"):
         run_script(sample.main, *arguments, "--steps", 3)
