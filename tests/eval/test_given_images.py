@@ -1,4 +1,5 @@
 import json
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +112,11 @@ def test_what_is_no_file_of_images_or_damaged_is_one_clear_error(tmp_path):
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=message):
             given_images(path)
+    np.save(tmp_path / "whole.npy", pixels())
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("arr_0.npy", (tmp_path / "whole.npy").read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"images\.npz is damaged at images 16 to 19 \(it ends too early\)"):
+        given_images(path).load(range(16, 32))
     for write in (np.savez, np.savez_compressed):
         write(path, arr_0=pixels())
         whole = bytearray(path.read_bytes())
