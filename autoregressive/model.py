@@ -124,9 +124,15 @@ class NextToken(nn.Module):
                 part.register_forward_hook(lambda module, _, output: F.dropout(output, dropout, module.training))
 
     def forward(self, ids: Tensor, codes: Tensor) -> Tensor:
-        hidden = self.body(torch.cat([ids[:, None], codes[:, :-1]], dim=1), use_cache=False).last_hidden_state
-        table = (self.head or self.body.embed_tokens).weight
-        return chunked_cross_entropy(hidden.flatten(0, 1), table[: self.codes], codes.flatten())
+        body, tokens = self.body, torch.cat([ids[:, None], codes[:, :-1]], dim=1)
+        hidden = body.embed_tokens(tokens)  # (B, N, D)
+        rotary = body.rotary_emb(hidden, position_ids=torch.arange(tokens.shape[1], device=tokens.device)[None])
+        # `body(tokens)` would look at the positions for packed sequences: the host would wait for the answer, and where
+        # it is traced each layer would get a mask, with which attention has no flash kernel.
+        for layer in body.layers:
+            hidden = layer(hidden, position_embeddings=rotary)
+        table = (self.head or body.embed_tokens).weight
+        return chunked_cross_entropy(body.norm(hidden).flatten(0, 1), table[: self.codes], codes.flatten())
 
 
 def chunked_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, at_once: int = LOGITS_AT_ONCE) -> Tensor:

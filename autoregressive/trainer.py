@@ -43,7 +43,8 @@ class AutoregressiveTrainer(GeneratorTrainer):
         if config.model.gradient_checkpointing:
             llama.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.compile:
-            llama.model.compile()
+            for layer in llama.model.layers:  # one graph for all
+                layer.compile()
         model = NextToken(llama, self.codes, config.model.dropout)
         optim = config.optim
         matrices = [p for p in model.parameters() if p.dim() > 1]

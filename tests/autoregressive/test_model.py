@@ -41,6 +41,40 @@ def test_the_loss_is_that_of_the_next_code_given_the_class_and_the_codes_before(
     assert len(NextToken(llama, 11).state_dict()) == len(dict(llama.named_parameters()))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_is_causal_without_a_mask_also_where_layers_are_compiled(monkeypatch, checkpointing):
+    """A mask would keep it from flash kernels. One graph serves all layers."""
+    attention, eager, graphs = F.scaled_dot_product_attention, [], []
+
+    def spy(*tensors, attn_mask=None, is_causal=False, **options):
+        eager.append((attn_mask, is_causal))
+        return attention(*tensors, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    def backend(module, inputs):
+        graphs.append([node.kwargs for m in module.modules() for node in m.graph.nodes if node.target is attention])
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    def gradients():
+        torch.manual_seed(0)
+        loss = model(torch.tensor([11, 14]), torch.arange(12).view(2, 6) % 11)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    llama = make_llama(ModelConfig(**TINY | {"depth": 10}), codes=11, classes=3, tokens=6)
+    torch.nn.init.normal_(llama.lm_head.weight)
+    model = NextToken(llama, 11, 0.1).train()
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        expected = gradients()
+    assert eager == [(None, True)] * 10
+    if checkpointing:
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in llama.model.layers:
+        layer.compile(backend=backend)
+    torch.testing.assert_close(gradients(), expected)
+    ((found,),) = graphs
+    assert (found["attn_mask"], found["is_causal"]) == (None, True)
+
+
 def test_an_untrained_network_gives_every_code_the_same_chance():
     llama = make_llama(ModelConfig(**TINY), codes=11, classes=3, tokens=6)
     loss = NextToken(llama, 11, 0.1).train()(torch.tensor([11, 12]), torch.randint(11, (2, 6)))
