@@ -23,7 +23,7 @@ SIZES = {  # depth, width, heads
     "XL": (36, 1280, 20),
     "XXL": (48, 1536, 24),
 }
-LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32
+LOGITS_AT_ONCE = 2**26, 2**27  # elements, at least and at most: 256 and 512 MiB in float32
 
 
 class ModelConfig(Config):
@@ -132,14 +132,18 @@ class NextToken(nn.Module):
         for layer in body.layers:
             hidden = layer(hidden, position_embeddings=rotary)
         table = (self.head or body.embed_tokens).weight
+        # Autocast casts a slice anew for each chunk: the gradients of a cast that it kept would add up in bfloat16.
         return chunked_cross_entropy(body.norm(hidden).flatten(0, 1), table[: self.codes], codes.flatten())
 
 
-def chunked_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, at_once: int = LOGITS_AT_ONCE) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor, at_once: int | None = None) -> Tensor:
     """Mean of -log softmax(hidden table^T)[targets] over rows: hidden [M, D], table [K, D], targets [M] -> scalar.
 
-    Logits are made `at_once` elements at a time, forward and again backward, and never kept.
+    Logits are made `at_once` elements at a time, forward and again backward, and never kept; None is an eighth of them
+    within the bounds of `LOGITS_AT_ONCE`. Each time costs a cast of the table, and its gradient's addition.
     """
+    least, most = LOGITS_AT_ONCE
+    at_once = at_once or min(max(least, len(hidden) * len(table) // 8), most)
     rows = max(1, at_once // len(table))
     parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(_summed, h, table, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]

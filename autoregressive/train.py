@@ -12,6 +12,7 @@ from nsvq.autoregressive.config import TrainConfig
 from nsvq.autoregressive.trainer import AutoregressiveTrainer
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.common.generator import check_image_size
 from nsvq.common.run import make_accelerator
 from nsvq.common.training import train
 from nsvq.data.understood import announce
@@ -31,6 +32,7 @@ def main() -> None:
     codebook.prepare(accelerator.device)
     announce(config.data, accelerator)
     tokenizer = Tokenizer.from_pretrained(source).to(accelerator.device)
+    check_image_size(tokenizer, config.data)
     folder, workers = config.cache or config.out / "codes", config.run.workers
     cache = open_cache(
         folder,
@@ -44,7 +46,7 @@ def main() -> None:
         verify=config.cache_verify,
     )
     held_out = open_cache(
-        folder / "test",
+        folder / f"test-{config.held_out.images or 'all'}",
         tokenizer,
         config.data.model_copy(update={"flip": False}),
         accelerator,

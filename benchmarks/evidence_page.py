@@ -75,10 +75,7 @@ def plot(by_seed: dict[str, dict[int, dict]], curves: dict[str, list[list[dict]]
     matplotlib = of_bench("matplotlib")
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "nsvq",
-    }  # text as text, and equal files twice
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "nsvq"}  # text as text, and equal files twice
     found = [run for runs in by_seed.values() for run in runs.values()]
     headings = {m: COLUMNS[m][0] for m in ("psnr", "relative_error", "utilization")} | _distances(found)
     metrics = [m for m in headings if all(m in run for run in found)]

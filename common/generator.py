@@ -21,6 +21,7 @@ from nsvq.common.optimized import Optimized
 from nsvq.common.run import RunConfig, code_version
 from nsvq.common.trainer import Trainer
 from nsvq.data.config import DataConfig
+from nsvq.errors import UsageError
 
 Distance = Callable[[Callable[[range], Tensor], int], dict[str, float]]
 
@@ -52,6 +53,13 @@ class GeneratorConfig(Config):
     data: DataConfig = Field(default_factory=DataConfig)
     sampling: DrawingConfig = Field(default_factory=DrawingConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+
+def check_image_size(tokenizer: Any, data: DataConfig) -> None:
+    """Raises `UsageError` where a tokenizer that this project trained was trained on images of another size."""
+    if tokenizer.trained is not None and tokenizer.image_size != data.image_size:
+        what = f"the tokenizer was trained on images of {tokenizer.image_size} pixels, and data.image_size is"
+        raise UsageError(f"{what} {data.image_size}: give --data.image_size {tokenizer.image_size}")
 
 
 class GeneratorTrainer(Trainer):

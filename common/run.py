@@ -61,11 +61,12 @@ class RunConfig(configs.Config):
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="Trackers, or [].")
 
 
-# Keys that may change between two starts of the same run: they change none of the weights that it has by then.
+# Keys that may change between two starts of the same run: they change none of the weights that it has by then, and
+# later ones by rounding at most.
 _FREE_KEYS: tuple[str, ...] = ("out:", "sampling.", "cache:", "cache_verify:", "export_every:", "steps:")
 _FREE_KEYS += ("run.accumulation", "run.log_every", "run.sample_every", "run.checkpoint_every", "run.keep_checkpoints")
 _FREE_KEYS += ("run.keep_every", "run.workers", "run.skip_limit", "run.trackers", "data.max_bad_fraction")
-_FREE_KEYS += ("validation.features",)
+_FREE_KEYS += ("model.gradient_checkpointing:", "model.compile:", "held_out.", "validation.features")
 
 
 def make_accelerator(config: RunConfig, out: Path, *, may_shard: bool = False) -> Accelerator:

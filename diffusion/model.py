@@ -71,15 +71,16 @@ ModelConfig = DiTConfig | UNetConfig
 
 def make_model(config: DiTConfig | UNetConfig, latent_shape: tuple[int, ...], num_classes: int) -> DiT | UNet:
     """The configured network for latents of `latent_shape` (C, H, W). Raises `ValueError` where the latents are not
-    square or do not divide as the network needs, or have more channels than it is wide: a narrower one cannot carry
-    them (Zheng et al., arXiv 2510.11690)."""
+    square or do not divide as the network needs, or where a token has more values than the network is wide: a narrower
+    one cannot carry them (Zheng et al., arXiv 2510.11690)."""
     channels, height, side = latent_shape
     classes = num_classes if config.conditional else 0
     if height != side:
         raise ValueError(f"latents must be square, got {height} x {side}")
-    width = config.width if config.variant == "unet" else config.dimensions()[1]
-    if width < channels:
-        raise ValueError(f"width {width} is less than the latents' {channels} channels: take a larger model.size")
+    patch, width = (1, config.width) if config.variant == "unet" else (config.patch_size, config.dimensions()[1])
+    if width < (values := patch**2 * channels):
+        token = f"{values} values of a token, {patch} x {patch} latents of {channels} channels"
+        raise ValueError(f"width {width} is less than the {token}: take a larger model.size, or a smaller patch_size")
     if config.variant == "unet":
         model = make_unet(latent_shape, classes, width, config.multipliers, config.layers)
     else:

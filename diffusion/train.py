@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nsvq.common import config as configs
 from nsvq.common import launch
+from nsvq.common.generator import check_image_size
 from nsvq.common.run import make_accelerator
 from nsvq.common.training import train
 from nsvq.data.understood import announce
@@ -37,6 +38,7 @@ def main() -> None:
         about = "and the model is to learn classes: see the lines above, or set --model.conditional false"
         raise UsageError(f"{config.data.source} has {what}, {about}")
     tokenizer = open_tokenizer(folder).to(accelerator.device)
+    check_image_size(tokenizer, config.data)
     cache = open_cache(
         config.cache or config.out / "latents",
         tokenizer,

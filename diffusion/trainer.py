@@ -18,6 +18,7 @@ from nsvq.tokenizer.pretrained import Tokenizer
 
 _QUARTILES = 4  # of the noise level, in the loss that is logged
 _DECODED_AT_ONCE = 8  # images
+_STD = 0.7, 1.4  # of latents, about which nothing is said
 
 
 class DiffusionTrainer(GeneratorTrainer):
@@ -50,6 +51,14 @@ class DiffusionTrainer(GeneratorTrainer):
             model.parameters(), optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=fused
         )
         self.adopt("diffusion", model, optimizer, drawn=model)
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        std, factor = self.cache.manifest["overall_std"], self.tokenizer.model.config.scaling_factor
+        if not _STD[0] <= std <= _STD[1]:
+            found = f"the latents' standard deviation is {std:.3g}, and noise levels are for about 1"
+            todo = f"set scaling_factor in the tokenizer's config.json to {factor / std:.4g} (it is {factor:.4g})"
+            self.run.warn(f"{found}: {todo}, and train with another --out and --cache")
 
     def batches(self, start: int) -> Iterator[dict]:
         return train_batches(self.cache, seed=self.config.run.seed, start=start, **self.loading)

@@ -39,7 +39,9 @@ class SampleConfig(TokenSampling):
     seed: int = Field(0, ge=0, description="Seed of the first image; image i has seed + i.")
     batch_size: int = Field(16, ge=1, description="Images to sample at once.")
     device: str | None = Field(None, description="Such as cpu or cuda:1; null is a GPU where there is one.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of weights and latents.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of the network and its latents; the tokenizer stays float32."
+    )
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -59,8 +61,8 @@ def main() -> None:
     try:
         device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pipeline.to(device)
-        if pipeline.dtype != (dtype := getattr(torch, config.dtype)):  # diffusers warns of any cast
-            pipeline.to(dtype)
+        # Not the tokenizer: in bfloat16 it would find other codes in the same latents.
+        pipeline.transformer.to(getattr(torch, config.dtype))
         how = config.model_dump(include=TOKEN_KEYS)
         if not tokens:
             guide = pipeline.load_guide(config.guide) if config.guide else None

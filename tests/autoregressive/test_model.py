@@ -29,6 +29,34 @@ def test_logits_of_all_places_are_never_kept():
     assert max(saved) <= table.numel()
 
 
+def test_logits_are_made_in_eighths_of_256_to_512_mib(monkeypatch):
+    monkeypatch.setattr("nsvq.autoregressive.model.LOGITS_AT_ONCE", (2000, 4000))
+    for rows, expected in ((10, [10]), (100, [20] * 5), (240, [30] * 8), (480, [40] * 12)):
+        seen = []
+        monkeypatch.setattr(
+            "nsvq.autoregressive.model._summed", lambda h, *_, seen=seen: (seen.append(len(h)), h.sum())[1]
+        )
+        chunked_cross_entropy(torch.zeros(rows, 2), torch.zeros(100, 2), torch.zeros(rows, dtype=torch.int64))
+        assert seen == expected
+
+
+def test_gradients_of_chunks_add_up_in_float32_under_autocast(monkeypatch):
+    """As they would not where autocast kept its bfloat16 copy of the output layer."""
+    llama = make_llama(ModelConfig(**TINY), codes=61, classes=3, tokens=16)
+    torch.nn.init.normal_(llama.lm_head.weight)
+    model, codes = NextToken(llama, 61), torch.randint(61, (64, 16))
+
+    def gradient(chunks, bf16):
+        monkeypatch.setattr("nsvq.autoregressive.model.LOGITS_AT_ONCE", (codes.numel() * 61 // chunks,) * 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(61 + torch.arange(64) % 3, codes)
+        return torch.autograd.grad(loss, llama.lm_head.weight)[0]
+
+    exact = gradient(1, False)
+    whole, parts = ((gradient(chunks, True) - exact).norm() / exact.norm() for chunks in (1, 128))
+    assert parts < 1.2 * whole
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_is_that_of_the_next_code_given_the_class_and_the_codes_before(tied):
     llama = make_llama(ModelConfig(**TINY, tie_embeddings=tied), codes=11, classes=3, tokens=6)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from functools import partialmethod
 from types import SimpleNamespace
 
@@ -174,6 +175,46 @@ def test_a_run_that_a_signal_ended_goes_on_bit_exactly(run_instrumented, argumen
     assert same(checkpoint(parts, 8), checkpoint(whole, 8))
     assert same(exported(parts), exported(whole))
     assert metrics(parts) == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--model.gradient_checkpointing", True, "--held_out.every", 2, "--held_out.images", 1],
+        ["--model.compile", True],
+    ],
+)
+def test_what_changes_no_number_may_change_when_a_run_goes_on(
+    run_instrumented, arguments, tmp_path, monkeypatch, changed
+):
+    compiled = []
+
+    def compile(module, compile=torch.nn.Module.compile):
+        compiled.append(type(module).__name__)
+        compile(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    whole, parts, how = tmp_path / "whole", tmp_path / "parts", {"record": tmp_path / "record"}
+    run_instrumented(train, *arguments, "--out", whole, **how)
+    with pytest.raises(Stopped, match="SIGTERM at step 4"):
+        run_instrumented(train, *arguments, "--out", parts, **how, signal_at=28)
+    run_instrumented(train, *arguments, "--out", parts, *changed, **how)
+    assert compiled == ["LlamaDecoderLayer"] * 2 * ("--model.compile" in changed)
+    torch.testing.assert_close(checkpoint(parts, 8), checkpoint(whole, 8), rtol=1e-4, atol=1e-6)
+    measured = {row["step"]: row["held_out_bits"] for row in metrics(parts) if "held_out_bits" in row}
+    assert list(measured) == ([4, 8] if compiled else [4, 6, 8])
+
+
+def test_a_tokenizer_of_ours_of_images_of_another_size_ends_a_run_before_it_encodes(
+    run_script, arguments, tmp_path, tokenizer_folder, monkeypatch
+):
+    monkeypatch.setattr(train, "open_cache", None)
+    shutil.copytree(tokenizer_folder, tmp_path / "ours")
+    (tmp_path / "ours" / "nsvq.json").write_text("{}")
+    for key, value in {"--tokenizer": tmp_path / "ours", "--data.image_size": 32}.items():
+        arguments[arguments.index(key) + 1] = value
+    with pytest.raises(UsageError, match=r"trained on images of 16 pixels, and data\.image_size is 32"):
+        run_script(main, *arguments, "--out", tmp_path / "out")
 
 
 def test_without_dropout_micro_batches_change_no_number(run_script, arguments, tmp_path):

@@ -236,8 +236,10 @@ def test_sizes_have_the_published_parameter_counts(size, millions, variant):
 
 def test_a_model_that_does_not_fit_the_latents_is_refused():
     assert SIZES["tiny"][1] == 192
-    with pytest.raises(ValueError, match="192 is less than the latents' 256 channels"):
+    with pytest.raises(ValueError, match="192 is less than the 256 values of a token, 1 x 1 latents of 256 channels"):
         make_model(DiTConfig(size="tiny"), (256, 16, 16), 10)
+    with pytest.raises(ValueError, match="192 is less than the 256 values of a token, 2 x 2 latents of 64 channels"):
+        make_model(DiTConfig(size="tiny", patch_size=2), (64, 16, 16), 10)
     with pytest.raises(ValueError, match="side 15 do not divide into patches of side 2"):
         make_model(DiTConfig(size="tiny", patch_size=2), (8, 15, 15), 10)
     with pytest.raises(ValueError, match="square"):

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -223,8 +224,9 @@ def test_a_finished_run_that_is_started_again_exports_again(run_script, argument
 
 def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_been_asked_for_them_at_once(run_script, arguments, tmp_path):
     run_script(main, *arguments, "--out", tmp_path / "whole", "--steps", 4)
-    for steps in (2, 4):
-        run_script(main, *arguments, "--out", tmp_path / "parts", "--steps", steps)
+    for steps, checkpointing in ((2, False), (4, True)):  # which changes no number either
+        how = ("--steps", steps, "--model.gradient_checkpointing", checkpointing)
+        run_script(main, *arguments, "--out", tmp_path / "parts", *how)
     assert same(exported(tmp_path / "parts"), exported(tmp_path / "whole"))
     assert same(checkpoint(tmp_path / "parts", 4), checkpoint(tmp_path / "whole", 4))
     with pytest.raises(UsageError, match="trained for 4 steps: --steps 3 is too few"):
@@ -438,7 +440,7 @@ def test_many_such_batches_in_a_row_end_the_run_with_the_ids_and_a_dump(run_inst
     [
         (["--tokenizer", "nowhere/tokenizer"], UserError, "there is no tokenizer at nowhere/tokenizer: train one"),
         (["--model.width", "2"], UsageError, "model.width"),
-        (["--model.width", "8", "--model.heads", "1", "--model.patch_size", "3"], UsageError, "patches of side 3"),
+        (["--model.patch_size", "3"], UsageError, "patches of side 3"),
         (["--run.batch_size", "9", "--run.accumulation", "2"], UsageError, "must be a multiple of ranks"),
         (["--objective.name", "ddpm", "--sampling.steps", "30"], UsageError, "sampling.steps = 30 must divide 1000"),
         (["--objective.name", "ddpm", "--objective.shift", "2"], UsageError, "objective.shift is a key of another"),
@@ -455,6 +457,43 @@ def test_what_cannot_work_is_told_in_one_line(run_script, arguments, tmp_path, c
     assert text in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_tokenizer_of_ours_of_images_of_another_size_ends_a_run_before_it_encodes(
+    run_script, arguments, tmp_path, tokenizer_folder, monkeypatch
+):
+    encoding = Exception("it goes on")
+    monkeypatch.setattr(train, "open_cache", lambda *_, **__: (_ for _ in ()).throw(encoding))
+    arguments[arguments.index("--data.image_size") + 1] = 32
+    with pytest.raises(Exception, match="it goes on"):  # others' tokenizers are made for all sizes
+        run_script(main, *arguments, "--out", tmp_path / "out")
+    shutil.copytree(tokenizer_folder, tmp_path / "ours")
+    (tmp_path / "ours" / "nsvq.json").write_text("{}")
+    arguments[arguments.index("--tokenizer") + 1] = tmp_path / "ours"
+    told = r"trained on images of 16 pixels, and data\.image_size is 32: give --data\.image_size 16"
+    with pytest.raises(UsageError, match=told):
+        run_script(main, *arguments, "--out", tmp_path / "out")
+
+
+def test_latents_of_another_scale_are_said_with_the_factor_that_mends_them(
+    run_script, arguments, tmp_path, tokenizer_folder, capsys
+):
+    config = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer") / "config.json"
+    arguments[arguments.index("--tokenizer") + 1] = config.parent
+    factor = 10.0
+    for name, said in (("far", True), ("mended", False)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": factor}))
+        arguments[arguments.index("--cache") + 1] = tmp_path / name / "latents"
+        run_script(main, *arguments, "--out", tmp_path / name, "--steps", 1)
+        std = json.loads((tmp_path / name / "latents" / "manifest.json").read_text())["overall_std"]
+        told = re.search(
+            r"warning: the latents' standard deviation is (\S+), .* to (\S+) \(it is 10\)", capsys.readouterr().err
+        )
+        assert bool(told) == said
+        if told:
+            assert float(told[1]) == pytest.approx(std, rel=0.01)
+            factor = float(told[2])
+    assert std == pytest.approx(1, rel=0.01)
 
 
 def test_a_network_trains_on_the_latents_of_an_autoencoder_and_samples_in_the_stock_pipeline(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nsvq.errors import UsageError, UserError
@@ -83,6 +84,21 @@ def test_sampler_and_guide_reach_the_pipeline(run_script, folder, pipeline, rand
     )
     assert np.abs(shown - expected).max() <= 1
     assert np.abs(shown - others).max() > 1
+
+
+def test_a_dtype_is_that_of_the_network_and_leaves_the_tokenizer_its_codes(run_script, folder, pipeline, tmp_path):
+    out, how = tmp_path / "grid.png", {"seeds": range(2), "num_inference_steps": 2, "output_type": "pt"}
+    options = ["--classes", 4, "--per_class", 2, "--steps", 2, "--guidance_scale", 1, "--dtype", "bfloat16"]
+    run_script(main, "--pipeline", folder, "--output", out, "--device", "cpu", *options)
+    pipeline.transformer.to(torch.bfloat16)
+    latents = pipeline([4, 4], **how | {"output_type": "latent"}).images
+    expected = torch.cat([*pipeline.decode(latents)], dim=2)
+    others = torch.cat([*pipeline.to(torch.bfloat16).decode(latents).float()], dim=2)
+    shown = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1)[:, 2:18]
+    shown = torch.cat([shown[:, :, 2:18], shown[:, :, 20:36]], dim=2) / 255
+    assert latents.dtype == torch.bfloat16
+    assert (shown - expected).abs().max() < 1.5 / 255
+    assert (shown - others).abs().max() > 3 / 255
 
 
 @pytest.mark.parametrize(
