@@ -77,7 +77,7 @@ class CountingAccelerator:
             first, *rest = result if isinstance(result, tuple) else (result,)
             return (first.float(), *rest) if rest else first.float()
 
-        network.forward = call  # type: ignore[method-assign]
+        network.forward = call
         return network
 
 

@@ -144,8 +144,8 @@ def _tokenizer_step(config: TrainConfig, device: torch.device) -> Step:
     heads = [alignment.head] if alignment else []
     image_losses = ImageLosses(config.loss, metric, logits, alignment)
     adversary = Adversary(features, discriminator, config.loss.lecam_weight, accelerator)
-    prepared = map(accelerator.prepared, (encoder, decoder))
-    step = TokenizerStep(config, *prepared, image_losses, adversary, accelerator)
+    encoder, decoder = map(accelerator.prepared, (encoder, decoder))
+    step = TokenizerStep(config, encoder, decoder, image_losses, adversary, accelerator)
     step.perturbation = None  # which takes next to nothing
     if device.type == "cuda":  # where memory is counted, without a backward pass
         step.adaptive = {}

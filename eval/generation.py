@@ -152,8 +152,8 @@ def _about(pipeline: Source, config: GenerationConfig, names: list[str]) -> dict
 
 def _settings(pipeline: Source, config: GenerationConfig) -> list[Sampling]:
     """One for each point of the sweep, still without labels and guide."""
-    how = {"seed": config.seed, "precision": config.mixed_precision, "label": None, "resize": config.resize}
-    how["guidance_interval"] = config.guidance_interval
+    how: dict[str, Any] = {"seed": config.seed, "precision": config.mixed_precision, "label": None}
+    how |= {"guidance_interval": config.guidance_interval, "resize": config.resize}
     if isinstance(pipeline, GivenImages):
         return [Sampling(None, steps=0, **how)]
     options: list[tuple[int, dict | None]] = [(steps, None) for steps in config.steps]
@@ -335,7 +335,7 @@ def _run(
 def _sample_folder(
     pipeline: Source, how: Sampling, config: GenerationConfig, accelerator: Accelerator
 ) -> SampleFolder | None:
-    if config.keep == "none":
+    if isinstance(pipeline, GivenImages) or config.keep == "none":
         return None
     about = {
         "pipeline": report.folder_hash(Path(config.pipeline)) or config.pipeline,

@@ -36,8 +36,15 @@ def reconstruction_monitor(config: TrainConfig, accelerator: Accelerator) -> "Fr
     of = config.validation
     if of.features == "none":
         return None
-    how = {"limit": of.images, "metric": "rfid", "workers": config.run.workers}
-    return FrechetMonitor(of.features, of.features_weights, config.data, accelerator, **how)
+    return FrechetMonitor(
+        of.features,
+        of.features_weights,
+        config.data,
+        accelerator,
+        limit=of.images,
+        metric="rfid",
+        workers=config.run.workers,
+    )
 
 
 class FrechetMonitor:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import TRAINING_FILE, VQ_MODELS
 
 GROUP = 16  # samples that are drawn at once
-Source = DiffusionPipeline | GivenImages
+Source: TypeAlias = DiffusionPipeline | GivenImages
 
 
 @dataclass

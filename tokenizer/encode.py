@@ -1,20 +1,10 @@
 """Fill the token cache, with latents or codes: every image of a split through the frozen tokenizer once, over all
-ranks, in shards. A start after an interruption keeps the shards that are complete.
-
-Trainers here do that themselves. For trainers elsewhere, codes as plain NumPy:
-
-accelerate launch tokenizer/encode.py --tokenizer runs/nsvq/tokenizer --data DATA --output FOLDER [--cache_crops 10]
-
-FOLDER/codes.npy     [N, views, h, w], uint16 for K <= 65,536 and else int32; views as in tokenizer/latents.py
-FOLDER/labels.npy    int64 [N] (-1: none)
-FOLDER/about.json    the tokenizer's hash, K, classes, views and more
-"""
+ranks, in shards. A start after an interruption keeps the shards that are complete."""
 
 import itertools
 import json
 import math
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -27,22 +17,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nsvq.common import config as configs
-from nsvq.common import launch
 from nsvq.common.run import on_main_process, progress_bar
 from nsvq.data.batches import batches_in_order
 from nsvq.data.config import DataConfig
 from nsvq.data.sources import Split, open_split
-from nsvq.data.understood import announce
 from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
-from nsvq.tokenizer.latents import LatentCache, read_manifest, shard_hash, tensor_name, write_numpy
+from nsvq.tokenizer.latents import LatentCache, read_manifest, shard_hash, tensor_name
 from nsvq.tokenizer.pretrained import Tokenizer
 
 BATCH_IMAGES = 32
@@ -116,46 +102,6 @@ def open_cache(
         what = f"{', '.join(damaged[:3])} not what was written"
         raise UserError(f"{folder}: {what}: delete manifest.json and these shards, and start again")
     return cache
-
-
-class EncodeConfig(configs.Config):
-    """Encode images into codes, as NumPy arrays."""
-
-    tokenizer: Path = Field(description="Folder or Hub id of a VQModel.")
-    data: DataConfig = Field(default_factory=DataConfig, description="The images, in the tokenizer's own size.")
-    output: Path = Field(description="Folder of the arrays.")
-    split: Literal["train", "test"] = Field("train", description="Split of the data to encode.")
-    cache: Path | None = Field(
-        None, description="Token cache to take them from, filled if need be; null: <output>/shards, deleted at the end."
-    )
-    cache_images: int | None = Field(None, ge=1, description="Images to encode; null is all of them.")
-    cache_crops: int = Field(1, ge=1, description="Crops of an image to encode: the centre one, then ADM's random.")
-    workers: int = Field(4, ge=0, description="Data loading processes per rank.")
-
-
-def write_codes(config: EncodeConfig, accelerator: Accelerator) -> None:
-    """Raises `UsageError` where the arrays are there already, and what `open_cache` raises."""
-    if (about := config.output / "about.json").exists():
-        raise UsageError(f"--output {config.output} holds codes already: delete it, or give a new name")
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer).to(accelerator.device)
-    data, shards = config.data, config.cache or config.output / "shards"
-    if "image_size" not in data.model_fields_set:
-        data = data.model_copy(update={"image_size": tokenizer.image_size or data.image_size})
-    announce(data, accelerator)
-    how = {"workers": config.workers, "limit": config.cache_images, "crops": config.cache_crops, "split": config.split}
-    cache = open_cache(shards, tokenizer, data, accelerator, kind="codes", **how)
-
-    def write() -> None:
-        write_numpy(cache, config.output)
-        made = {**cache.manifest["key"], "codebook_size": tokenizer.codebook_size, "classes": cache.classes}
-        made |= {"images": len(cache), "bad_images": cache.manifest["bad_images"], "views": cache.views}
-        with atomic_file(about) as part:
-            part.write_text(json.dumps(made, indent=2))
-        if config.cache is None:
-            shutil.rmtree(shards)
-        print(f"{config.output}: {len(cache)} images x {cache.views} views of {cache.shape} codes")
-
-    on_main_process(accelerator, write)
 
 
 def _check_codes(tokenizer: Tokenizer) -> None:
@@ -383,12 +329,3 @@ def _metadata(path: Path) -> dict[str, str]:
             return file.metadata()
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and start again") from None
-
-
-def main() -> None:
-    config = configs.parse(EncodeConfig, sys.argv[1:])
-    write_codes(config, Accelerator(kwargs_handlers=[launch.LONG_WAIT]))
-
-
-if __name__ == "__main__":
-    launch.run(main)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +25,6 @@ from torch.utils.data import Dataset
 from nsvq.data.batches import shuffled_positions
 from nsvq.data.loading import batches_of, make_loader, restarting
 from nsvq.errors import UserError
-from nsvq.files import atomic_file
 
 
 class LatentCache:
@@ -101,18 +99,6 @@ def shard_hash(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().numpy())
     return digest.hexdigest()
-
-
-def write_numpy(cache: LatentCache, folder: Path) -> None:
-    """All images of a cache of codes, in its order: folder/codes.npy [N, views, H, W] and labels.npy int64 [N] (-1:
-    none)."""
-    header = {"descr": np.dtype(cache.manifest["dtype"]).str, "fortran_order": False}
-    with atomic_file(folder / "codes.npy") as part, open(part, "wb") as file:
-        npy.write_array_header_1_0(file, header | {"shape": (len(cache), cache.views, *cache.shape)})
-        for path in cache.files:
-            file.write(load_file(path)["codes"].numpy().tobytes())
-    with atomic_file(folder / "labels.npy") as part, open(part, "wb") as file:
-        np.save(file, torch.cat([load_file(path)["labels"] for path in cache.files]).numpy())
 
 
 def train_batches(

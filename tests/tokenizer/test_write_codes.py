@@ -9,8 +9,8 @@ from nsvq.data.images import several_crops, to_tensor
 from nsvq.data.sources import open_split
 from nsvq.errors import UsageError
 from nsvq.tokenizer import encode
-from nsvq.tokenizer.encode import main
 from nsvq.tokenizer.pretrained import Tokenizer
+from nsvq.tokenizer.write_codes import main
 
 
 @pytest.fixture
