@@ -18,16 +18,19 @@ from nsvq.errors import UserError
 
 
 class Fatal(Dataset):
-    """Numbers; the process that loads one of `fatal` is killed, the first time or always."""
+    """Numbers; the process that loads one of `fatal` is killed, the first time or always, once the file `after` is
+    there."""
 
-    def __init__(self, fatal, marker=None):
-        self.fatal, self.marker = fatal, marker
+    def __init__(self, fatal, marker=None, after=None):
+        self.fatal, self.marker, self.after = fatal, marker, after
 
     def __getitem__(self, i):
         if i in self.fatal and not (self.marker and self.marker.exists()):
             if self.marker:
                 self.marker.touch()
             time.sleep(0.3)  # so that earlier batches have left the process
+            while self.after and not self.after.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return i
 
@@ -43,10 +46,12 @@ def test_after_the_death_of_a_loading_process_the_sequence_goes_on_without_a_gap
     assert "a loading process was killed" in capsys.readouterr().err
 
 
-def test_a_death_is_not_raised_in_the_middle_of_a_training_step():
-    loader = make_loader(Fatal({3}), 1, batch_sampler=[[0], [1], [2], [3]], prefetch_factor=4)
+def test_a_death_is_not_raised_in_the_middle_of_a_training_step(tmp_path):
+    data = Fatal({3}, after=tmp_path / "taken")
+    loader = make_loader(data, 1, batch_sampler=[[0], [1], [2], [3]], prefetch_factor=4)
     batches = batches_of(loader)
     next(batches)
+    (tmp_path / "taken").touch()
     end = time.monotonic() + 1  # a step of training, in which the process that loads ahead dies
     while time.monotonic() < end:
         time.sleep(0.01)
