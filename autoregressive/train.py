@@ -56,7 +56,7 @@ def main() -> None:
         split="test",
         verify=config.cache_verify,
     )
-    distance = monitor(config.sampling, config.data, accelerator, workers)
+    distance = monitor(config.sampling, config.data, accelerator, workers, tokens=True)
     train(AutoregressiveTrainer(config, accelerator, tokenizer, cache, held_out, save, distance))
 
 

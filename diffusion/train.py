@@ -50,7 +50,7 @@ def main() -> None:
         kind=config.latents,
         verify=config.cache_verify,
     )
-    distance = monitor(config.sampling, config.data, accelerator, config.run.workers)
+    distance = monitor(config.sampling, config.data, accelerator, config.run.workers, tokens=False)
     train(DiffusionTrainer(config, accelerator, tokenizer, cache, save, distance))
 
 

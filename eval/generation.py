@@ -47,6 +47,7 @@ from nsvq.eval.samples import (
     Source,
     class_names,
     draw,
+    group_size,
     groups,
     image_size,
     is_ours,
@@ -295,7 +296,8 @@ def _run(
     folder = _sample_folder(pipeline, how, config, accelerator)
     grid = Grid(config.samples, names, how.label)
     judged = class_accuracy.ClassAccuracy(classifier) if classifier else None
-    mine = list(groups(config.samples, accelerator.process_index, accelerator.num_processes))
+    size = group_size(accelerator.device, isinstance(pipeline, TokenPipeline))
+    mine = list(groups(config.samples, accelerator.process_index, accelerator.num_processes, size))
     for samples in tqdm(mine, how.name, unit="group", disable=not accelerator.is_main_process, leave=False):
         wanted = samples[: config.samples - samples.start]
         images, index = folder.load(wanted) if folder else None, torch.tensor(wanted)

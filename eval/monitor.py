@@ -16,19 +16,22 @@ from nsvq.data.config import DataConfig
 from nsvq.eval.feature_statistics import frechet_distance
 from nsvq.eval.features import Collector, load_extractor, metric_name
 from nsvq.eval.reference import DEFAULT_CACHE, Cache, real_sets
-from nsvq.eval.samples import GROUP, groups
+from nsvq.eval.samples import group_size, groups
 from nsvq.tokenizer.config import TrainConfig
 
 # Without TF32, which a trainer may have on: eval/generation.py measures without, and shares the kept references.
 _exact_float32 = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
 
 
-def monitor(drawing: DrawingConfig, data: DataConfig, accelerator: Accelerator, workers: int) -> Distance | None:
-    """What measures the samples of a generator's run, where its config asks for it. Raises what `FrechetMonitor`
-    does."""
+def monitor(
+    drawing: DrawingConfig, data: DataConfig, accelerator: Accelerator, workers: int, *, tokens: bool
+) -> Distance | None:
+    """What measures the samples of a generator's run, where its config asks for it. `tokens`: whether they are made
+    token by token. Raises what `FrechetMonitor` does."""
     if drawing.fd_every is None:
         return None
-    return FrechetMonitor(drawing.fd_features, drawing.fd_features_weights, data, accelerator, workers=workers).measure
+    of = FrechetMonitor(drawing.fd_features, drawing.fd_features_weights, data, accelerator, workers=workers)
+    return partial(of.measure, group=group_size(accelerator.device, tokens))
 
 
 def reconstruction_monitor(config: TrainConfig, accelerator: Accelerator) -> "FrechetMonitor | None":
@@ -70,7 +73,7 @@ class FrechetMonitor:
         self.name, self.layer = metric_name(metric, self.extractor.name), self.extractor.layers["fid"]
         cache, extractors = Cache(DEFAULT_CACHE, False, accelerator), {self.extractor.name: self.extractor}
         with _exact_float32():
-            sets, _ = real_sets(extractors, ("fid",), cache, data, "test", limit, batch_size=4 * GROUP, workers=workers)
+            sets, _ = real_sets(extractors, ("fid",), cache, data, "test", limit, batch_size=64, workers=workers)
         self.real = sets[self.extractor.name]
 
     def begin(self) -> None:
@@ -89,13 +92,13 @@ class FrechetMonitor:
         return {self.name: broadcast_object_list([value])[0]}
 
     @torch.no_grad()
-    def measure(self, draw: Callable[[range], Tensor], samples: int) -> dict[str, float]:
+    def measure(self, draw: Callable[[range], Tensor], samples: int, group: int) -> dict[str, float]:
         """`value` of `samples` images.
 
-        `draw(numbers)` returns the samples of these numbers, [B, 3, H, W] in [-1, 1]; it is called for groups of equal
-        size, so that the number of ranks changes no image."""
+        `draw(numbers)` returns the samples of these numbers, [B, 3, H, W] in [-1, 1]; it is called for `group`
+        numbers at a time, so that the number of ranks changes no image."""
         self.begin()
-        for group in groups(samples, self.accelerator.process_index, self.accelerator.num_processes):
-            wanted = group[: samples - group.start]
-            self.add(to_uint8(draw(group)[: len(wanted)]), torch.tensor(wanted))
+        for numbers in groups(samples, self.accelerator.process_index, self.accelerator.num_processes, group):
+            wanted = numbers[: samples - numbers.start]
+            self.add(to_uint8(draw(numbers)[: len(wanted)]), torch.tensor(wanted))
         return self.value()

@@ -1,8 +1,8 @@
 """Samples of a pipeline: which image is what, drawn in groups that no batch size or number of ranks changes.
 
-Sample i has the seed S + i and a class that i alone decides. Group g holds the samples from GROUP g on, is always drawn
-as a whole, and belongs to rank g mod N: so the same command gives the same images, also after a kill, and a smaller set
-is the beginning of a larger one. Kept samples are PNG files, one each; those that are there are not drawn again.
+Sample i has the seed S + i and a class that i alone decides. Groups are of one size, are always drawn as a whole, and
+group g belongs to rank g mod N: so the same command gives the same images, also after a kill, and a smaller set is the
+beginning of a larger one. Kept samples are PNG files, one each; those that are there are not drawn again.
 """
 
 import inspect
@@ -32,7 +32,6 @@ from nsvq.pipelines.autoregressive import CLASS_NAME
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
 from nsvq.tokenizer.pretrained import TRAINING_FILE, VQ_MODELS
 
-GROUP = 16  # samples that are drawn at once
 Source: TypeAlias = DiffusionPipeline | GivenImages
 
 
@@ -127,9 +126,15 @@ def image_size(pipeline: Source) -> int:
     return side * 2 ** (len(widths) - 1)
 
 
-def groups(samples: int, rank: int, world_size: int) -> Iterator[range]:
-    """The groups of sample numbers that a rank draws; the last one is as large as the others, beyond `samples`."""
-    return (range(start, start + GROUP) for start in range(rank * GROUP, samples, world_size * GROUP))
+def group_size(device: torch.device, tokens: bool) -> int:
+    """How many samples are drawn at once. On a GPU more, where they are made token by token: each step of a transformer
+    then has little to do but to start."""
+    return 64 if tokens and device.type != "cpu" else 16
+
+
+def groups(samples: int, rank: int, world_size: int, size: int) -> Iterator[range]:
+    """The groups of sample numbers that a rank draws; the last one has `size`, too, beyond `samples`."""
+    return (range(start, start + size) for start in range(rank * size, samples, world_size * size))
 
 
 @torch.no_grad()

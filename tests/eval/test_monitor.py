@@ -27,7 +27,7 @@ def test_a_run_measures_in_exact_float32_whatever_it_trains_with(
     data = DataConfig(source=str(image_folder), image_size=16, max_bad_fraction=0.5)
     monitor = FrechetMonitor(tiny_extractor, None, data, accelerator)
     kind, samples = "made", torch.rand(32, 3, 16, 16) * 2 - 1
-    found = monitor.measure(draw, 20)
+    found = monitor.measure(draw, 20, 16)
     assert {name: set(values) for name, values in seen.items()} == {"real": {False}, "made": {False}, "drawn": {True}}
     assert torch.backends.cudnn.allow_tf32
     assert list(tmp_path.glob("*.npz"))

@@ -25,7 +25,7 @@ from nsvq.errors import UsageError, UserError
 from nsvq.eval import generation
 from nsvq.eval.page import write_page
 from nsvq.eval.report import folder_hash
-from nsvq.eval.samples import GROUP, Sampling, draw, groups, image_size, is_ours, load_pipeline
+from nsvq.eval.samples import Sampling, draw, group_size, groups, image_size, is_ours, load_pipeline
 from nsvq.pipelines.autoregressive import save_pipeline as save_token_pipeline
 from nsvq.pipelines.export import save_pipeline, to_stock
 from nsvq.pipelines.pipeline import ClassConditionalPipeline
@@ -33,10 +33,15 @@ from nsvq.pipelines.pipeline import ClassConditionalPipeline
 
 def test_ranks_share_the_samples_out_without_gap_or_overlap():
     for world_size in (1, 2, 3, 20):
-        mine = [list(groups(41, rank, world_size)) for rank in range(world_size)]
+        mine = [list(groups(41, rank, world_size, 16)) for rank in range(world_size)]
         drawn = sorted(i for groups_of_rank in mine for group in groups_of_rank for i in group)
         assert drawn == list(range(48))  # three whole groups
-        assert all(len(group) == GROUP for groups_of_rank in mine for group in groups_of_rank)
+        assert all(len(group) == 16 for groups_of_rank in mine for group in groups_of_rank)
+
+
+def test_codes_are_drawn_more_at_a_time_on_a_gpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert group_size(gpu, tokens=True) > group_size(gpu, tokens=False) == group_size(cpu, tokens=True)
 
 
 def test_classes_are_balanced_each_image_has_its_own_seed_and_a_larger_set_begins_with_a_smaller_one(measure_samples):
