@@ -49,7 +49,8 @@ class CountingAccelerator:
     def __init__(self, device: torch.device):
         self.device = device
         self.kept: dict[int, Tensor] = {}  # what autograd keeps now, by storage
-        self.peak = 0  # bytes of it
+        self.again = 0  # bytes that the largest checkpointed block keeps, while it is computed again
+        self.peak = 0  # bytes of both
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -64,8 +65,20 @@ class CountingAccelerator:
     def backward(self, loss: Tensor) -> None:
         if self.device.type == "cpu":
             loss.backward()
-        self.peak = max(self.peak, sum(t.untyped_storage().nbytes() for t in self.kept.values()))
-        self.kept = {}
+        self.peak = max(self.peak, _size(self.kept) + self.again)
+        self.kept, self.again = {}, 0
+
+    def checkpoint(self, block: Callable[..., Any], *arguments: Any) -> Any:
+        """In place of torch's: the block's arguments are kept, and all that it keeps once, since blocks are computed
+        again one at a time."""
+        for argument in arguments:
+            if torch.is_tensor(argument):
+                self.keep(argument)
+        before = dict(self.kept)
+        result = block(*arguments)
+        self.again = max(self.again, _size({at: tensor for at, tensor in self.kept.items() if at not in before}))
+        self.kept = before
+        return result
 
     def prepared(self, network: nn.Module) -> nn.Module:
         """As `accelerate.prepare` would: under autocast, with float32 results."""
@@ -102,6 +115,11 @@ def _count(make: Callable[[torch.device], Step]) -> Counted:
             for module in (*step.trained, *step.frozen)
             for t in (*module.parameters(), *module.buffers())
         }
+
+        for network in step.trained:
+            for module in network.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):  # diffusers' and transformers' name
+                    module._gradient_checkpointing_func = step.accelerator.checkpoint
 
         def pack(tensor: Tensor) -> Tensor:
             return tensor if tensor.untyped_storage()._cdata in own else step.accelerator.keep(tensor)
@@ -155,6 +173,10 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool =
     """What a GPU would take; without one, torch chooses the formula that keeps N x N numbers."""
     half = (tensor.bfloat16() for tensor in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention(*half, 0.0, is_causal)[0]
+
+
+def _size(kept: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _parameters(module: nn.Module) -> int:

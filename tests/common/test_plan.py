@@ -91,6 +91,21 @@ def test_activations_are_those_that_a_real_step_keeps():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit-b", "ar-b"])
+def test_checkpointed_layers_keep_their_inputs_and_what_one_of_them_keeps(name):
+    width = ("--model.width", "128", "--model.heads", "4")
+    saved = {
+        (depth, on): counted(name, *width, "--model.depth", str(depth), "--model.gradient_checkpointing", str(on)).saved
+        for depth in (1, 2, 3)
+        for on in (False, True)
+    }
+    inputs, layer = saved[3, True] - saved[2, True], saved[2, False] - saved[1, False]
+    assert inputs == pytest.approx(256 * 128 * 4, rel=0.02)  # float32, and the modulation
+    assert saved[1, True] == pytest.approx(saved[1, False], rel=0.02)  # which is computed again as a whole
+    assert saved[3, True] == pytest.approx(saved[3, False] - 2 * (layer - inputs), rel=0.02)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bsq", "fsp", "ibq", "ar-b", "ldm"])
 def test_every_kind_of_config_can_be_planned(name):
     words = SMALL if "tokenizer" not in read_config(CONFIGS / f"{name}.yaml") else []
