@@ -47,10 +47,11 @@ def load_module(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The `state` of an optimizer of whole parameters into one whose parameters may be split."""
+    """The moments in the `state` of an optimizer of whole parameters, into one whose parameters may be split. Rates,
+    decay and the like stay as `optimizer` has them."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {name: split_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": moments})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})

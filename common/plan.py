@@ -339,7 +339,11 @@ STAGES = {"tokenizer": "nsvq", "DiT-B": "dit-b"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --tokenizer is a key of a config
+    )
     parser.add_argument("--config", type=Path, default=CONFIGS / "nsvq.yaml", help="of any stage")
     parser.add_argument("--gpu", nargs="+", choices=list(MEMORY), default=list(MEMORY))
     parser.add_argument("--count", type=int, default=1, help="GPUs")

@@ -57,6 +57,10 @@ class RunConfig(configs.Config):
     checkpoint_every: int = Field(5_000, ge=1, description="Optimizer steps between two checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     keep_every: int | None = Field(None, ge=1, description="Steps between two checkpoints kept for good; null: none.")
+    resume_from: Path | None = Field(
+        None,
+        description="Checkpoint (a folder step-N) of another run to begin from; rates, losses and so on may differ.",
+    )
     skip_limit: int = Field(20, ge=1, description="Steps in a row that may be skipped as not finite.")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="Trackers, or [].")
 
@@ -66,6 +70,7 @@ class RunConfig(configs.Config):
 _FREE_KEYS: tuple[str, ...] = ("out:", "sampling.", "cache:", "cache_verify:", "export_every:", "steps:")
 _FREE_KEYS += ("run.accumulation", "run.log_every", "run.sample_every", "run.checkpoint_every", "run.keep_checkpoints")
 _FREE_KEYS += ("run.keep_every", "run.workers", "run.skip_limit", "run.trackers", "data.max_bad_fraction")
+_FREE_KEYS += ("run.resume_from",)
 _FREE_KEYS += ("model.gradient_checkpointing:", "model.compile:", "held_out.", "validation.features")
 
 
@@ -234,40 +239,56 @@ class Run:
         return [line for line in lines if not line.startswith((*_FREE_KEYS, *same))]
 
     def load(self) -> dict | None:
-        """Restore the newest undamaged checkpoint and return the `state` it was saved with; None where there is none.
+        """Restore the newest undamaged checkpoint, or that of `resume_from` where the run has none yet, and return the
+        `state` it was saved with; None where there is none.
 
         Lines of metrics.jsonl that are later than the checkpoint are dropped: they will be written again. Raises
         `UserError` where every checkpoint is damaged, and where the one to take is another run's, lies outside the
-        run's folder or holds more than data."""
+        run's folder, holds more than data or is one of other networks."""
         folder = on_main_process(self.accelerator, self._choose)
         if folder is None:
             if self.accelerator.is_main_process:
                 self._log.drop_after(0)
             return None
         weights, state = checkpoints.read(folder)
-        for name, module in self._modules.items():
-            load_module(unwrapped(module), weights[name])
-        for name, optimizer in self._optimizers.items():
-            load_optimizer(optimizer, state["optimizers"][name])
-        if self.accelerator.scaler is not None:
+        try:
+            for name, module in self._modules.items():
+                load_module(unwrapped(module), weights[name])
+            for name, optimizer in self._optimizers.items():
+                load_optimizer(optimizer, state["optimizers"][name])
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            why = str(error).strip().splitlines()[-1].strip()
+            raise UsageError(f"{folder} is a checkpoint of other networks than this config's ({why})") from None
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self._log.start(self.samples_seen)
         if self.accelerator.is_main_process:
             self._log.drop_after(self.step)
-        self.accelerator.print(f"resuming {self.out} from step {self.step}")
+        self.accelerator.print(f"resuming {self.out} from {folder}")
         return state
 
     def _choose(self) -> Path | None:
         for part in self._checkpoints.glob(".step-*.part"):  # of a start that was killed while it wrote
             shutil.rmtree(part)
         if (found := checkpoints.newest_good(self._checkpoints)) is None:
-            return None
+            return self._choose_other(self.settings.resume_from)
         folder, manifest, damaged = found
         for line in damaged:
             self.warn(f"{line}; going on from {folder.name}")
         if changed := self._changes(manifest):
             raise UsageError(f"{folder} is a checkpoint of another config ({'; '.join(changed[:4])}): delete it")
+        return folder
+
+    def _choose_other(self, folder: Path | None) -> Path | None:
+        """`folder`, a checkpoint of another run, with what this one does differently said; None where it is None."""
+        if folder is None:
+            return None
+        try:
+            changed = self._changes(checkpoints.verify(folder))
+        except checkpoints.Damaged as error:
+            raise UsageError(f"run.resume_from = {folder} is no whole checkpoint: {error}") from None
+        print(f"note: beginning from {folder} with {'; '.join(changed) or 'the same config'}", flush=True)
         return folder
 
     # The end of a run before its end
@@ -297,7 +318,7 @@ class Run:
         raise UserError(
             f"loss or gradient was not finite in {skipped} steps in a row, up to step {self.step}; {kept}. The last "
             f"batch held {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}. Look at these images, or go on from "
-            f"an older checkpoint in {self._checkpoints} with a lower learning rate (a new --out)"
+            f"an older checkpoint in {self._checkpoints} with a lower learning rate (--run.resume_from, a new --out)"
         )
 
     # Randomness

@@ -92,8 +92,10 @@ def _load_or_start(trainer: Trainer) -> None:
     ema = EMAModel(trainer.averaged, **trainer.ema_options)  # after `start`, which may write parameters
     trainer.ema = trainer.stateful["ema"] = ema
     if state is not None:
+        state["ema"] = {name: state["ema"][name] for name in ("optimization_step", "shadow_params")}  # not its decay
         for name, part in trainer.stateful.items():
-            part.load_state_dict(state[name])
+            if name in state:  # `resume_from` may bring a loss that the other run had not
+                part.load_state_dict(state[name])
         averages = zip(ema.shadow_params, trainer.averaged, strict=True)
         ema.shadow_params = [split_like(average, parameter) for average, parameter in averages]
     ema.to(trainer.device)

@@ -102,9 +102,12 @@ def code_of(page):
 
 
 def small(arguments, options=SMALL, **changes):
-    """Arguments behind `arguments` for a toy run."""
+    """Arguments behind `arguments` for a toy run; those of `changes` in place of theirs."""
     given = {word.removeprefix("--") for word in arguments if word.startswith("--")}
     given |= {"data.source"} if "data" in given else set()
+    for key in changes.keys() & given:
+        at = arguments.index(f"--{key}")
+        arguments, given = [*arguments[:at], *arguments[at + 2 :]], given - {key}
     found = []
     for key, value in (options | changes).items():
         if key not in given:
@@ -238,7 +241,8 @@ def test_the_pages_on_own_data_and_on_the_report_run_as_they_stand(run_script, c
     changes = dict.fromkeys((*scripts, "eval/reconstruction.py", "eval/generation.py"), holdout)
     changes["eval/generation.py"] = holdout | {"cache": clone / "references"}
     changes["eval/reconstruction.py"] = changes["eval/generation.py"]
-    changes["tokenizer/train.py"] = holdout | {"schedule.epochs": 1, "nsvq.freeze": "null"}
+    short = {"schedule.epochs": 1, "schedule.epoch_samples": 16, "nsvq.freeze": "null"}
+    changes["tokenizer/train.py"] = holdout | short
     run_page(run_script, "your-data.md", **changes)
     said = capsys.readouterr().out
     assert "data: trains on 18 images of 'train', measures on the 6 " in said

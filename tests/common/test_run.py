@@ -107,6 +107,29 @@ def test_a_checkpoint_of_another_config_is_refused(accelerator, tmp_path):
         again.load()
 
 
+def test_what_a_run_cannot_begin_from_is_told(accelerator, tmp_path):
+    run, _ = make(accelerator, tmp_path / "first")
+    run.save({})
+    run.close()
+    folder = tmp_path / "first" / "checkpoints" / "step-0"
+
+    def begin(at, network=torch.nn.Linear(4, 2)):  # noqa: B008
+        settings = Settings(run=RunConfig(trackers=[], resume_from=at))
+        begun = Run(accelerator, settings, tmp_path / "second", "test", {"net": network}, {})
+        try:
+            begun.load()
+        finally:
+            begun.close()
+
+    with pytest.raises(UsageError, match=r"step-0 is a checkpoint of other networks .*size mismatch for weight"):
+        begin(folder)
+    with pytest.raises(UsageError, match=r"run.resume_from = .*nowhere is no whole checkpoint: manifest.json is not"):
+        begin(tmp_path / "nowhere")
+    (folder / "state.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"state\.pt is not the file that was written"):
+        begin(folder)
+
+
 @pytest.mark.parametrize(("owner", "name"), [(torch, "save"), (checkpoints, "save_file"), (Path, "mkdir")])
 def test_a_failed_write_keeps_the_run_and_is_tried_again(accelerator, tmp_path, monkeypatch, capsys, owner, name):
     run, model = make(accelerator, tmp_path, run=RunConfig(trackers=[], checkpoint_every=100))

@@ -1,6 +1,7 @@
 """A trainer of a few lines through the training loop that the real ones share."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from pydantic import Field
 
+from nsvq.common import checkpoints
 from nsvq.common.config import Config
 from nsvq.common.optimized import Optimized
 from nsvq.common.run import RunConfig, make_accelerator
@@ -25,6 +27,8 @@ STEPS, BATCH = 12, 6
 
 class ToyConfig(Config):
     out: Path
+    rate: float = 0.1
+    ema_decay: float = 0.5
     run: RunConfig = Field(default_factory=RunConfig)
 
 
@@ -38,9 +42,10 @@ class Toy(Trainer):
     def __init__(self, config, accelerator):
         super().__init__(config, accelerator)
         model = torch.nn.Linear(1, 1)
-        self.model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), 0.1))
+        self.model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), config.rate))
         weights = list(model.parameters())
-        self.register("toy", {"model": self.model}, {"model": Optimized(optimizer, weights)}, weights, {"decay": 0.5})
+        ema = {"decay": config.ema_decay}
+        self.register("toy", {"model": self.model}, {"model": Optimized(optimizer, weights)}, weights, ema)
         self.events = []
 
     def batches(self, start):
@@ -78,7 +83,7 @@ class Toy(Trainer):
         (self.config.out / "result.json").write_text(json.dumps([[p.tolist() for p in self.averaged], average]))
 
 
-def make(out, **run):
+def make(out, rate=0.1, ema_decay=0.5, **run):
     for state in (AcceleratorState, PartialState):
         state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
     GradientState._reset_state()
@@ -92,7 +97,7 @@ def make(out, **run):
         "checkpoint_every": 2,
         "keep_checkpoints": 9,
     } | run
-    config = ToyConfig(out=out, run=RunConfig(**settings))
+    config = ToyConfig(out=out, rate=rate, ema_decay=ema_decay, run=RunConfig(**settings))
     return Toy(config, make_accelerator(config.run, config.out))
 
 
@@ -123,6 +128,29 @@ def test_a_trainer_that_is_killed_anywhere_ends_as_one_that_was_not(tmp_path):
     whole, parts = ((tmp_path / name / "result.json").read_text() for name in ("whole", "parts"))
     assert whole == parts
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_a_run_begins_from_another_ones_checkpoint_with_rates_and_averages_of_its_own(tmp_path, capsys):
+    train(make(tmp_path / "first"))
+    middle = tmp_path / "first" / "checkpoints" / "step-6"
+    train(make(tmp_path / "same", resume_from=middle))
+    assert (tmp_path / "same" / "result.json").read_text() == (tmp_path / "first" / "result.json").read_text()
+    assert metrics(tmp_path / "same") == metrics(tmp_path / "first")[1:]
+
+    still = make(tmp_path / "still", rate=0.0, ema_decay=0.75, resume_from=middle)
+    capsys.readouterr()
+    train(still)
+    assert "rate: 0.1 -> 0.0; ema_decay: 0.5 -> 0.75" in capsys.readouterr().out
+    weights, state = checkpoints.read(middle)
+    live, average = json.loads((tmp_path / "still" / "result.json").read_text())
+    assert live == [weights["model"][name].tolist() for name in ("weight", "bias")]
+    left = math.prod(min(0.75, (1 + step) / (10 + step)) for step in range(6, STEPS))  # EMAModel's rise
+    for now, before, at in zip(average, state["ema"]["shadow_params"], map(torch.tensor, live), strict=True):
+        torch.testing.assert_close(torch.tensor(now), at + left * (before - at))
+
+    with_its_own = make(tmp_path / "still", ema_decay=0.75, rate=0.0)  # which need not say it again
+    assert with_its_own.run.load()["ema"] is not None
+    assert with_its_own.run.step == STEPS
 
 
 def test_the_events_of_a_step_come_in_their_order_and_at_their_intervals(tmp_path):
