@@ -70,7 +70,7 @@ def sample(
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     compiled = getattr(model, "_compiled_call_impl", None) is not None
-    cache = StaticCache(config=model.config, max_cache_len=tokens) if compiled else None
+    cache = _StaticCache(config=model.config, max_cache_len=tokens) if compiled else None
     found, last = ids.new_empty(count, tokens), rows[:, None]
     for i in range(tokens):
         with torch.compiler.set_stance("force_eager") if compiled and not i else nullcontext():  # it makes the cache
@@ -86,6 +86,13 @@ def sample(
         if on_token is not None:
             on_token(i, found[:, : i + 1])
     return found
+
+
+class _StaticCache(StaticCache):
+    """Under autocast rotary positions leave float32 keys beside values of half the size; it holds both in one type."""
+
+    def update(self, keys: Tensor, values: Tensor, *arguments, **options) -> tuple[Tensor, Tensor]:
+        return super().update(keys.to(values.dtype), values, *arguments, **options)
 
 
 def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:

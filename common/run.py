@@ -256,6 +256,8 @@ class Run:
                 load_module(unwrapped(module), weights[name])
             for name, optimizer in self._optimizers.items():
                 load_optimizer(optimizer, state["optimizers"][name])
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()[-1].strip()
             raise UsageError(f"{folder} is a checkpoint of other networks than this config's ({why})") from None

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from nsvq.common.guard import Guard
 from nsvq.common.metrics import Means
@@ -44,6 +45,12 @@ class Trainer:
         self.modules, self.optimized, self.averaged, self.ema_options = modules, optimized, averaged, ema
         optimizers = {key: part.optimizer for key, part in optimized.items()}
         self.run = Run(self.accelerator, self.config, self.config.out, name, modules, optimizers, self.inputs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch compiled any part of what trains."""
+        parts = [part for module in self.modules.values() for part in module.modules()]
+        return any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts)
 
     # What a trainer defines: the first two at least
 

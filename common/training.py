@@ -108,11 +108,12 @@ def _optimizer_step(trainer: Trainer, batches: Iterator[dict]) -> None:
     trainer.begin_step()
     for part in trainer.optimized.values():
         part.scale_rates(trainer.rate_factor())
-    seen, results = [], []
+    seen, results, nothing = [], [], contextlib.nullcontext()
     for number in range(trainer.accumulation):
         seen.append(batch := next(batches))
         run.seed_micro_batch(number, trainer.micro_batch)
-        counting = run.counting_flops(trainer.flops_of, trainer.micro_batch)
+        # Counting runs compiled networks as they are, which takes more memory than the run has planned for.
+        counting = nothing if trainer.compiled else run.counting_flops(trainer.flops_of, trainer.micro_batch)
         with trainer.accelerator.accumulate(*trainer.modules.values()), counting:
             terms = trainer.step(batch)
         size = trainer.micro_batch

@@ -73,7 +73,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         if str(error) == _HUNG:
             why = "a disk or a network hangs, or /dev/shm is full; --run.workers 0 does without loading processes"
             raise UserError(f"batch {done + 1} did not come within {_PATIENCE} seconds: {why}") from None
-        if "DataLoader worker" not in str(error):
+        if not any(of in str(error) for of in ("DataLoader worker", "Pin memory thread")):  # which fails with a worker
             raise
         raise _died(error) from None
     except (ConnectionError, EOFError) as error:  # it was killed while its batch was handed over

@@ -10,8 +10,8 @@ DECAY = 0.999
 
 
 class LeCam:
-    """Holds back logits of real images that rise above the moving average of fake ones' and the other way round. An
-    image's logit is the mean of its patches': VQGAN+ takes the mean of a batch, which depends on how a batch is cut.
+    """Holds back logits of real images that rise above the moving average of fake ones' and the other way round, each
+    patch's by itself, as IBQ, Open-MAGVIT2 and XQ-GAN do: VQGAN+ takes the mean of a batch, which depends on its cut.
 
     The averages start at 0, and move at the end of a step, by means over all micro-batches and ranks."""
 
@@ -21,7 +21,6 @@ class LeCam:
 
     def __call__(self, real: Tensor, fake: Tensor) -> Tensor:
         """mean relu(real - average fake)^2 + mean relu(average real - fake)^2, of logits [B, ...]."""
-        real, fake = real.flatten(1).mean(1), fake.flatten(1).mean(1)
         self._means.append(torch.stack([real.mean(), fake.mean()]).detach())
         of_real, of_fake = self.averages
         return F.relu(real - of_fake).square().mean() + F.relu(of_real - fake).square().mean()

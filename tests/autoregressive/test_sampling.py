@@ -84,6 +84,15 @@ def test_a_compiled_network_samples_the_same_tokens_by_one_graph(llama, given):
     assert not counters["graph_break"]
 
 
+def test_a_compiled_network_samples_under_autocast(llama, given):
+    ids, uniforms = given
+    compiled = copy.deepcopy(llama)
+    compiled.compile(backend="eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = sample(compiled, CODES, ids, uniforms, guidance_scale=2.0)
+        assert (tokens == sample(llama, CODES, ids, uniforms, guidance_scale=2.0)).float().mean() > 0.9
+
+
 def test_guidance_1_is_the_class_alone_and_guidance_0_no_class(llama, given):
     ids, uniforms = given
     conditional = sample(llama, CODES, ids, uniforms)

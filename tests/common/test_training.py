@@ -1,10 +1,12 @@
 """A trainer of a few lines through the training loop that the real ones share."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import signal
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -218,6 +220,22 @@ def test_a_resumed_run_keeps_the_micro_batches_that_it_began_with(tmp_path, monk
     other = make(tmp_path / "other")  # another folder is another run
     train(other)
     assert (other.accumulation, other.micro_batch) == (1, 6)
+
+
+def test_flops_are_counted_of_networks_that_are_not_compiled(tmp_path):
+    counted = []
+
+    def counting(run, kind, images):
+        counted.append(run.out.name)
+        return contextlib.nullcontext()
+
+    for name in ("eager", "compiled"):
+        toy = make(tmp_path / name)
+        toy.run.counting_flops = partial(counting, toy.run)
+        if name == "compiled":
+            toy.model.compile(backend="eager")
+        train(toy)
+    assert set(counted) == {"eager"}
 
 
 def test_auto_on_a_cpu_is_one_micro_batch_without_a_try(tmp_path):

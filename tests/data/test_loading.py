@@ -122,6 +122,7 @@ def test_loading_goes_on_when_every_process_of_the_job_gets_a_signal():
     [
         (ConnectionResetError(104, "Connection reset by peer"), 1, LoadingProcessDied),
         (EOFError(), 1, LoadingProcessDied),
+        (RuntimeError("Pin memory thread exited unexpectedly"), 1, LoadingProcessDied),
         (ConnectionResetError(104, "Connection reset by peer"), 0, ConnectionResetError),  # of the data
         (ConnectionError("Caught ConnectionError in DataLoader worker process 0."), 1, ConnectionError),
     ],

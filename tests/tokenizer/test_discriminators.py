@@ -232,13 +232,13 @@ def test_lecam_is_its_formula_and_its_averages_move_by_the_mean_of_a_steps_micro
     logits = torch.randn(2, 2, 4, 1, 3, 3, requires_grad=True)  # micro-batches, real and fake, images
     total = sum(lecam(real, fake) for real, fake in logits)
     total.backward()
-    means = logits.detach().double().mean((3, 4, 5))  # (2, 2, 4)
-    rise, fall = (means[:, 0] + 0.4).clamp(min=0), (0.6 - means[:, 1]).clamp(min=0)
-    torch.testing.assert_close(total.detach().double(), (rise.square() + fall.square()).mean(1).sum())
-    expected = torch.stack([2 * rise, -2 * fall], 1)[..., None, None, None].expand(-1, -1, -1, 1, 3, 3) / 4 / 9
+    real, fake = logits.detach().double().unbind(1)  # (2, 4, 1, 3, 3) each
+    rise, fall = (real + 0.4).clamp(min=0), (0.6 - fake).clamp(min=0)
+    torch.testing.assert_close(total.detach().double(), (rise.square() + fall.square()).sum() / (4 * 9))
+    expected = torch.stack([2 * rise, -2 * fall], 1) / (4 * 9)
     torch.testing.assert_close(logits.grad.double(), expected, atol=1e-6, rtol=1e-5)
     lecam.end_step(stepped=True)
-    moved = 0.999 * torch.tensor([0.6, -0.4]) + 0.001 * means.mean((0, 2)).float()
+    moved = 0.999 * torch.tensor([0.6, -0.4]) + 0.001 * torch.stack([real.mean(), fake.mean()]).float()
     torch.testing.assert_close(lecam.state_dict()["averages"], moved)
     lecam(*logits[0])
     lecam.end_step(stepped=False)
