@@ -83,10 +83,14 @@ def run(*words: object, environment: dict[str, str] | None = None) -> str:
 
 
 def suite(setting: Setting) -> Iterator[Row]:
-    """The tests, which take the GPU where they can."""
-    which = ["tests/test_files.py"] if setting.toy else []
-    last = run("-m", "pytest", "-p", "no:cacheprovider", *which).strip().splitlines()[-1]
-    yield Row("suite", "tests", last, "0 failed", "failed" not in last)
+    """The tests on the CPU, since many ask for equal bits, and those of the kernels on the GPU."""
+    which = {"on the CPU": ["tests/test_files.py"] if setting.toy else []}
+    if setting.device.type == "cuda":
+        which["of the kernels"] = ["tests/tokenizer/test_codebook_triton.py"]
+    for name, files in which.items():
+        hidden = {} if "kernels" in name else {"CUDA_VISIBLE_DEVICES": ""}
+        last = run("-m", "pytest", "-p", "no:cacheprovider", *files, environment=hidden).strip().splitlines()[-1]
+        yield Row("suite", f"tests {name}", last, "0 failed", "failed" not in last)
 
 
 def kernels(setting: Setting) -> Iterator[Row]:
@@ -128,15 +132,17 @@ def small_run(setting: Setting, name: str, *words: str, launcher: tuple[str, ...
 
 
 def precision(setting: Setting) -> Iterator[Row]:
-    """bf16 and fp16 against float32; one process under DDP against none."""
+    """bf16 and fp16 against float32; two GPUs under DDP, or where there is one, NCCL alone, against none."""
     cases: dict[str, tuple[str, ...]] = {"no": (), "bf16": ()}
     if setting.device.type == "cuda":
         cases["fp16"] = ()
-    cases["ddp"] = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
+    ranks = min(2, max(1, torch.cuda.device_count()))
+    launched = f"{ranks} process{'es' if ranks > 1 else ''}"
+    cases[launched] = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     decibels = {}
     for name, launcher in cases.items():
-        words = ["--run.mixed_precision", {"ddp": "bf16"}.get(name, name)]
-        last = metrics_of(small_run(setting, f"precision-{name}", *words, launcher=launcher))[-1]
+        words = ["--run.mixed_precision", {launched: "bf16"}.get(name, name)]
+        last = metrics_of(small_run(setting, f"precision-{name.replace(' ', '-')}", *words, launcher=launcher))[-1]
         decibels[name] = last["val_psnr"]
         gap = abs(decibels[name] - decibels["no"])
         yield Row(

@@ -267,7 +267,7 @@ class Run:
         self._log.start(self.samples_seen)
         if self.accelerator.is_main_process:
             self._log.drop_after(self.step)
-        self.accelerator.print(f"resuming {self.out} from {folder}")
+        self.accelerator.print(f"resuming {self.out} from step {self.step} ({folder})")
         return state
 
     def _choose(self) -> Path | None:
