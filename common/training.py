@@ -30,13 +30,9 @@ from nsvq.errors import UserError
 
 def train(trainer: Trainer) -> None:
     """What is left of a run, and its export. The same command goes on from the newest checkpoint. Raises `UserError`
-    where the GPU's memory is too small."""
-    try:
-        with contextlib.closing(trainer.run):
-            _train(trainer)
-    except torch.OutOfMemoryError:
-        share = trainer.micro_batch * trainer.accumulation
-        raise UserError(micro_batches.advice(share, trainer.accumulation)) from None
+    where the GPU's memory is too small for a step."""
+    with contextlib.closing(trainer.run):
+        _train(trainer)
 
 
 def _train(trainer: Trainer) -> None:
@@ -48,7 +44,11 @@ def _train(trainer: Trainer) -> None:
     batches = iter(trainer.batches(run.samples_seen))
     bar = progress_bar(accelerator, trainer.total_steps, run.step)
     for _ in trainer.guard.until(lambda: run.step == trainer.total_steps):
-        _optimizer_step(trainer, batches)
+        try:
+            _optimizer_step(trainer, batches)
+        except torch.OutOfMemoryError:
+            share = trainer.micro_batch * trainer.accumulation
+            raise UserError(micro_batches.advice(share, trainer.accumulation)) from None
         bar.update()
         _after_step(trainer, bar, last=run.step == trainer.total_steps)
     bar.close()

@@ -5,6 +5,7 @@ your own features [N, D]:
 python tokenizer/make_codebook.py --codes 65536 --output features/clip-65536.safetensors
 python tokenizer/make_codebook.py --codes 100000 --per_class true --output features/clip-100000.safetensors
 python tokenizer/make_codebook.py --codes 1024 --data DATA --encoder FOLDER --output FILE
+python tokenizer/make_codebook.py --codes 1024 --data DATA --encoder FILE.py --layer NAME --output FILE
 python tokenizer/make_codebook.py --codes 1024 --features features.safetensors --output FILE
 
 The same command goes on where it stopped: features are kept in <output>.parts/ in shards, with the centroids so far.
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from nsvq.errors import UsageError, UserError
 from nsvq.files import atomic_file
 from nsvq.tokenizer.kmeans import kmeans
 from nsvq.tokenizer.quantizers.lc import load_features
-from nsvq.tokenizer.teachers import load_vision_model
+from nsvq.tokenizer.teachers import Registered, load_vision_model
 
 SHARD_IMAGES = 4096
 BATCH_IMAGES = 64
@@ -47,7 +48,11 @@ class CodebookConfig(configs.Config):
     """Cluster a vision encoder's features into the codes of VQGAN-LC."""
 
     data: DataConfig = Field(DataConfig(image_size=224), description="The images; image_size is the encoder's.")
-    encoder: str = Field("openai/clip-vit-large-patch14", description="A vision model of transformers: id or folder.")
+    encoder: str = Field(
+        "openai/clip-vit-large-patch14",
+        description="A vision model of transformers (id or folder), or a Python file that registers a network.",
+    )
+    layer: str | None = Field(None, description="Of a Python file's network: the part that gives patch features.")
     features: Path | None = Field(None, description="A safetensors file with features [N, D] in place of an encoder.")
     codes: int = Field(100_000, ge=2, description="K.")
     per_class: bool = Field(False, description="Cluster each class on its own, into K / classes codes.")
@@ -58,11 +63,19 @@ class CodebookConfig(configs.Config):
     workers: int = Field(4, ge=0, description="Data loading processes.")
     output: Path = Field(description="The codebook, a .safetensors file for quantizer.features.")
 
+    @model_validator(mode="after")
+    def _fits(self) -> "CodebookConfig":
+        if self.encoder.endswith(".py") != (self.layer is not None):
+            raise ValueError("layer is needed for a Python file (.py), and has no meaning for a model of transformers")
+        return self
 
-def load_encoder(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Images [B, 3, S, S] in [-1, 1] -> patch features [B, D, h, w]. Raises `UserError` for an unknown one."""
+
+def load_encoder(name: str, layer: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Images [B, 3, S, S] in [-1, 1] -> patch features [B, D, h, w], of a Python file's network what its part `layer`
+    gives. Raises `UserError` for an unknown one."""
     advice = "give --encoder FOLDER, or your own features with --features FILE"
-    return torch.no_grad()(load_vision_model(name, advice).to(device).forward)
+    model = load_vision_model(name, advice) if layer is None else Registered(name, layer=layer)
+    return torch.no_grad()(model.to(device).forward)
 
 
 def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> None:
@@ -70,7 +83,7 @@ def encode_images(config: CodebookConfig, parts: Path, device: torch.device) -> 
     `UserError` where too many images do not decode."""
     if (parts / "encoded").exists():
         return
-    encode = load_encoder(config.encoder, device)
+    encode = load_encoder(config.encoder, config.layer, device)
     how = {"batch_size": BATCH_IMAGES, "workers": config.workers, "limit": config.images}
     batches = eval_batches(config.data, "train", **how)
     bad = BadImages(config.data.max_bad_fraction)

@@ -260,6 +260,15 @@ def test_memory_that_runs_out_is_one_line_with_what_to_set(tmp_path, monkeypatch
         train(make(tmp_path, accumulation=accumulation))
 
 
+def test_memory_that_runs_out_beside_a_step_is_not_answered_with_micro_batches(tmp_path, monkeypatch):
+    def draw(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Toy, "draw", draw)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make(tmp_path))
+
+
 def test_another_error_of_a_try_is_told_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "fits", 9)
     monkeypatch.setattr(Toy, "step", lambda self, batch: torch.zeros(2) @ torch.zeros(3))

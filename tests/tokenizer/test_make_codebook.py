@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -51,6 +52,21 @@ def test_codes_are_a_k_means_fixed_point_of_clips_pooled_patch_features(run_scri
     means = torch.stack([features[nearest == i].mean(0) for i in range(6)])
     torch.testing.assert_close(codes, means, atol=2e-3, rtol=1e-2)  # features are kept in float16
     assert not (tmp_path / "codes.parts").exists()
+
+
+def test_a_python_files_network_gives_the_features_of_its_part(run_script, network_file, tmp_path):
+    data = ("--data.source", "synthetic", "--data.image_size", 224, "--images", 4, "--workers", 0, "--pool", 7)
+    options = (*data, "--encoder", network_file, "--codes", 16, "--output", tmp_path / "codes.safetensors")
+    with pytest.raises(UsageError, match="layer is needed for a Python file"):
+        run_script(main, *options)
+    run_script(main, *options, "--layer", "stem")
+    network = teachers.Registered(network_file).network
+    batches = eval_batches(DataConfig(source="synthetic", image_size=224), "train", batch_size=4, limit=4)
+    images = torch.cat([batch["image"] for batch in batches])
+    stem = F.conv2d((images + 1) / 2 * 4 - 2, network.stem.weight, network.stem.bias, 16)  # (4, 5, 14, 14)
+    points = F.avg_pool2d(stem, 7).permute(0, 2, 3, 1).reshape(16, 5)
+    codes = load_file(tmp_path / "codes.safetensors")["features"]  # as many as there are points
+    assert torch.cdist(points, codes).min(1).values.max() < 2e-3  # features are kept in float16
 
 
 def test_bad_images_are_told_and_too_many_end_it(run_script, clip, tmp_path, capsys):
