@@ -92,21 +92,12 @@ def _check(z: Tensor, codebook: Tensor) -> None:
 def _full_float32(device: torch.device) -> Iterator[None]:
     """Neither autocast nor a user's choice of TF32 or bfloat16 for float32 products reaches what runs inside."""
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    per_backend = hasattr(backend, "fp32_precision")  # since torch 2.9, where the old setting may no longer be read
-    previous = backend.fp32_precision if per_backend else torch.get_float32_matmul_precision()
-
-    def use(precision: str) -> None:
-        if per_backend:
-            backend.fp32_precision = precision
-        else:
-            torch.set_float32_matmul_precision(precision)
-
-    use("ieee" if per_backend else "highest")
+    previous, backend.fp32_precision = backend.fp32_precision, "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        use(previous)
+        backend.fp32_precision = previous
 
 
 def _passes(z: Tensor) -> ModuleType:

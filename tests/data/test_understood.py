@@ -609,7 +609,7 @@ def saved(names, texts):
 def test_splits_that_number_their_classes_differently_are_compared_by_names(tmp_path, names):
     texts = {"train": ["ant", "bee", "cat", "ant"], "test": ["cat", "ant", "ant"]}
     parts = {"train": saved(["ant", "bee", "cat"], texts["train"]), "test": saved(names, texts["test"])}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     for split in parts:
         images = open_split(DataConfig(source=str(tmp_path / "saved"), image_size=8), split)
         assert images.classes == ["ant", "bee", "cat"]
