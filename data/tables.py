@@ -205,7 +205,7 @@ def _class_names(path: str) -> dict[str, list[str]]:
 def from_saved(root: Path) -> dict[str, datasets.Dataset]:
     """The splits of a folder that `save_to_disk` of `datasets` wrote. Raises `UserError` where it is damaged."""
     try:
-        found = datasets.load_from_disk(root)
+        found = datasets.load_from_disk(str(root))
     except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the saved data set {root}: {_line(error)}") from None
     return dict(found) if isinstance(found, dict) else {"train": found}

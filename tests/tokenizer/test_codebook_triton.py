@@ -41,6 +41,8 @@ def latents_and_codes(shape):
 def test_search_finds_what_the_plain_search_finds(monkeypatch, shape, programs):
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)  # one part of the codebook, or several that are merged
     z, codes = latents_and_codes(shape)
+    assert torch.equal(kernels.nearest_code(z, codes, False), codebook_tiles.nearest_code(z, codes, False))
+    z, codes = (32 * z).round(), (32 * codes).round()  # their products are exact, in any order of sums
     codes = torch.cat([codes, codes])  # twins: the lower index wins
     assert torch.equal(kernels.nearest_code(z, codes, False), codebook_tiles.nearest_code(z, codes, False))
 
