@@ -102,7 +102,8 @@ class GeneratorTrainer(Trainer):
         self.register(name, {"model": self.network}, {"model": part}, parameters, ema)
 
     def sample(self, labels: list[int], seeds: range, guidance_scale: float) -> Tensor:
-        """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds, with the weights in `drawn`."""
+        """Images [B, 3, H, W], about in [-1, 1], of these classes and seeds, with the weights in `drawn`. Each
+        generator defines it."""
         raise NotImplementedError
 
     def measure(self, due: bool, last: bool) -> dict[str, float]:
