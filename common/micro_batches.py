@@ -16,10 +16,19 @@ from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from torch import Tensor, nn
 
 from nsvq.common.fsdp import unwrapped
+from nsvq.common.metrics import warn
 from nsvq.errors import UserError
 from nsvq.files import atomic_file
 
 _SPARE = 0.05  # of the GPU's memory, for fragments, and for what only other steps need
+# What libraries say besides: cuDNN looks for another way where a convolution's memory runs out, and says that none is.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "unable to find an engine to execute this computation")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether too little memory is what `error` says, or may mean."""
+    known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return known or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def next_accumulation(share: int, accumulation: int) -> int | None:
@@ -75,14 +84,19 @@ def fits(work: Callable[[], None], modules: list[nn.Module], parameters: list[Te
     `parameters`. No rank may wait for others in it, since these may have run out of memory."""
     buffers = [buffer for module in modules for buffer in unwrapped(module).buffers()]
     before = [buffer.cpu().clone() for buffer in buffers]
+    cudnn = torch.backends.cudnn
+    benchmark, cudnn.benchmark = cudnn.benchmark, False  # what it chose while memory is held would stay for the run
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), _held(parameters, device):
             work()
         return True
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+        if not out_of_memory(error):
             raise
+        if not isinstance(error, torch.OutOfMemoryError):
+            warn(f"taken for too little memory: {str(error).splitlines()[0]}")
     finally:
+        cudnn.benchmark = benchmark
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         for module in modules:

@@ -15,7 +15,6 @@ After the last step comes `export`.
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
@@ -46,9 +45,11 @@ def _train(trainer: Trainer) -> None:
     for _ in trainer.guard.until(lambda: run.step == trainer.total_steps):
         try:
             _optimizer_step(trainer, batches)
-        except torch.OutOfMemoryError:
-            share = trainer.micro_batch * trainer.accumulation
-            raise UserError(micro_batches.advice(share, trainer.accumulation)) from None
+        except RuntimeError as error:
+            if not micro_batches.out_of_memory(error):
+                raise
+            share, said = trainer.micro_batch * trainer.accumulation, str(error).splitlines()[0]
+            raise UserError(f"{micro_batches.advice(share, trainer.accumulation)} ({said})") from None
         bar.update()
         _after_step(trainer, bar, last=run.step == trainer.total_steps)
     bar.close()

@@ -67,8 +67,8 @@ def train_classifier(
         raise UserError(f"{config.source} has no class labels to train a classifier on (data.label_column names them)")
     bad = BadImages(config.max_bad_fraction)
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)  # the CPU's, which draws the weights
         model = Classifier(len(classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)

@@ -136,7 +136,8 @@ def kid(made: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def precision_recall(made: Tensor, real: Tensor) -> dict[str, float]:
-    """Precision and recall (arXiv 1904.06991) of rows [N, D] with 3 neighbours, N >= 4 on each side."""
+    """Precision and recall (arXiv 1904.06991) of rows [N, D] with 3 neighbours, N >= 4 on each side. Distances
+    are computed on the rows' device."""
     # In parts: all distances of 50,000 against 50,000 images at once would take 10 GB, several times.
     result = prc_features_to_metric(made, real, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
     return {"precision": result[KEY_METRIC_PRECISION], "recall": result[KEY_METRIC_RECALL]}

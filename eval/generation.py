@@ -320,7 +320,8 @@ def _run(
         return None
     result: dict[str, Any] = {"setting": how.setting, **report.no_numbers()}
     for name, extractor in extractors.items():
-        add_metrics(result, made[name], real[name], extractor, config.metrics, config.protocol)
+        sets = made[name], real[name]
+        add_metrics(result, *sets, extractor, config.metrics, config.protocol, accelerator.device)
     if accuracy:
         mean, result["class_accuracy_by_class"] = accuracy
         report.add(result, {"class_accuracy": mean}, class_accuracy.MEANINGS)

@@ -6,6 +6,8 @@ What cannot be computed is skipped, and the result says why.
 import math
 from collections.abc import Sequence
 
+import torch
+
 from nsvq.eval import feature_statistics as statistics
 from nsvq.eval.feature_statistics import ISC_SPLITS, KID_SUBSET, NEIGHBOURS, FeatureSet
 from nsvq.eval.features import Extractor, metric_name
@@ -35,9 +37,16 @@ def names_of(metrics: Sequence[str], extractor: str) -> list[str]:
 
 
 def add_metrics(
-    result: dict, made: FeatureSet, real: FeatureSet, extractor: Extractor, metrics: Sequence[str], protocol: str
+    result: dict,
+    made: FeatureSet,
+    real: FeatureSet,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    protocol: str,
+    device: torch.device,
 ) -> None:
-    """Add the numbers of one extractor, or why they are skipped, and warnings."""
+    """Add the numbers of one extractor, or why they are skipped, and warnings. Neighbours of 50,000
+    samples are looked for on `device`: on a core of the CPU it would take minutes."""
     meanings = _MEANINGS | ({"is": "Inception Score, mean of blocks of 5,000 samples"} if protocol == "adm" else {})
     for metric in metrics:
         layer = extractor.layers.get(metric)
@@ -50,7 +59,8 @@ def add_metrics(
         if metric == "isc":
             numbers = dict(zip(("is", "is_std"), made.inception_score, strict=True))
         elif metric in _OF_ROWS:
-            numbers = _OF_ROWS[metric][0](made.rows[layer], real.rows[layer])
+            where = device if metric == "prc" else "cpu"
+            numbers = _OF_ROWS[metric][0](made.rows[layer].to(where), real.rows[layer].to(where))
         else:
             numbers = {metric: statistics.frechet_distance(made.gaussians[layer], real.gaussians[layer])}
             result["warnings"] += rank_warnings(metric_name(metric, extractor.name), made, real, layer)

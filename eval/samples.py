@@ -156,7 +156,7 @@ def draw(pipeline: Source, how: Sampling, samples: range) -> Tensor:
         images = pipeline.decode(latents)  # the decoder is float32 in every precision
     else:
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with autocast, torch.random.fork_rng():
+        with autocast, torch.random.fork_rng([pipeline.device] if pipeline.device.type == "cuda" else []):
             torch.manual_seed(seeds[0])  # stock pipelines draw the noise of stochastic samplers from here
             images = pipeline(labels, output_type="pt", **options).images.float()
     return _resized(to_uint8(images * 2 - 1), how.resize)

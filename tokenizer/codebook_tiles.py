@@ -48,7 +48,7 @@ def softmax_sums(
     sums = z.new_zeros(len(latents), len(keys))  # of these with the weights: [A, s, sum_i w_ij |z_i|^2], transposed
     winners = torch.empty(len(z), dtype=torch.int64, device=z.device)
     winner_mass, log_total, entropy = z.new_empty(len(z)), z.new_empty(len(z)), z.new_empty(len(z))
-    in_tile = min(_latents_in_tile(), max(_MIN_LATENTS, _WEIGHTS // len(keys)))
+    in_tile = min(_latents_in_tile(z.device), max(_MIN_LATENTS, _WEIGHTS // len(keys)))
     buffer = z.new_empty(len(keys) * min(in_tile, len(z)))
     for rows in _slices(0, len(z), max(_MIN_LATENTS, _PAIRS * _BLOCK // len(keys))):
         nearest, score, near = search.find(rows, None if apiece else _NEGLIGIBLE * temperature)
@@ -162,7 +162,7 @@ class _Search:
         indices = torch.empty(count, dtype=torch.int64, device=device)
         scores = self.queries.new_empty(count)
         near = None if reach is None else torch.empty(len(self.keys) // _BLOCK, count, dtype=torch.bool, device=device)
-        size = _latents_in_tile() * (2 if self.bounds else 1)  # bfloat16 takes half the room
+        size = _latents_in_tile(device) * (2 if self.bounds else 1)  # bfloat16 takes half the room
         for tile in _slices(rows.start, rows.stop, size):
             out = slice(tile.start - rows.start, tile.stop - rows.start)
             own = torch.arange(tile.start, tile.stop, device=device) if self.exclude_self else None
@@ -178,7 +178,9 @@ class _Search:
         return indices, scores, near
 
 
-def _latents_in_tile() -> int:
+def _latents_in_tile(device: torch.device) -> int:
+    if device.type != "cpu":
+        return _MAX_LATENTS
     return min(_LATENTS_PER_THREAD * torch.get_num_threads(), _MAX_LATENTS)
 
 

@@ -61,7 +61,7 @@ def unequal() -> Iterator[None]:
 def counts(tokens: Tensor) -> list[int]:
     """How many tokens each rank holds, from this rank's `tokens` [N, d]."""
     rank, ranks = world()
-    if not _unequal:
+    if not _unequal or ranks == 1:
         return [len(tokens)] * ranks
     found = torch.zeros(ranks, dtype=torch.int64, device=tokens.device)
     found[rank] = len(tokens)
@@ -74,6 +74,11 @@ def rows(tokens: Tensor, positions: Tensor) -> Tensor:
     mine = (local >= 0) & (local < len(tokens))
     there = tokens if len(tokens) else tokens.new_zeros(1, tokens.shape[1])
     return total(torch.where(mine[:, None], there[local.clamp(0, len(there) - 1)], 0))
+
+
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on `device`. A GPU gets them from pinned memory: for others the host would wait for it."""
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 def in_backward() -> bool:
@@ -106,9 +111,9 @@ class Draws(nn.Module):
     def uniform(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """U[0, 1) of [N, *shape] for the N tokens `like` of this rank."""
         rank, ranks = world()
-        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
+        return sent(torch.rand(ranks, len(like), *shape, generator=generator)[rank], like.device)
 
     def normal(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """N(0, 1), the same."""
         rank, ranks = world()
-        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
+        return sent(torch.randn(ranks, len(like), *shape, generator=generator)[rank], like.device)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from nsvq.errors import UsageError
 from nsvq.tokenizer import ranks
+from nsvq.tokenizer.codebook import wins
 from nsvq.tokenizer.nsvq_config import NSVQConfig
 from nsvq.tokenizer.quantizers import QuantizerOptions, make_quantizer
 from nsvq.tokenizer.quantizers.base import NearestQuantizer
@@ -170,20 +171,20 @@ class StandaloneQuantizer(nn.Module):
     def _count(self, z: Tensor, z_q: Tensor, indices: Tensor, count: int, bad: int) -> tuple:
         """What the end of the step needs of a micro-batch, over all ranks."""
         errors = self.quantizer.squared_errors(z.T[None, :, :, None], z_q.T[None, :, :, None]).flatten()
-        wins = torch.bincount(indices, minlength=len(self.usage))
+        won = wins(indices, len(self.usage))
         of_codes = torch.zeros_like(self.errors).index_add_(0, indices, errors)
-        return ranks.total(wins), ranks.total(of_codes), count, bad
+        return ranks.total(won), ranks.total(of_codes), count, bad
 
     @torch.no_grad()
     def _end_step(self) -> None:
-        wins, errors, counts, bad = (sum(values) for values in zip(*self.window, strict=True))
+        won, errors, counts, bad = (sum(values) for values in zip(*self.window, strict=True))
         self.window.clear()
         stepped = counts > 0 and not bad
         if isinstance(self.quantizer, EMAQuantizer) and self.quantizer.config.decay is None:
-            self.quantizer.decay = decay_of_step(counts, len(wins))
+            self.quantizer.decay = decay_of_step(counts, len(won))
         self.quantizer.end_step(stepped)
         if stepped:
-            self.usage += wins
+            self.usage += won
             self.errors += errors
             self.clock[3] += counts
             if not self.starts:

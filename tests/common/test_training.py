@@ -269,6 +269,34 @@ def test_memory_that_runs_out_beside_a_step_is_not_answered_with_micro_batches(t
         train(make(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "FIND was unable to find an engine to execute this computation",  # of cuDNN, for a convolution's workspace
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ],
+)
+def test_libraries_that_run_out_of_memory_are_understood(tmp_path, monkeypatch, capsys, said):
+    step = Toy.step
+
+    def large(self, batch):
+        if len(batch["x"]) > 2:
+            raise RuntimeError(said)
+        return step(self, batch)
+
+    monkeypatch.setattr(Toy, "step", large)
+    with pytest.raises(UserError, match=r"6 images do not fit .* --run.accumulation 2") as error:
+        train(make(tmp_path / "explicit", accumulation=1))
+    assert said.splitlines()[0] in str(error.value)
+    monkeypatch.setattr(Toy, "fits", 6)  # on a GPU, which has to be asked
+    trainer = make(tmp_path / "auto")
+    benchmark = torch.backends.cudnn.benchmark
+    train(trainer)
+    assert (trainer.accumulation, torch.backends.cudnn.benchmark) == (3, benchmark)
+    assert said.splitlines()[0] in capsys.readouterr().err
+
+
 def test_another_error_of_a_try_is_told_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "fits", 9)
     monkeypatch.setattr(Toy, "step", lambda self, batch: torch.zeros(2) @ torch.zeros(3))

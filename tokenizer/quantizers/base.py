@@ -206,6 +206,12 @@ def rotated(z: Tensor, value: Tensor) -> Tensor:
     return straight_through(torch.where(directed, turned, z), value)
 
 
+def rows_in_tile(codes: Tensor) -> int:
+    """How many latents to compare with codes [K, d] at a time: 16 MiB of float32 on a CPU, for its cache, and 128 MiB
+    on a GPU, for which each tile is some launches."""
+    return max(1, 2 ** (22 if codes.device.type == "cpu" else 25) // len(codes))
+
+
 def vq_losses(z: Tensor, codes: Tensor) -> dict[str, Tensor]:
     """The two losses of VQ-VAE (arXiv 1711.00937, eq. 3), each with a gradient to one side."""
     return {"codebook": (z.detach() - codes).square().mean(), "commitment": (z - codes.detach()).square().mean()}

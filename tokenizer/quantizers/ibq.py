@@ -16,9 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nsvq.tokenizer import ranks
-from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, vq_losses
-
-_TILE_ELEMENTS = 2**22
+from nsvq.tokenizer.quantizers.base import CodebookConfig, Quantizer, rows_in_tile, vq_losses
 
 
 class IBQConfig(CodebookConfig):
@@ -67,7 +65,7 @@ class IBQ(Quantizer):
 
 
 def _tiles(z: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-    return z.split(max(1, _TILE_ELEMENTS // len(codes)))
+    return z.split(rows_in_tile(codes))
 
 
 class _SoftLookup(torch.autograd.Function):

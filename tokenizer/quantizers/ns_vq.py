@@ -12,9 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from nsvq.tokenizer.codebook import NonStationary, nearest_code
+from nsvq.tokenizer.quantizers.base import rows_in_tile
 from nsvq.tokenizer.quantizers.vq import VQ, VQConfig
-
-_TILE_ELEMENTS = 2**22
 
 
 class PrecursorConfig(VQConfig):
@@ -63,7 +62,7 @@ class _ClampedPull(torch.autograd.Function):
         norms = codes.square().sum(1)
         weight_sums, weighted = torch.zeros_like(norms), torch.zeros_like(codes)  # s [K], A [K, d]
         loss, mass, entropy = (z.new_zeros((), dtype=torch.float64) for _ in range(3))
-        rows = max(1, _TILE_ELEMENTS // len(codes))
+        rows = rows_in_tile(codes)
         for tile, winners in zip(z.split(rows), indices.split(rows), strict=True):
             distances = torch.addmm(norms, tile, codes.T, alpha=-2) + tile.square().sum(1, keepdim=True)  # (n, K)
             distances.clamp_(min=0)

@@ -6,7 +6,7 @@ from nsvq.tokenizer.quantizers import ns_vq
 
 @pytest.mark.parametrize("pull", [0.01, 0.2])
 def test_pull_and_gradient_equal_a_dense_float64_reference_at_each_epochs_temperature(make, monkeypatch, pull):
-    monkeypatch.setattr(ns_vq, "_TILE_ELEMENTS", 700)  # several uneven tiles
+    monkeypatch.setattr(ns_vq, "rows_in_tile", lambda codes: 11)  # several uneven tiles
     quantizer = make("ns-vq", pull=pull, cooling=0.5)
     z = torch.randn(3, 6, 5, 5) + 2
     for epoch in range(3):
