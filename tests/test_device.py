@@ -8,6 +8,7 @@ import torch
 from accelerate.state import PartialState
 from pretend import DEVICE, Mixed, Pretend, PretendAccelerator, two_ranks
 
+from nsvq import ResidualVectorQuantizer, VectorQuantizer
 from nsvq.autoregressive.train import main as train_autoregressive
 from nsvq.common import training
 from nsvq.common.guard import Guard
@@ -232,6 +233,21 @@ def test_a_sampler_waits_for_nothing_but_the_noise_that_it_draws_on_the_cpu(samp
             on_step=lambda i, t, latents: waits.append(len(found)) or latents,
         )
     assert [after - before for before, after in pairwise(waits[:-1])] == [noise] * 2, "\n".join(found)
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+def test_a_layer_waits_for_two_numbers_of_each_level(levels):
+    layer = VectorQuantizer(8, 64) if levels == 1 else ResidualVectorQuantizer(8, 64, levels)
+    with Pretend() as device:
+        layer.to(DEVICE)
+        x = torch.randn(32, 16, 8).to(DEVICE)
+        for _ in range(3):
+            layer(x)
+        with device.counting() as waits:
+            layer(x)
+    assert len(waits) <= 2 * levels, "\n".join(
+        waits
+    )  # latents that are not finite, and the distance of the temperature
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -69,6 +69,7 @@ class StandaloneQuantizer(nn.Module):
         self.register_buffer("usage", torch.zeros(k, dtype=torch.int64))
         self.register_buffer("errors", torch.zeros(k))
         self.window: list[tuple] = []  # of the step's micro-batches: `_count`
+        self._known = ((-1, -1), [0, 0, 0, 0], 0.0)  # `_versions`, clock and distance, on the host; not known yet
 
     def _apply(self, fn, recurse=True):
         """`.half()` and `.bfloat16()` of a whole model leave codes alone: averages would stand still in them."""
@@ -90,8 +91,9 @@ class StandaloneQuantizer(nn.Module):
 
     def _train_step(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A latent that is not finite, as an overflow of float16 leaves it, must reach no code.
-        here = [len(z), int((~z.detach().isfinite()).sum()), int(not len(z))]
-        count, bad, empty = ranks.total(torch.tensor(here, device=z.device)).tolist()
+        here = torch.full((3,), len(z), device=z.device)
+        here[1], here[2] = (~z.detach().isfinite()).sum(), not len(z)
+        count, bad, empty = ranks.total(here).tolist()
         if 0 < empty < ranks.world()[1] and not isinstance(self.quantizer, NearestQuantizer):
             raise ValueError(f"{self.quantizer.config.name} needs a valid position on every rank; {empty} have none")
         # DDP takes the mean over ranks, which is that over all tokens only if a rank with more of them weighs more.
@@ -135,9 +137,14 @@ class StandaloneQuantizer(nn.Module):
         loss = sum(weight * out.losses[name] for name, weight in self.weights.items() if name in out.losses)
         return out.z_q[0, :, :, 0].T, out.indices.flatten(), loss + out.z_q.new_zeros(())
 
+    def _versions(self) -> tuple[int, int]:
+        return self.clock._version, self.distance._version
+
     @torch.no_grad()
     def _begin_step(self, z: Tensor, may_start: bool) -> None:
-        seed, started, epoch, tokens = self.clock.tolist()
+        if self._known[0] != self._versions():  # asked of the GPU no more than it must be
+            self._known = (self._versions(), self.clock.tolist(), float(self.distance))
+        _, (seed, started, epoch, tokens), distance = self._known
         self.starts = not started and may_start
         if self.starts:
             self._start(z, torch.Generator().manual_seed(seed))
@@ -151,7 +158,8 @@ class StandaloneQuantizer(nn.Module):
             self.usage.zero_()
             self.errors.zero_()
         self.upkeep.begin_step()
-        self.temperature.distance = float(self.distance) or None
+        self.temperature.distance = distance or None
+        self._known = (self._versions(), [seed, int(started or self.starts), self.schedule.epoch, tokens], distance)
         self.tau = self.temperature.value() if self.schedule.nsvq.pull else None
         codes = dict(self.quantizer.named_buffers(recurse=False)).get("weight")
         self.codes_before = {} if codes is None else {"weight": codes.clone()}
@@ -184,9 +192,12 @@ class StandaloneQuantizer(nn.Module):
             self.quantizer.decay = decay_of_step(counts, len(won))
         self.quantizer.end_step(stepped)
         if stepped:
+            _, (seed, started, epoch, tokens), distance = self._known
             self.usage += won
             self.errors += errors
             self.clock[3] += counts
-            if not self.starts:
+            if self.temperature.follows and not self.starts:
                 self.temperature.update(float(errors.sum()) / (counts * self.quantizer.dim))
-                self.distance.fill_(self.temperature.distance)
+                distance = float(torch.tensor(self.temperature.distance))  # as float32, which is what a resume reads
+                self.distance.fill_(distance)
+            self._known = (self._versions(), [seed, started, epoch, tokens + counts], distance)
