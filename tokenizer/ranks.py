@@ -76,11 +76,6 @@ def rows(tokens: Tensor, positions: Tensor) -> Tensor:
     return total(torch.where(mine[:, None], there[local.clamp(0, len(there) - 1)], 0))
 
 
-def sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """Numbers of the host on `device`. A GPU gets them from pinned memory: for others the host would wait for it."""
-    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
-
-
 def in_backward() -> bool:
     """Whether the caller runs inside a backward pass: then activation checkpointing repeats a forward there, which must
     count, draw and move nothing again. A compiled graph repeats no Python."""
@@ -111,9 +106,9 @@ class Draws(nn.Module):
     def uniform(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """U[0, 1) of [N, *shape] for the N tokens `like` of this rank."""
         rank, ranks = world()
-        return sent(torch.rand(ranks, len(like), *shape, generator=generator)[rank], like.device)
+        return torch.rand(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)
 
     def normal(self, generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
         """N(0, 1), the same."""
         rank, ranks = world()
-        return sent(torch.randn(ranks, len(like), *shape, generator=generator)[rank], like.device)
+        return torch.randn(ranks, len(like), *shape, generator=generator)[rank].to(like.device, non_blocking=True)

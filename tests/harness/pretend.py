@@ -114,7 +114,6 @@ class Pretend(TorchDispatchMode):
         for name in ("_lazy_init", "synchronize", "max_memory_allocated", "max_memory_reserved"):
             self._patches.enter_context(mock.patch.object(torch.cuda, name, return_value=0))
         self._patches.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="pretended"))
-        self._patches.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
         self._patches.enter_context(_OnMeta())
         return super().__enter__()
 

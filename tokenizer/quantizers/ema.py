@@ -106,7 +106,7 @@ class EMAQuantizer(TableQuantizer):
         # Where latents are too few, those that waited longest move first, and the others in the next steps.
         rows = self.waited.argsort(descending=True, stable=True)[: len(positions)]
         dead = self.waited[rows] > self.revive_after
-        latents = ranks.rows(self.latest, ranks.sent(positions, rows.device))
+        latents = ranks.rows(self.latest, positions.to(rows.device, non_blocking=True))
         self.weight[rows] = torch.where(dead[:, None], latents, self.weight[rows])
         self._start_anew(rows, dead)
 
