@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import io
 import os
 import signal
@@ -27,6 +28,7 @@ LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(hours=24))
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` and a `Stopped` become one line on stderr and their exit code."""
+    exit_code = 0
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
@@ -35,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr, flush=True)
-        sys.exit(stopped.exit_code)
+        exit_code = stopped.exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
@@ -50,6 +52,18 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    leave_the_group()  # of other errors this rank may be alone to know
+    if exit_code:
+        sys.exit(exit_code)
+
+
+def leave_the_group() -> None:
+    """End the threads of the process group while Python is whole: one of gloo's that still frees a tensor as Python
+    ends aborts the process, and a finished run fails. They end with the last object that knows the group."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    gc.collect()  # DistributedDataParallel is part of a cycle
 
 
 def check_launcher() -> None:

@@ -140,10 +140,14 @@ def torchrun():
 
 @pytest.fixture
 def run_two_ranks(torchrun):
-    """`run_instrumented` on two ranks."""
+    """`run_instrumented` on two ranks; returns the exit code and stderr."""
+    from instrumented import OUTLIVED
 
     def run(stage, *arguments, **spec):
-        return torchrun(HARNESS / "instrumented.py", json.dumps({"stage": stage, **spec}, default=str), *arguments)
+        spec = json.dumps({"stage": stage, **spec}, default=str)
+        code, error = torchrun(HARNESS / "instrumented.py", spec, *arguments)
+        assert OUTLIVED not in error, error
+        return code, error
 
     return run
 

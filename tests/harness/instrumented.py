@@ -21,6 +21,8 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from nsvq.common import launch, run
 from nsvq.common.trainer import Trainer
 
+OUTLIVED = "threads of the process group outlived the run"  # and may abort the process as Python ends
+
 
 class Sharding(Accelerator):
     """Splits networks over CPU processes, which a launch with FSDP does on GPUs only."""
@@ -78,6 +80,12 @@ def limited(step, fits: Sequence[int]):
     return run
 
 
+def gloo_threads() -> list[str]:
+    """The names of the threads of process groups in this process. Empty but on Linux."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def trainer_of(stage: str) -> type[Trainer]:
     """The trainer of "tokenizer", "diffusion" or "autoregressive"."""
     return getattr(import_module(f"nsvq.{stage}.trainer"), f"{stage.capitalize()}Trainer")
@@ -106,8 +114,17 @@ def samples(record: str) -> dict[int, str]:
 
 if __name__ == "__main__":
     spec = json.loads(sys.argv.pop(1))
-    stage = spec.pop("stage")
-    if spec.pop("shard", False):
+    stage, shard = spec.pop("stage"), spec.pop("shard", False)
+    if shard:
         run.Accelerator = Sharding
     instrument(trainer_of(stage), **spec)
-    launch.run(import_module(f"nsvq.{stage}.train").main)
+    exit_code = 0
+    try:
+        launch.run(import_module(f"nsvq.{stage}.train").main)
+    except SystemExit as end:
+        exit_code = end.code
+    if shard:  # DTensor's caches know the group to the end; on GPUs, where users split networks, no thread is gloo's
+        sys.stdout.flush()
+        os._exit(exit_code)
+    assert 0 < exit_code < 128 or not gloo_threads(), OUTLIVED  # after an error they may live
+    sys.exit(exit_code)
